@@ -1,0 +1,68 @@
+"""Every knob of the sampler, in one dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class SpecConfig:
+    """Options of speculative rollouts.
+
+    Raises:
+        ValueError: a value out of its range, naming the value, the bound and the remedy.
+        TypeError: an unknown option.
+    """
+
+    num_speculative_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that the draft guesses per step. `None` adapts it to the batch size by measured goodput; "
+            "0 is plain decoding."
+        },
+    )
+    max_num_speculative_tokens: int = field(
+        default=7, metadata={"help": "Upper bound of the adapted number of guessed tokens."}
+    )
+    max_slots: int = field(
+        default=64,
+        metadata={"help": "Completions decoded at the same time; further ones wait until a slot is free."},
+    )
+    draft_model_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a draft head to start from. `None` starts cold and learns from the rollouts."},
+    )
+    draft_refresh: bool = field(
+        default=True, metadata={"help": "Train the draft head on the rollouts after each generation phase."}
+    )
+    draft_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the draft head."})
+    max_feature_tokens: int = field(
+        default=16384,
+        metadata={"help": "Tokens whose target features are kept for training the draft head; bounds its memory."},
+    )
+    calibration_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps measured pass times between runs. `None` is `~/.cache/spec_rollout`."},
+    )
+
+    def __post_init__(self):
+        gamma = self.num_speculative_tokens
+        if gamma is not None and gamma < 0:
+            raise ValueError(
+                f"num_speculative_tokens={gamma} is negative: give 0 for plain decoding, a positive number to fix it, "
+                "or None to adapt it."
+            )
+        bounds = (
+            ("max_num_speculative_tokens", self.max_num_speculative_tokens >= 1, "at least 1"),
+            ("max_slots", self.max_slots >= 1, "at least 1"),
+            ("draft_learning_rate", self.draft_learning_rate > 0, "above 0"),
+            ("max_feature_tokens", self.max_feature_tokens >= 0, "0 or more"),
+        )
+        for name, holds, bound in bounds:
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be {bound}.")
+
+    @property
+    def widest(self) -> int:
+        """The most tokens that a step may guess."""
+        return self.max_num_speculative_tokens if self.num_speculative_tokens is None else self.num_speculative_tokens

@@ -1,0 +1,50 @@
+"""Drafters whose quality is known beforehand: the two ends between which a learned head lies. For checks and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spec_rollout.engine.rows import Rows
+from spec_rollout.records import Completion
+
+
+class RandomDrafter:
+    """Guesses uniformly; about 1 in V guesses comes true. Has a random stream of its own."""
+
+    def __init__(self, seed: int = 0):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def begin(self, rows: Rows) -> None:
+        pass
+
+    def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
+        guesses = torch.randint(rows.vocab_size, (rows.count, gamma), generator=self.generator)
+        return guesses.to(rows.device)
+
+    def observe(self, rows: Rows, slots: Tensor, start: Tensor, hidden: Sequence[Tensor]) -> None:
+        pass
+
+    def copy(self, rows: Rows, source: Tensor, target: Tensor) -> None:
+        pass
+
+    def finish(self, rows: Rows, slots: Tensor) -> None:
+        pass
+
+
+class OracleDrafter(RandomDrafter):
+    """Knows the completions beforehand: every guess comes true, or none if `shift` is added to each token id."""
+
+    def __init__(self, completions: Sequence[Completion], shift: int = 0):
+        self.completions, self.shift = completions, shift
+
+    def begin(self, rows: Rows) -> None:
+        width = max(len(c.token_ids) for c in self.completions) + rows.capacity
+        known = [[*c.token_ids, *[0] * (width - len(c.token_ids))] for c in self.completions]
+        self.known = torch.tensor(known, device=rows.device)
+
+    def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
+        place = rows.progress()[:, None] + torch.arange(gamma, device=rows.device)
+        return (self.known[rows.request[: rows.count, None], place] + self.shift) % rows.vocab_size

@@ -1,0 +1,109 @@
+"""The rollout engine: batched speculative decoding in which verification is a comparison."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from spec_rollout.config import SpecConfig
+from spec_rollout.engine.requests import make_requests
+from spec_rollout.engine.rollout import Rollout
+from spec_rollout.engine.target import Target
+from spec_rollout.engine.kv_cache import SlotCache
+from spec_rollout.records import Completion, Controller, Drafter, RolloutStats, SamplingParams, StepStats
+
+
+class RolloutEngine:
+    """Samples completions from `model`, any Hugging Face causal language model with standard attention.
+
+    The completions depend on the policy, the prompts, `params` and `seed` alone: not on the drafter, not on the number
+    of guessed tokens, not on how many rows share a batch. Without a `drafter` it is a plain batched decoder.
+
+    Args:
+        model: the policy; it is run in evaluation mode and left as it was found.
+        config: its `num_speculative_tokens` (if no controller is given) and `max_slots` are used here.
+        drafter, controller: who guesses, and who says how far.
+        tokenizer: needed for stop strings only.
+
+    Raises:
+        UnsupportedModelError: the model cannot be decoded on ragged rows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SpecConfig | None = None,
+        *,
+        drafter: Drafter | None = None,
+        controller: Controller | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        self.config = config or SpecConfig()
+        self.target = Target(model)
+        self.drafter, self.controller, self.tokenizer = drafter, controller, tokenizer
+        self.cache = SlotCache()
+        self.stats = RolloutStats()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        *,
+        seed: Sequence[int] = (0,),
+        max_new_tokens: Sequence[int] | None = None,
+    ) -> list[Completion]:
+        """Sample one completion per prompt entry, in order; equal prompts are prefilled once.
+
+        Args:
+            prompts: token ids of each prompt.
+            seed: non-negative integers; with the entry's index they name its noise.
+            max_new_tokens: a bound per entry, in place of `params.max_new_tokens`.
+
+        Raises:
+            ValueError: an empty prompt, a token outside the vocabulary, or a prompt that with its new tokens exceeds
+                the context; the message names the entry, the bound and the remedy.
+        """
+        params = params or SamplingParams()
+        requests = make_requests(prompts, params, seed, max_new_tokens, self.target.vocab_size, self.target.context)
+        if not requests:
+            return []
+        began = time.perf_counter()
+        with self.target.rollout():
+            rollout = Rollout(self, requests, params)
+            self._decode(rollout)
+            completions = rollout.completions()
+        self.stats.seconds += time.perf_counter() - began
+        return completions
+
+    def _decode(self, rollout: Rollout) -> None:
+        while not rollout.done:
+            self.stats.prefill_s += rollout.admit()
+            clock = [time.perf_counter()]
+            gamma = self._choose(rollout)
+            noise = rollout.noise(gamma + 1)
+            guesses = rollout.propose(gamma, noise)
+            clock.append(time.perf_counter())
+            logits, hidden = rollout.forward(guesses)
+            clock.append(time.perf_counter())
+            samples, verdict = rollout.sample_and_verify(logits, noise, guesses)
+            rollout.commit(samples, verdict, hidden)
+            step = rollout.finish_step(verdict, guesses.shape[1])
+            clock.append(time.perf_counter())
+            self._account(step, clock)
+
+    def _choose(self, rollout: Rollout) -> int:
+        if rollout.drafter is None:
+            return 0
+        if self.controller is not None:
+            return self.controller.choose(rollout.rows.count, rollout.longest)
+        return self.config.num_speculative_tokens or 0
+
+    def _account(self, step: StepStats, clock: list[float]) -> None:
+        step.draft_s, step.verify_s, step.host_s = (b - a for a, b in zip(clock, clock[1:], strict=False))
+        self.stats.steps.append(step)
+        if self.controller is not None:
+            self.controller.observe(step)

@@ -1,0 +1,73 @@
+"""A static key/value cache in which every row has its own length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+
+class SlotCache(Cache):
+    """Keys and values of `slots` rows of up to `capacity` tokens, per layer [slots, capacity, heads, head_dim].
+
+    A model's attention layers call `update` as they do with any transformers cache. Where the new entries go and what
+    the layer gets back is set beforehand by `window`. Rolling a row back needs nothing here: entries beyond a row's
+    committed length are masked by the caller and overwritten later.
+    """
+
+    def __init__(self):
+        super().__init__(layers=[])
+        self.slots = self.capacity = 0
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def allocate(self, slots: int, capacity: int) -> None:
+        """Make room for `slots` rows of `capacity` tokens; buffers that are large enough are kept."""
+        if slots > self.slots or capacity > self.capacity:
+            self.slots, self.capacity = max(slots, self.slots), max(capacity, self.capacity)
+            self.keys, self.values = [], []
+
+    def window(self, start: int, stop: int, positions: Tensor, extent: int) -> SlotCache:
+        """The next forward pass writes slots start..stop-1 at `positions` [stop - start, T] and attends to the first
+        `extent` entries of each."""
+        rows = torch.arange(start, stop, device=positions.device)[:, None]
+        self._index = (rows * self.capacity + positions).flatten()
+        self._rows, self._extent = slice(start, stop), extent
+        return self
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """Write [N, heads, T, head_dim] keys and values; return the window's [N, heads, extent, head_dim]."""
+        if layer_idx == len(self.keys):
+            for buffers, states in ((self.keys, key_states), (self.values, value_states)):
+                _, heads, _, head_dim = states.shape
+                buffers.append(states.new_zeros(self.slots, self.capacity, heads, head_dim))
+        return tuple(
+            self._write(buffers[layer_idx], states)
+            for buffers, states in ((self.keys, key_states), (self.values, value_states))
+        )
+
+    def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
+        flat = buffer.view(self.slots * self.capacity, -1)
+        flat.index_copy_(0, self._index, states.transpose(1, 2).reshape(len(self._index), -1).to(flat.dtype))
+        return buffer[self._rows, : self._extent].transpose(1, 2).to(states.dtype)
+
+    def copy(self, source: Tensor, target: Tensor, extent: int) -> None:
+        """Slots `target` [N] take over the first `extent` entries of slots `source` [N]."""
+        for buffer in (*self.keys, *self.values):
+            buffer[target, :extent] = buffer[source, :extent]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: positions are given with every forward pass, never counted from the cache."""
+        return 0
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def causal_mask(positions: Tensor, extent: int, window: int | None = None) -> Tensor:
+    """Boolean [N, 1, T, extent]: a query at `positions` [N, T] sees the entries up to itself, and with `window` only
+    the last `window` of them."""
+    entry = torch.arange(extent, device=positions.device)
+    query = positions[:, None, :, None]
+    mask = entry <= query
+    return mask if window is None else mask & (entry > query - window)

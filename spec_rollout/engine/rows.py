@@ -1,0 +1,67 @@
+"""The state of every slot, as tensors on the policy's device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spec_rollout.records import Request
+
+
+class Rows:
+    """Slots 0..count-1 are active. For slot s:
+
+    - tokens [S, C] int64: prompt, emitted tokens, then leftovers; tokens[s, length[s]] is the newest known token
+    - length [S] int64: committed positions, that is, those whose keys and values are in the cache
+    - start [S] int64: prompt tokens, so the next token to sample is completion token length + 1 - start
+    - limit [S] int64: completion tokens that the request may have
+    - key [S, 2] int32: the request's noise key
+    - request [S] int64: index of the request
+    - logprobs [S, C] float32, beside `tokens`
+    - drafted, accepted, steps [S] int64: counts over the request's life
+    """
+
+    MOVED = ("tokens", "length", "start", "limit", "key", "request", "logprobs", "drafted", "accepted", "steps")
+
+    def __init__(self, slots: int, capacity: int, vocab_size: int, device: torch.device):
+        self.slots, self.capacity, self.vocab_size, self.device = slots, capacity, vocab_size, device
+        self.count = 0
+        self.extent = 0
+        """At least the longest active row's length + 1, known to the host."""
+        self.tokens = torch.zeros(slots, capacity, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(slots, capacity, dtype=torch.float32, device=device)
+        self.key = torch.zeros(slots, 2, dtype=torch.int32, device=device)
+        for name in ("length", "start", "limit", "request", "drafted", "accepted", "steps"):
+            setattr(self, name, torch.zeros(slots, dtype=torch.int64, device=device))
+
+    def fill(self, first: int, requests: list[Request]) -> None:
+        """Slots first.. take `requests`; all but the last prompt token count as committed."""
+        slots = slice(first, first + len(requests))
+        width = max(len(r.prompt) for r in requests)
+        tokens = torch.tensor([[*r.prompt, *[0] * (width - len(r.prompt))] for r in requests])
+        self.tokens[slots, :width] = tokens.to(self.device)
+        columns = [(len(r.prompt), r.max_new_tokens, r.index, *r.key) for r in requests]
+        start, limit, request, key0, key1 = torch.tensor(columns, device=self.device).unbind(1)
+        self.start[slots], self.limit[slots], self.request[slots] = start, limit, request
+        self.length[slots] = start - 1
+        self.key[slots] = torch.stack([key0, key1], 1).to(torch.int32)
+        for counter in (self.drafted, self.accepted, self.steps):
+            counter[slots] = 0
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Slots `target` [N] become copies of slots `source` [N]."""
+        for name in self.MOVED:
+            state = getattr(self, name)
+            state[target] = state[source]
+
+    def positions(self, width: int) -> Tensor:
+        """Positions [B, width] that the active rows' next `width` inputs take."""
+        return self.length[: self.count, None] + torch.arange(width, device=self.device)
+
+    def newest(self) -> Tensor:
+        """The newest known token [B, 1] of each active row."""
+        return self.tokens[: self.count].gather(1, self.length[: self.count, None])
+
+    def progress(self) -> Tensor:
+        """Index [B] of the completion token that each active row samples next."""
+        return self.length[: self.count] + 1 - self.start[: self.count]

@@ -1,0 +1,102 @@
+"""The target's sample: processed logits plus keyed noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from spec_rollout.engine.noise import gumbel
+from spec_rollout.engine.rows import Rows
+from spec_rollout.records import SamplingParams
+
+
+class Sampler:
+    """Draws token(r, t) = argmax_v z[v] + G(key of r, t, v): an exact sample of softmax(z) (Gumbel-max) that depends on
+    nothing but the processed logits z, the request's key and the position. Greedy is the same with G = 0."""
+
+    def __init__(self, params: SamplingParams, rows: Rows):
+        self.params = params
+        self.warpers = _warpers(params)
+        self.seen = None
+        if params.repetition_penalty != 1:
+            self.seen = torch.zeros(rows.slots, rows.vocab_size, dtype=torch.bool, device=rows.device)
+
+    @property
+    def temperature(self) -> float:
+        """What the draft divides its scores by."""
+        return self.params.temperature or 1.0
+
+    def noise(self, rows: Rows, width: int) -> Tensor | None:
+        """Gumbel noise [B, width, V] of the positions that the active rows sample next; None when greedy."""
+        if self.params.greedy:
+            return None
+        steps = rows.progress()[:, None] + torch.arange(width, device=rows.device)
+        return gumbel(rows.key[: rows.count], steps, rows.vocab_size)
+
+    def process(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """Processed logits [..., V] float32, in transformers' order: penalty, temperature, top-k, top-p, min-p."""
+        z = logits.float()
+        if seen is not None:
+            penalty = self.params.repetition_penalty
+            z = torch.where(seen, torch.where(z < 0, z * penalty, z / penalty), z)
+        if not self.warpers:
+            return z
+        return self.warpers(None, z.reshape(-1, z.shape[-1])).view(z.shape)
+
+    def admit(self, rows: Rows, first: int, prompts: list) -> None:
+        """Slots first.. start with the tokens of their `prompts` seen."""
+        if self.seen is None:
+            return
+        for slot, prompt in enumerate(prompts, start=first):
+            self.seen[slot] = False
+            self.seen[slot, torch.as_tensor(prompt, device=rows.device)] = True
+
+    def seen_along(self, rows: Rows, inputs: Tensor) -> Tensor | None:
+        """Tokens seen [B, T, V] before each sample, when the rows' next inputs are the newest token and the guesses
+        `inputs` [B, T]: at position i the guessed prefix up to i counts, not the committed one."""
+        if self.seen is None:
+            return None
+        along = torch.zeros(*inputs.shape, rows.vocab_size, dtype=torch.int8, device=rows.device)
+        along.scatter_(2, inputs[..., None], 1)
+        return (along.cumsum(1) > 0) | self.seen[: rows.count, None]
+
+    def commit(self, rows: Rows, samples: Tensor, emitted: Tensor) -> None:
+        """Note the emitted prefix of `samples` [B, T] as seen."""
+        if self.seen is None:
+            return
+        kept = torch.arange(samples.shape[1], device=rows.device) < emitted[:, None]
+        self.seen[: rows.count].scatter_(1, torch.where(kept, samples, samples[:, :1]), True)
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        if self.seen is not None:
+            self.seen[target] = self.seen[source]
+
+
+def draw(z: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sample [...] int64 and the score by which it beat the runner-up [...], of processed logits [..., V]."""
+    best, token = (z if noise is None else z + noise).topk(2, dim=-1)
+    return token[..., 0], best[..., 0] - best[..., 1]
+
+
+def log_probs(z: Tensor, tokens: Tensor) -> Tensor:
+    """log softmax(z)[token] [...] float32 of processed logits [..., V]."""
+    return z.gather(-1, tokens[..., None])[..., 0] - z.logsumexp(-1)
+
+
+def _warpers(params: SamplingParams) -> LogitsProcessorList:
+    if params.greedy:
+        return LogitsProcessorList()
+    wanted = (
+        (params.temperature != 1, lambda: TemperatureLogitsWarper(float(params.temperature))),
+        (params.top_k > 0, lambda: TopKLogitsWarper(params.top_k)),
+        (params.top_p < 1, lambda: TopPLogitsWarper(params.top_p)),
+        (params.min_p > 0, lambda: MinPLogitsWarper(params.min_p)),
+    )
+    return LogitsProcessorList([make() for condition, make in wanted if condition])

@@ -1,0 +1,203 @@
+"""What the parts of a rollout hand to each other: plain records and the protocols between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spec_rollout.engine.rows import Rows
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+class UnsupportedModelError(ValueError):
+    """The policy cannot be decoded on ragged rows; the message names the cause and what to do instead."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How every completion of one `generate` call is drawn; the names and meanings are those of transformers.
+
+    Raises:
+        ValueError: a value out of its range, naming the value, the bound and the remedy.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    """0 is greedy decoding."""
+    top_k: int = 0
+    """0 keeps every token."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    eos_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        bounds = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]; 1 is off"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]; 0 is off"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is off"),
+        )
+        for name, holds, bound in bounds:
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be {bound}.")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to sample. `key` (two 32-bit words) names its noise stream and is unique per completion."""
+
+    index: int
+    prompt: Sequence[int]
+    key: tuple[int, int]
+    max_new_tokens: int
+
+
+@dataclass
+class Completion:
+    """One sampled completion.
+
+    `logprobs` are float32 log-probabilities of the emitted tokens under the processed distribution that they were
+    drawn from. `num_steps` counts the verify passes that the row took part in, `num_drafted` and `num_accepted` the
+    guesses made for it.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    num_steps: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+
+@dataclass
+class StepStats:
+    """One pass of the decode loop.
+
+    `accepted[i]` is the number of rows that accepted at least i + 1 guesses, so `rows` (i = 0) or `accepted[i - 1]`
+    rows reached position i. `context` is the longest committed row, in tokens. Times are in seconds; the split is
+    what the host saw, so on an asynchronous device only their sum is meaningful.
+    """
+
+    rows: int
+    gamma: int
+    context: int
+    emitted: int
+    accepted: list[int]
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    host_s: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.draft_s + self.verify_s + self.host_s
+
+
+@dataclass
+class RolloutStats:
+    """Sums over one or several `generate` calls; ratios are taken of sums, never averaged."""
+
+    steps: list[StepStats] = field(default_factory=list)
+    seconds: float = 0.0
+    """Wall time, prefill included."""
+    prefill_s: float = 0.0
+    near_ties: int = 0
+    """Tokens whose two best candidates lay within rounding and were decided by the canonical pass."""
+
+    @property
+    def emitted(self) -> int:
+        return sum(s.emitted for s in self.steps)
+
+    @property
+    def drafted(self) -> int:
+        return sum(s.rows * s.gamma for s in self.steps)
+
+    @property
+    def accepted(self) -> int:
+        return sum(sum(s.accepted) for s in self.steps)
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Σ accepted / Σ drafted; 0 when nothing was drafted."""
+        return self.accepted / max(1, self.drafted)
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Emitted tokens per row and verify pass, over the passes that carried guesses; 1 when none did."""
+        rows = sum(s.rows for s in self.steps if s.gamma)
+        return sum(s.emitted for s in self.steps if s.gamma) / rows if rows else 1.0
+
+    @property
+    def goodput(self) -> float:
+        """Emitted tokens per second of wall time."""
+        return self.emitted / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class RefreshStats:
+    """One round of draft training: optimiser steps, trained tokens, mean loss of the round, wall seconds."""
+
+    steps: int = 0
+    tokens: int = 0
+    loss: float = float("nan")
+    seconds: float = 0.0
+    draft_version: int = 0
+
+
+class Drafter(Protocol):
+    """Guesses the next tokens of each active row. Its guesses can cost speed, never correctness."""
+
+    def begin(self, rows: Rows) -> None:
+        """A rollout starts on `rows` (empty slots); allocate or clear what is kept per slot."""
+
+    def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
+        """Guesses [B, gamma] int64 for the B = rows.count active rows.
+
+        `noise` [B, gamma + 1, V] is the Gumbel noise of the positions to be guessed (None when greedy); a drafter
+        that adds it to its own scores makes the guesses that the target is most likely to draw. `temperature` is the
+        rollout's (1 when greedy).
+        """
+
+    def observe(self, rows: Rows, slots: Tensor, start: Tensor, hidden: Sequence[Tensor]) -> None:
+        """The target has computed `hidden` (its hidden states, each [N, T, H]) at positions start[n] + 0..T-1 of
+        `slots` [N]; positions at or beyond a row's committed length are guesses that did not come true."""
+
+    def copy(self, rows: Rows, source: Tensor, target: Tensor) -> None:
+        """Slots `target` [N] become copies of slots `source` [N] (siblings of a group; a row moved to a free slot)."""
+
+    def finish(self, rows: Rows, slots: Tensor) -> None:
+        """The rows in `slots` [N] are complete and about to leave."""
+
+
+class Controller(Protocol):
+    """Chooses how many tokens to guess."""
+
+    def choose(self, batch_size: int, context: int) -> int:
+        """The number of tokens to guess for each of `batch_size` rows whose longest has `context` tokens."""
+
+    def observe(self, stats: StepStats) -> None:
+        """What the step really cost and brought."""
+
+
+class RolloutBackend(Protocol):
+    """Where a trainer's completions come from."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seed: Sequence[int]
+    ) -> list[Completion]:
+        """One completion per prompt entry, in order. `seed` is any sequence of non-negative integers."""
+
+    def refresh(self) -> RefreshStats:
+        """Let the draft learn from the rollouts since the last call."""
