@@ -170,9 +170,12 @@ class Drafter(Protocol):
         rollout's (1 when greedy).
         """
 
-    def observe(self, rows: Rows, slots: Tensor, start: Tensor, hidden: Sequence[Tensor]) -> None:
-        """The target has computed `hidden` (its hidden states, each [N, T, H]) at positions start[n] + 0..T-1 of
-        `slots` [N]; positions at or beyond a row's committed length are guesses that did not come true."""
+    def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
+        """The target has computed `hidden` (its hidden states, each [N, T, H]) at positions start[n] + 0..T-1 of the
+        slots slots[0]..slots[1]-1; positions at or beyond a row's length are padding or guesses not come true."""
+
+    def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
+        """New rows sit in slots[0]..slots[1]-1; their prompts, but for the last token, have been observed."""
 
     def copy(self, rows: Rows, source: Tensor, target: Tensor) -> None:
         """Slots `target` [N] become copies of slots `source` [N] (siblings of a group; a row moved to a free slot)."""

@@ -24,7 +24,10 @@ class RandomDrafter:
         guesses = torch.randint(rows.vocab_size, (rows.count, gamma), generator=self.generator)
         return guesses.to(rows.device)
 
-    def observe(self, rows: Rows, slots: Tensor, start: Tensor, hidden: Sequence[Tensor]) -> None:
+    def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
+        pass
+
+    def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
         pass
 
     def copy(self, rows: Rows, source: Tensor, target: Tensor) -> None:

@@ -47,7 +47,6 @@ class Rollout:
         self.sampler = Sampler(params, self.rows)
         self.stops = Stops(params, engine.tokenizer, device)
         self.eos = set(params.eos_token_ids)
-        self.lengths = np.zeros(slots, dtype=np.int64)  # of `rows.length`, on the host
         self.tokens = torch.zeros(len(requests), widest, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(len(requests), widest, device=device)
         self.outcome = torch.zeros(len(requests), 5, dtype=torch.int64, device=device)  # see `_leave`
@@ -61,7 +60,7 @@ class Rollout:
     @property
     def longest(self) -> int:
         """Committed tokens of the longest active row."""
-        return int(self.lengths[: self.rows.count].max())
+        return int(self.rows.lengths[: self.rows.count].max())
 
     def admit(self) -> float:
         """Fill free slots with waiting requests: each new prompt is prefilled once and copied to its siblings.
@@ -76,7 +75,6 @@ class Rollout:
         self.rows.fill(admission.first, requests)
         self.rows.count = len(self.scheduler.active)
         self.sampler.admit(self.rows, admission.first, [r.prompt for r in requests])
-        self.lengths[admission.first : self.rows.count] = [len(r.prompt) - 1 for r in requests]
         self._prefill(admission)
         if admission.siblings:
             first_sibling = admission.first + len(admission.fresh)
@@ -98,9 +96,11 @@ class Rollout:
                 ids = self.rows.tokens[slots[0] : slots[1], :width]
                 _, hidden = self.target.forward(self.cache, slots, ids, place, width, keep_logits=1)
                 if self.drafter is not None:
-                    index = torch.arange(*slots, device=self.rows.device)
-                    self._guarded(lambda i=index, p=place, h=hidden: self.drafter.observe(self.rows, i, p[:, 0], h))
+                    self._guarded(lambda s=slots, p=place, h=hidden: self.drafter.observe(self.rows, s, p[:, 0], h))
             first = last
+        if self.drafter is not None:
+            admitted = (admission.first, admission.first + len(lengths))
+            self._guarded(lambda: self.drafter.admit(self.rows, admitted))
 
     def noise(self, width: int) -> Tensor | None:
         """Gumbel noise [B, width, V] of the next `width` samples of each row; drawn once for draft and target."""
@@ -173,10 +173,9 @@ class Rollout:
         rows.steps[:count] += 1
         rows.drafted[:count] += samples.shape[1] - 1
         rows.accepted[:count] += verdict.accepted
-        self.lengths[:count] += self.report.emitted
+        self.rows.lengths[:count] += self.report.emitted
         if self.drafter is not None:
-            slots = torch.arange(count, device=rows.device)
-            self._guarded(lambda: self.drafter.observe(rows, slots, start, hidden))
+            self._guarded(lambda: self.drafter.observe(rows, (0, count), start, hidden))
 
     def finish_step(self, verdict: Verdict, gamma: int) -> StepStats:
         """Release the rows that ended and close the gaps they leave."""
@@ -211,8 +210,7 @@ class Rollout:
         if move:
             self.rows.copy(src, dst)
             self.sampler.copy(src, dst)
-            self.lengths[target] = self.lengths[source]
-        self.cache.copy(src, dst, int(self.lengths[target].max()))
+        self.cache.copy(src, dst, int(self.rows.lengths[target].max()))
         if self.drafter is not None:
             self._guarded(lambda: self.drafter.copy(self.rows, src, dst))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,8 +27,8 @@ class Rows:
     def __init__(self, slots: int, capacity: int, vocab_size: int, device: torch.device):
         self.slots, self.capacity, self.vocab_size, self.device = slots, capacity, vocab_size, device
         self.count = 0
-        self.extent = 0
-        """At least the longest active row's length + 1, known to the host."""
+        self.lengths = np.zeros(slots, dtype=np.int64)
+        """`length`, as the host knows it."""
         self.tokens = torch.zeros(slots, capacity, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(slots, capacity, dtype=torch.float32, device=device)
         self.key = torch.zeros(slots, 2, dtype=torch.int32, device=device)
@@ -44,6 +45,7 @@ class Rows:
         start, limit, request, key0, key1 = torch.tensor(columns, device=self.device).unbind(1)
         self.start[slots], self.limit[slots], self.request[slots] = start, limit, request
         self.length[slots] = start - 1
+        self.lengths[slots] = [len(r.prompt) - 1 for r in requests]
         self.key[slots] = torch.stack([key0, key1], 1).to(torch.int32)
         for counter in (self.drafted, self.accepted, self.steps):
             counter[slots] = 0
@@ -53,6 +55,7 @@ class Rows:
         for name in self.MOVED:
             state = getattr(self, name)
             state[target] = state[source]
+        self.lengths[target.cpu().numpy()] = self.lengths[source.cpu().numpy()]
 
     def positions(self, width: int) -> Tensor:
         """Positions [B, width] that the active rows' next `width` inputs take."""

@@ -1,0 +1,139 @@
+"""The draft head: one EAGLE-3 layer on fused target features, in the shape that vLLM and SGLang load."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Shape of a draft head. The names are those of a Llama config, so that they go to disk as they are.
+
+    `aux_layers`: the residual stream after that many target layers is fused; three of them, low to high.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    aux_layers: tuple[int, ...]
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    @classmethod
+    def for_target(cls, config) -> HeadConfig:
+        """The head for a target's text config: its width and attention shape, an MLP of 8/3 its width."""
+        hidden, layers = config.hidden_size, config.num_hidden_layers
+        heads = config.num_attention_heads
+        rope = getattr(config, "rope_parameters", None) or {}
+        return cls(
+            hidden_size=hidden,
+            intermediate_size=-(-8 * hidden // 3 // 64) * 64,
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or hidden // heads,
+            vocab_size=config.vocab_size,
+            aux_layers=tuple(sorted({min(2, layers - 1), layers // 2, layers - 1})),
+            rope_theta=float(rope.get("rope_theta") or 10000.0),
+        )
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+class Attention(nn.Module):
+    """Projections of the head's attention; q, k and v read [embedding, feature], 2H wide."""
+
+    def __init__(self, config: HeadConfig):
+        super().__init__()
+        self.config = config
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(2 * config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(2 * config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(2 * config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: HeadConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: HeadConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+
+
+class EagleHead(nn.Module):
+    """Predicts the token after next from (token i + 1, target feature i).
+
+    The caller runs the attention between `project` and `combine`, because decoding reads a slot cache and training
+    unrolls several steps. Embedding and output head are the policy's own and not part of the module.
+    """
+
+    def __init__(self, config: HeadConfig, seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.fc = nn.Linear(len(config.aux_layers) * config.hidden_size, config.hidden_size, bias=False)
+        self.midlayer = Layer(config)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._initialise(torch.Generator().manual_seed(seed))
+
+    def _initialise(self, generator: torch.Generator) -> None:
+        """Small random weights; `fc` starts by passing the highest feature through."""
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.normal_(0.0, 0.5 * module.in_features**-0.5, generator=generator)
+            self.fc.weight.mul_(0.1)
+            self.fc.weight[:, -self.config.hidden_size :] += torch.eye(self.config.hidden_size)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """[..., n_aux * H] concatenated target features to [..., H]."""
+        return self.fc(features)
+
+    def project(self, embeds: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, heads, T, D], keys and values [N, kv_heads, T, D] of `embeds` and `hidden` [N, T, H] at
+        `positions` [N, T]."""
+        layer, attention = self.midlayer, self.midlayer.self_attn
+        x = torch.cat([layer.input_layernorm(embeds), layer.hidden_norm(hidden)], -1)
+        split = (*x.shape[:2], -1, self.config.head_dim)
+        q, k, v = (p(x).view(split).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        return *rotate(q, k, positions, self.config.rope_theta), v
+
+    def combine(self, attended: Tensor, hidden: Tensor) -> Tensor:
+        """The layer's output [N, T, H], before the norm, from the attention's [N, heads, T, D] and its input."""
+        x = hidden + self.midlayer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+        return x + self.midlayer.mlp(self.midlayer.post_attention_layernorm(x))
+
+
+def rotate(q: Tensor, k: Tensor, positions: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding (Su et al. 2021), in the half-split layout of Llama."""
+    half = q.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, device=q.device, dtype=torch.float32) / half)
+    angle = positions[:, None, :, None].float() * frequency  # [N, 1, T, D/2]
+    cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
+
+    def turn(x: Tensor) -> Tensor:
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    return turn(q), turn(k)

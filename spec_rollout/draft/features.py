@@ -1,0 +1,52 @@
+"""Target features of finished rollouts, kept for training the draft head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Sample:
+    """One rollout: `tokens` [n + 1] int64, `features` [n, F] (fused layers, then the final hidden state), the number of
+    prompt tokens, and the version of the policy that computed the features."""
+
+    tokens: Tensor
+    features: Tensor
+    prompt: int
+    version: int
+
+
+class FeatureBuffer:
+    """At most `max_tokens` tokens of rollouts, none of them older than `max_age` policy versions.
+
+    Over the bound the oldest version gives way first, and within a version a random rollout, so that neither short nor
+    long completions are preferred. Its random stream is its own.
+    """
+
+    def __init__(self, max_tokens: int, max_age: int = 2, seed: int = 0):
+        self.max_tokens, self.max_age = max_tokens, max_age
+        self.version = 0
+        self.samples: list[Sample] = []
+        self.tokens = 0
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def add(self, tokens: Tensor, features: Tensor, prompt: int) -> None:
+        self.samples.append(Sample(tokens, features, prompt, self.version))
+        self.tokens += len(features)
+        while self.tokens > self.max_tokens:
+            oldest = min(sample.version for sample in self.samples)
+            candidates = [i for i, sample in enumerate(self.samples) if sample.version == oldest]
+            self._drop(candidates[int(torch.randint(len(candidates), (), generator=self.generator))])
+
+    def advance(self) -> None:
+        """The policy has moved: features of later rollouts belong to the next version."""
+        self.version += 1
+        for index in reversed(range(len(self.samples))):
+            if self.version - self.samples[index].version >= self.max_age:
+                self._drop(index)
+
+    def _drop(self, index: int) -> None:
+        self.tokens -= len(self.samples.pop(index).features)
