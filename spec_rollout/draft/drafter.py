@@ -77,9 +77,12 @@ class EagleDrafter:
     def _catch_up(self, rows: Rows, start: int, stop: int) -> Tensor:
         """Run the entries up to each row's committed length; returns the head's hidden state [N, 1, H] at the last."""
         slots = slice(start, stop)
+        self.known[slots] = np.clip(self.known[slots], 0, np.maximum(rows.lengths[slots] - 1, 0))  # the last is wanted
         behind = rows.lengths[slots] - self.known[slots]
         width = max(1, min(int(behind.max()), CATCH_UP_TOKENS // (stop - start)))
-        last = torch.zeros(stop - start, 1, self.head.config.hidden_size, device=rows.device, dtype=self.features.dtype)
+        last = torch.zeros(
+            stop - start, 1, self.head.config.hidden_size, device=rows.device, dtype=self.features.dtype
+        )
         extent = self._extent(rows, 0)
         while True:
             known = torch.from_numpy(self.known[slots]).to(rows.device)

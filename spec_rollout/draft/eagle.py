@@ -39,7 +39,7 @@ class HeadConfig:
             num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or hidden // heads,
             vocab_size=config.vocab_size,
-            aux_layers=tuple(sorted({min(2, layers - 1), layers // 2, layers - 1})),
+            aux_layers=tuple(sorted({min(2, max(1, layers // 2 - 1)), layers // 2, layers - 1})),
             rope_theta=float(rope.get("rope_theta") or 10000.0),
         )
 

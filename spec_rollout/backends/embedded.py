@@ -1,0 +1,182 @@
+"""Rollouts in the trainer's own process: engine, draft head and controller put together."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from spec_rollout.backends.calibration import measured_cost
+from spec_rollout.config import SpecConfig
+from spec_rollout.draft.checkpoint import load_head, save_head
+from spec_rollout.draft.drafter import EagleDrafter
+from spec_rollout.draft.eagle import EagleHead, HeadConfig
+from spec_rollout.draft.features import FeatureBuffer
+from spec_rollout.draft.policy_view import PolicyView
+from spec_rollout.draft.refresh import DraftTrainer
+from spec_rollout.draft.vocabulary import choose_vocabulary
+from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.gamma import FixedGamma, GammaController
+from spec_rollout.records import Completion, RefreshStats, RolloutStats, SamplingParams
+
+COLD_STEPS = 60
+STEADY_STEPS = 6
+
+
+class EmbeddedBackend:
+    """Speculative rollouts of `model`, the unwrapped policy, with a draft head that learns from them.
+
+    Args:
+        model: a Hugging Face causal language model; the same object in every step, its weights may change.
+        config: options.
+        tokenizer: needed for stop strings only.
+        seed: of the head's initial weights and of its training order; it never reaches the samples.
+
+    Raises:
+        UnsupportedModelError: the model cannot be decoded on ragged rows.
+        ValueError: the head in `config.draft_model_path` is unreadable or made for another policy.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SpecConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        seed: int = 0,
+    ):
+        self.config = config or SpecConfig()
+        self.engine = RolloutEngine(model, self.config, tokenizer=tokenizer)
+        self.seed = seed
+        self.draft_version = 0
+        self.draft_healthy = True
+        self._controller_state: dict | None = None
+        self._slots = 1
+        if self.config.num_speculative_tokens != 0:
+            self.view = PolicyView(model)
+            self.buffer = FeatureBuffer(self.config.max_feature_tokens, seed=seed)
+            self._take_head(EagleHead(HeadConfig.for_target(self.view.config), seed))
+            if self.config.draft_model_path:
+                self.load(self.config.draft_model_path)
+
+    @property
+    def drafter(self) -> EagleDrafter | None:
+        return self.engine.drafter
+
+    @property
+    def controller(self) -> GammaController | FixedGamma | None:
+        return self.engine.controller
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        *,
+        seed: Sequence[int] = (0,),
+        max_new_tokens: Sequence[int] | None = None,
+        collect: bool = True,
+    ) -> list[Completion]:
+        """One completion per prompt entry, in order; see `RolloutEngine.generate`.
+
+        `collect=False` keeps these rollouts out of the draft's training, as for evaluation.
+        """
+        if self.drafter is not None:
+            self.drafter.buffer = self.buffer if collect and self.config.draft_refresh else None
+            self._slots = max(self._slots, min(self.config.max_slots, len(prompts)))
+            self._ready_controller()
+        return self.engine.generate(prompts, params, seed=seed, max_new_tokens=max_new_tokens)
+
+    def refresh(self) -> RefreshStats:
+        """Train the head on the rollouts since the last call; nothing happens without a head or with refresh off."""
+        if self.drafter is None or not self.config.draft_refresh or not self.buffer.samples:
+            return RefreshStats(draft_version=self.draft_version)
+        self.view.draft_ids = choose_vocabulary(self.buffer.samples, self.view.config.vocab_size, self.view.draft_ids)
+        try:
+            stats = self.trainer.train(self.buffer, STEADY_STEPS if self.drafter.ready else COLD_STEPS)
+        except FloatingPointError as error:
+            return self._disable(str(error))
+        self.buffer.advance()
+        self._publish()
+        stats.draft_version = self.draft_version
+        return stats
+
+    def take_stats(self) -> RolloutStats:
+        """Statistics of the rollouts since the last call."""
+        stats, self.engine.stats = self.engine.stats, RolloutStats()
+        return stats
+
+    def save(self, folder: str | Path) -> None:
+        """Write the head and the controller's tables to `folder` (safetensors and json); nothing without a head."""
+        if self.drafter is None:
+            return
+        extra = {
+            "draft_version": self.draft_version,
+            "trained": self.drafter.ready,
+            "controller": self.controller.state_dict() if self.controller is not None else self._controller_state,
+        }
+        save_head(folder, self.head, self.view.output_rows(), self.view.draft_ids, extra)
+
+    def load(self, folder: str | Path) -> None:
+        """Take the head and the tables that `save` wrote, or an EAGLE-3 head from elsewhere."""
+        if self.drafter is None:
+            return
+        head, draft_ids, extra = load_head(folder, HeadConfig.for_target(self.view.config))
+        self.view.draft_ids = None if draft_ids is None else draft_ids.to(self.engine.target.device)
+        self._take_head(head)
+        self.draft_version = extra.get("draft_version", 0)
+        self.drafter.ready = extra.get("trained", True)
+        self._controller_state = extra.get("controller")
+
+    def _take_head(self, head: EagleHead) -> None:
+        target = self.engine.target
+        self.head = head.to(target.device)
+        self.trainer = DraftTrainer(self.head, self.view, self.config.draft_learning_rate, self.seed)
+        running = (
+            self.head if target.dtype == torch.float32 else EagleHead(head.config).to(target.device, target.dtype)
+        )
+        self.engine.drafter = EagleDrafter(running, self.view, self.buffer)
+        self._sync_running()
+
+    def _sync_running(self) -> None:
+        """The head trains in float32 and runs in the policy's dtype."""
+        if self.drafter.head is not self.head:
+            self.drafter.head.load_state_dict(self.head.state_dict())
+
+    def _publish(self) -> None:
+        self._sync_running()
+        self.draft_version += 1
+        self.drafter.ready = True
+        if self.controller is not None:
+            self.controller.draft_ready = True
+            self.controller.draft_changed()
+
+    def _ready_controller(self) -> None:
+        """Plain decoding until there is a trained head; then measure once, and let the controller choose."""
+        if not self.drafter.ready:
+            return
+        fixed = self.config.num_speculative_tokens
+        if self.controller is None:
+            if fixed is not None:
+                self.engine.controller = FixedGamma(fixed)
+            else:
+                cost = measured_cost(self.engine, self._slots, self.config.widest, self.config.calibration_cache)
+                self.engine.controller = GammaController(cost, self.config.widest)
+            if fixed is None and "cost" in (self._controller_state or {}):
+                self.controller.load_state_dict(self._controller_state)
+
+    def _disable(self, reason: str) -> RefreshStats:
+        """A head that cannot be trained is started afresh; until it has learned, decoding is plain."""
+        warnings.warn(
+            f"The draft head is off (num_speculative_tokens=0) and learns again from new weights: {reason}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        self.draft_healthy = False
+        self._take_head(EagleHead(self.head.config, self.seed))
+        if self.controller is not None:
+            self.controller.draft_ready = False
+        return RefreshStats(draft_version=self.draft_version)
