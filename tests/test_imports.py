@@ -1,0 +1,136 @@
+"""Imports point one way: records, config ← gamma, engine ← draft ← backends ← training ← profile ← cli."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import spec_rollout
+
+PACKAGE = Path(spec_rollout.__file__).parent
+BELOW = {
+    "__init__": {"config", "records"},
+    "config": set(),
+    "records": {"config"},
+    "gamma": {"config", "records"},
+    "engine": {"config", "records"},
+    "draft": {"config", "records", "gamma", "engine"},
+    "backends": {"config", "records", "gamma", "engine", "draft"},
+    "training": {"config", "records", "gamma", "engine", "draft", "backends"},
+    "profile": {"config", "records", "gamma", "engine", "draft", "backends", "training"},
+    "cli": {"config", "records", "gamma", "engine", "draft", "backends", "training", "profile"},
+}
+"""What each part of the package may import, itself aside."""
+
+ABOVE = {"scripts", "tests", "trainers"}
+OPTIONAL = {"deepspeed", "matplotlib", "peft", "vllm"}
+"""Imported inside the functions that use them, so that the rest works without them."""
+
+TRL_HOSTS = {"training", "profile"}
+
+
+def imports(source: str) -> Iterator[tuple[int, str, bool]]:
+    """(line, dotted name, whether a function delays it) of each import that runs; TYPE_CHECKING blocks do not."""
+
+    def visit(node: ast.AST, delayed: bool) -> Iterator[tuple[int, str, bool]]:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.orelse:
+                yield from visit(child, delayed)
+            return
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, delayed) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield from ((node.lineno, f"{node.module}.{alias.name}", delayed) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, "." * node.level, delayed
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, delayed or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+
+    yield from visit(ast.parse(source), delayed=False)
+
+
+def wrong_arrows(part: str, source: str) -> list[str]:
+    """The imports of `source`, a module in `part` of the package, that the design forbids."""
+    wrong = []
+    for line, name, delayed in imports(source):
+        top, *rest = name.split(".")
+        if not top:
+            wrong.append(f"line {line}: a relative import; write the whole name")
+        elif top == "spec_rollout":
+            target = rest[0] if rest and rest[0] in BELOW else "records"
+            if target != part and target not in BELOW[part]:
+                wrong.append(f"line {line}: {part} must not import {name}")
+        elif top in ABOVE:
+            wrong.append(f"line {line}: the package must not import {top}, which stands above it")
+        elif part == "gamma" and top not in sys.stdlib_module_names | {"numpy"}:
+            wrong.append(f"line {line}: gamma is plain Python and NumPy, not {top}")
+        elif top in OPTIONAL and not delayed:
+            wrong.append(f"line {line}: import {top} inside the function that uses it")
+        elif top == "trl" and part not in TRL_HOSTS:
+            wrong.append(f"line {line}: TRL belongs to {' and '.join(sorted(TRL_HOSTS))}, not to {part}")
+    return wrong
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    assert part_of(path) in BELOW, f"{path.name} is in no part of the package that the design names"
+    assert wrong_arrows(part_of(path), path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ("engine", "from spec_rollout.gamma import GammaController"),
+        ("engine", "def f():\n    from spec_rollout.draft.eagle import EagleHead"),
+        ("engine", "import spec_rollout.backends.embedded"),
+        ("gamma", "from spec_rollout.engine.rows import Rows"),
+        ("gamma", "import torch"),
+        ("records", "from spec_rollout import engine"),
+        ("training", "from spec_rollout.cli import main"),
+        ("training", "from spec_rollout.profile.bench import main"),
+        ("draft", "from .eagle import EagleHead"),
+        ("draft", "from trl import GRPOTrainer"),
+        ("backends", "import vllm"),
+        ("profile", "import matplotlib.pyplot as plt"),
+        ("backends", "try:\n    from vllm import LLM\nexcept ImportError:\n    LLM = None"),
+        ("cli", "from scripts.make_reference_policy import main"),
+    ],
+)
+def test_a_wrong_arrow_is_found(part, source):
+    assert len(wrong_arrows(part, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ("records", "if TYPE_CHECKING:\n    from spec_rollout.engine.rows import Rows"),
+        ("backends", "def load():\n    from vllm import LLM"),
+        ("training", "from trl import GRPOTrainer\nfrom spec_rollout.backends.embedded import EmbeddedBackend"),
+        ("gamma", "import math\nimport numpy as np\nfrom spec_rollout.records import StepStats"),
+        ("cli", "from spec_rollout import SpecConfig"),
+    ],
+)
+def test_a_right_arrow_passes(part, source):
+    assert wrong_arrows(part, source) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("spec_rollout", {"torch", "transformers", "trl", "datasets", *OPTIONAL}),
+        ("spec_rollout.cli", {"torch", "transformers", "trl", "datasets", *OPTIONAL}),
+        ("spec_rollout.gamma", {"torch", "transformers", "trl", *OPTIONAL}),
+        ("spec_rollout.engine.engine", {"trl", "datasets", *OPTIONAL}),
+    ],
+)
+def test_an_import_stays_light(module, absent):
+    code = f"import sys, {module}; print(*sorted({absent!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    assert done.stdout.split() == []
