@@ -1,0 +1,175 @@
+"""A small causal LM trained from nothing on the arithmetic task and saved as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from spec_rollout.training.arithmetic import problems, sft_dataset
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+Size = Literal["tiny", "small", "base"]
+
+CONTEXT = 1024
+"""Tokens that the policy can attend to; its own completions end well before."""
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+SCALE_RATE = 3e-3
+"""Learning rate of embeddings and norms, which AdamW trains; the matrices learn by Muon, in half the steps."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Shape of the model and length of its training; every problem is seen once."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    num_problems: int
+    batch_size: int
+    learning_rate: float
+
+
+RECIPES: dict[str, Recipe] = {
+    "tiny": Recipe(4, 128, 2, 384, num_problems=8_000, batch_size=16, learning_rate=0.015),
+    "small": Recipe(8, 256, 4, 704, num_problems=8_800, batch_size=16, learning_rate=0.01),
+    "base": Recipe(12, 640, 10, 1792, num_problems=200_000, batch_size=32, learning_rate=0.006),
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with single digits, trained on the task; the same one for every seed and size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((p.prompt + p.solution for p in problems("sft", 2_000)), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A randomly initialised Llama of the recipe's shape; the caller seeds the generator."""
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=recipe.num_heads,
+        num_key_value_heads=recipe.num_heads // 2,
+        head_dim=recipe.hidden_size // recipe.num_heads,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        **special,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(do_sample=True, **special)
+    return model
+
+
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int, scratch: str) -> None:
+    """Supervised training on worked solutions, one pass over the data."""
+    import torch
+    from trl import SFTConfig, SFTTrainer
+
+    args = SFTConfig(
+        output_dir=scratch,
+        seed=seed,
+        num_train_epochs=1,
+        per_device_train_batch_size=recipe.batch_size,
+        train_sampling_strategy="group_by_length",
+        max_length=CONTEXT,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=0.05,  # of all steps
+        use_cpu=not torch.cuda.is_available(),
+        bf16=True,
+        gradient_checkpointing=False,
+        logging_steps=0.1,  # of all steps
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=sft_dataset(recipe.num_problems, seed),
+        processing_class=tokenizer,
+        optimizers=(make_optimizer(model, recipe.learning_rate), None),
+    ).train()
+
+
+def make_optimizer(model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
+    """Muon for the matrices of the layers, AdamW for the rest, behind one optimizer."""
+    import torch
+
+    class Both(torch.optim.Optimizer):
+        """Shares its parameter groups with its parts, so that a scheduler reaches them."""
+
+        def __init__(self, *parts: torch.optim.Optimizer):
+            super().__init__([group for part in parts for group in part.param_groups], {})
+            self.parts = parts
+
+        def step(self, closure=None):
+            for part in self.parts:
+                part.step()
+
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return Both(
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=SCALE_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+    )
+
+
+def make_reference_policy(out: str | Path, size: Size = "small", seed: int = 0) -> Path:
+    """Train a policy and save it as the folder `out`, which appears only when it is complete.
+
+    The same size, seed, machine and number of threads give the same weights.
+
+    Raises:
+        ValueError: an unknown size, or something already at `out`.
+    """
+    from transformers import set_seed
+
+    out = Path(out)
+    if size not in RECIPES:
+        raise ValueError(f"size={size!r} is unknown: choose one of {', '.join(RECIPES)}.")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder: remove it or choose another one.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    set_seed(seed)
+    tokenizer = make_tokenizer()
+    model = make_model(RECIPES[size], tokenizer)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        train(model, tokenizer, RECIPES[size], seed, scratch)
+        finished = Path(scratch) / "policy"
+        model.save_pretrained(finished)
+        tokenizer.save_pretrained(finished)
+        finished.replace(out)
+    return out
