@@ -1,0 +1,71 @@
+"""The `spec-rollout` command: finds the subcommand and hands it the rest of the line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+PROGRAM = "spec-rollout"
+
+
+def grpo(argv: Sequence[str]) -> None:
+    """train a policy with GRPO: --config FILE.yaml and any option of SpecGRPOConfig"""
+    from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
+    from spec_rollout.training.launch import launch
+
+    launch(SpecGRPOTrainer, SpecGRPOConfig, argv)
+
+
+def demo(argv: Sequence[str]) -> int | None:
+    """train a small policy three ways and compare reward and time"""
+    return import_module("spec_rollout.profile.demo").main(argv)
+
+
+def bench(argv: Sequence[str]) -> int | None:
+    """measure tokens per second against transformers and plain decoding"""
+    return import_module("spec_rollout.profile.bench").main(argv)
+
+
+def check(argv: Sequence[str]) -> int | None:
+    """compare token ids with and without speculation; exit 1 on any difference"""
+    return import_module("spec_rollout.profile.check").main(argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
+    command.__name__: command for command in (grpo, demo, bench, check)
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status: 2 for a command that is not known."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(f"{PROGRAM} {_version()}")
+        return 0
+    if name not in COMMANDS:
+        print(f"{PROGRAM}: unknown command {name!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    sys.argv[0] = f"{PROGRAM} {name}"  # what the subcommand's own usage message shows
+    return COMMANDS[name](rest) or 0
+
+
+def usage() -> str:
+    """The commands with their first lines."""
+    lines = [f"  {name:<8}{command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join([f"usage: {PROGRAM} COMMAND [options]   ({PROGRAM} COMMAND --help)", "", *lines])
+
+
+def _version() -> str:
+    try:
+        return version("spec-rollout")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+"""What touches TRL. Its classes are imported when they are first asked for."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spec_rollout.training.config import SpecGRPOConfig
+    from spec_rollout.training.grpo import SpecGRPOTrainer, make_rollout_func
+
+_HOMES = {"SpecGRPOConfig": "config", "SpecGRPOTrainer": "grpo", "make_rollout_func": "grpo"}
+
+__all__ = ["SpecGRPOConfig", "SpecGRPOTrainer", "make_rollout_func"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

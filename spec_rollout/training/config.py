@@ -1,0 +1,73 @@
+"""TRL's configurations with the sampler's options beside them as flat keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from transformers import GenerationConfig, TrainingArguments
+from trl import GRPOConfig
+
+from spec_rollout.config import SpecConfig
+from spec_rollout.training.sampling_params import sampling_params
+
+
+@dataclass
+class SpecGRPOConfig(SpecConfig, GRPOConfig):
+    r"""
+    Configuration class for the [`SpecGRPOTrainer`].
+
+    Every parameter of [`~trl.GRPOConfig`] and of [`SpecConfig`] is a flat key, on the command line and in YAML.
+
+    Parameters:
+        > Parameters that control speculative rollouts
+
+        num_speculative_tokens (`int`, *optional*):
+            Tokens that the draft guesses per step. If `None`, adapted to the batch size; `0` is plain decoding.
+
+        The others are described beside the fields of [`SpecConfig`]; `--help` prints them all.
+
+    Raises:
+        ValueError: a value out of its range, or an option of TRL that another sampler would have to serve.
+    """
+
+    def __post_init__(self):
+        GRPOConfig.__post_init__(self)
+        SpecConfig.__post_init__(self)
+        refuse_conflicts(self)
+
+    def spec_config(self) -> SpecConfig:
+        """The sampler's options alone."""
+        return spec_config(self)
+
+
+def spec_config(args: TrainingArguments) -> SpecConfig:
+    """The sampler's options in `args`; the defaults where `args` is a configuration of TRL's own."""
+    if not isinstance(args, SpecConfig):
+        return SpecConfig()
+    return SpecConfig(**{option.name: getattr(args, option.name) for option in fields(SpecConfig)})
+
+
+def refuse_conflicts(args: GRPOConfig) -> None:
+    """Refuse what the trainer would have to leave to another sampler, before a model is loaded.
+
+    Raises:
+        ValueError: naming the option and the remedy.
+    """
+    for name in ("use_vllm", "use_transformers_continuous_batching"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name}=True cannot be combined with speculative rollouts, which are sampled in the trainer's own "
+                f"process: set {name}=False, or use TRL's own trainer and configuration."
+            )
+    if args.max_completion_length is None:
+        raise ValueError(
+            "max_completion_length=None leaves completions unbounded: give a number of tokens, at least 1."
+        )
+    if args.temperature <= 0:
+        raise ValueError(
+            f"temperature={args.temperature} is out of range: a group needs completions that differ, and the loss "
+            "divides by it, so it must be above 0."
+        )
+    if args.generation_kwargs:
+        given = {"max_new_tokens": args.max_completion_length, "do_sample": True, **args.generation_kwargs}
+        sampling_params(GenerationConfig(**given))

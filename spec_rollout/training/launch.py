@@ -1,0 +1,182 @@
+"""From a YAML file and a command line to a trained policy, the same for every trainer."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from spec_rollout.training import arithmetic
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+ARITHMETIC = "arithmetic"
+ARITHMETIC_SPLITS = {"train": "rl", "test": "heldout"}
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class ScriptArguments:
+    r"""
+    What a run needs besides the trainer's and the model's options.
+
+    Parameters:
+        dataset_name (`str`, *optional*, defaults to `"arithmetic"`):
+            Dataset of the Hub, local folder, local file, or `"arithmetic"`.
+        dataset_config (`str`, *optional*):
+            Configuration of the dataset.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`):
+            Split to evaluate on, if the trainer evaluates.
+        dataset_size (`int`, *optional*):
+            Number of rows to use of each split.
+        reward_funcs (`list[str]`, *optional*):
+            Reward functions, by dotted path or `"arithmetic"`.
+    """
+
+    dataset_name: str = field(
+        default=ARITHMETIC,
+        metadata={
+            "help": "Dataset of the Hub, local folder, local file (.json, .jsonl, .parquet, .csv), or `arithmetic`, "
+            "which is built in. It needs a column `prompt` and what the reward functions read."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split to evaluate on, if the trainer evaluates (`eval_strategy`)."}
+    )
+    dataset_size: int | None = field(
+        default=None,
+        metadata={"help": "Number of rows to use of each split. `None` is all; 2000 for `arithmetic`."},
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions, by dotted path (`my_module.my_reward`, `trl.rewards.accuracy_reward`) or "
+            "`arithmetic`. `None` is the built-in dataset's own."
+        },
+    )
+
+
+def launch(trainer_class: type[Trainer], config_class: type[TrainingArguments], argv: Sequence[str] | None = None):
+    """Read the options, build the trainer, train, save; returns the trainer.
+
+    Args:
+        argv: command line, `sys.argv` if None: `--config FILE.yaml` and any option of `config_class`, TRL's
+            [`~trl.ModelConfig`] and [`ScriptArguments`].
+
+    Raises:
+        SystemExit: status 2, after saying which option is unknown or has a value that cannot be used.
+        ValueError: the dataset or a reward function cannot be loaded.
+    """
+    try:
+        script, training, model = parse(config_class, argv)
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    model_init_kwargs = {
+        "revision": model.model_revision,
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+    }
+    training.model_init_kwargs = model_init_kwargs | (training.model_init_kwargs or {})
+    trainer = trainer_class(
+        model=model.model_name_or_path,
+        reward_funcs=load_reward_funcs(script),
+        args=training,
+        train_dataset=load_split(script, script.dataset_train_split),
+        eval_dataset=load_split(script, script.dataset_test_split) if training.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    resume = training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model(training.output_dir)
+    return trainer
+
+
+def parse(
+    config_class: type[TrainingArguments], argv: Sequence[str] | None = None
+) -> tuple[ScriptArguments, TrainingArguments, ModelConfig]:
+    """The command line over the YAML file over the defaults.
+
+    Raises:
+        ValueError: an unknown option, in either place, a value out of its range, or a missing policy.
+    """
+    parser = TrlParser((ScriptArguments, config_class, ModelConfig), allow_abbrev=False)
+    script, training, model = parser.parse_args_and_config(argv)
+    if model.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing: give the policy's folder or its name on the Hub.")
+    return script, training, model
+
+
+def load_split(script: ScriptArguments, split: str) -> Dataset:
+    """One split of the dataset that `script` names.
+
+    Raises:
+        ValueError: it is not there, or has no prompts.
+    """
+    dataset = _load(script, split)
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"{script.dataset_name} has the columns {', '.join(dataset.column_names)} but no `prompt`: rename the one "
+            "that holds the prompts."
+        )
+    size = script.dataset_size
+    return dataset if size is None else dataset.select(range(min(size, len(dataset))))
+
+
+def _load(script: ScriptArguments, split: str) -> Dataset:
+    name, path = script.dataset_name, Path(script.dataset_name)
+    if name == ARITHMETIC:
+        if split not in ARITHMETIC_SPLITS:
+            raise ValueError(f"{name} has no split {split!r}: choose one of {', '.join(ARITHMETIC_SPLITS)}.")
+        return arithmetic.prompt_dataset(ARITHMETIC_SPLITS[split], script.dataset_size or 2000)
+    if path.is_file():
+        if path.suffix not in FILE_FORMATS:
+            raise ValueError(f"{name} is none of {', '.join(FILE_FORMATS)}: convert it to one of them.")
+        return load_dataset(FILE_FORMATS[path.suffix], data_files={split: str(path)}, split=split)
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():  # written by `save_to_disk`
+        saved = load_from_disk(name)
+        if not isinstance(saved, DatasetDict):
+            return saved
+        if split not in saved:
+            raise ValueError(f"{name} has no split {split!r}: choose one of {', '.join(saved)}.")
+        return saved[split]
+    if not path.exists() and (path.is_absolute() or path.suffix in FILE_FORMATS or name.startswith(".")):
+        raise ValueError(f"dataset_name={name} does not exist: give a dataset of the Hub, a folder or a file.")
+    return load_dataset(name, script.dataset_config, split=split)
+
+
+def load_reward_funcs(script: ScriptArguments) -> list[Callable]:
+    """The reward functions that `script` names.
+
+    Raises:
+        ValueError: there is none, or one cannot be imported.
+    """
+    names = script.reward_funcs or ([ARITHMETIC] if script.dataset_name == ARITHMETIC else [])
+    if not names:
+        raise ValueError(f"reward_funcs is missing: {script.dataset_name} has none of its own; give a dotted path.")
+    return [arithmetic.accuracy_reward if name == ARITHMETIC else _import(name) for name in names]
+
+
+def _import(dotted: str) -> Callable:
+    module, _, name = dotted.rpartition(".")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # a reward of the user's own lies beside the recipe
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"reward_funcs={dotted} cannot be imported ({error}): give `module.function`, found from the working "
+            f"directory, or `{ARITHMETIC}`."
+        ) from error

@@ -1,0 +1,62 @@
+"""What a trainer logs about its rollouts: sums over steps and ranks first, ratios of the sums afterwards."""
+
+from __future__ import annotations
+
+from spec_rollout.records import RefreshStats, RolloutStats
+
+PREFIX = "speculative/"
+
+
+def local_sums(
+    stats: RolloutStats, refresh: RefreshStats, seconds: float, version: int, healthy: bool
+) -> dict[str, float]:
+    """This rank's share of everything that `metrics` divides; the same keys in the same order on every rank.
+
+    `seconds` is what the rollouts took as the trainer saw it, with everything around the decode loop.
+    """
+    speculative = [step for step in stats.steps if step.gamma]
+    return {
+        "ranks": 1,
+        "steps": len(stats.steps),
+        "gammas": sum(step.gamma for step in stats.steps),
+        "emitted": stats.emitted,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "speculative_rows": sum(step.rows for step in speculative),
+        "speculative_emitted": sum(step.emitted for step in speculative),
+        "seconds": seconds,
+        "prefill_s": stats.prefill_s,
+        "draft_s": sum(step.draft_s for step in stats.steps),
+        "verify_s": sum(step.verify_s for step in stats.steps),
+        "host_s": sum(step.host_s for step in stats.steps),
+        "refresh_s": refresh.seconds,
+        "refresh_tokens": refresh.tokens,
+        "refresh_loss": refresh.loss * refresh.tokens if refresh.tokens else 0.0,
+        "draft_version": version,
+        "draft_healthy": float(healthy),
+    }
+
+
+def metrics(sums: dict[str, float]) -> dict[str, float]:
+    """The figures to log, from sums over all ranks. A ratio over nothing (no guess, no training) is left out.
+
+    Seconds are a rank's mean, and goodput is the tokens per second of one rank.
+    """
+    ranks = sums["ranks"]
+    figures = {
+        "num_speculative_tokens": sums["gammas"] / max(1, sums["steps"]),
+        "mean_acceptance_length": (
+            sums["speculative_emitted"] / sums["speculative_rows"] if sums["speculative_rows"] else 1.0
+        ),
+        "goodput": sums["emitted"] / sums["seconds"] if sums["seconds"] else 0.0,
+        "rollout_seconds": sums["seconds"] / ranks,
+        "refresh_seconds": sums["refresh_s"] / ranks,
+        "draft_version": sums["draft_version"] / ranks,
+        "draft_healthy": sums["draft_healthy"] / ranks,
+    }
+    figures |= {f"time_{part}": sums[f"{part}_s"] / ranks for part in ("prefill", "draft", "verify", "host")}
+    if sums["drafted"]:
+        figures["acceptance_rate"] = sums["accepted"] / sums["drafted"]
+    if sums["refresh_tokens"]:
+        figures["draft_loss"] = sums["refresh_loss"] / sums["refresh_tokens"]
+    return {PREFIX + name: value for name, value in figures.items()}

@@ -1,0 +1,189 @@
+"""The sampler that a TRL trainer calls: one object behind both the trainer classes and the rollout function."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from trl import GRPOTrainer
+from trl.extras.profiling import profiling_context
+from trl.models import unwrap_model_for_generation
+
+from spec_rollout.backends.embedded import EmbeddedBackend
+from spec_rollout.config import SpecConfig
+from spec_rollout.records import Completion, RefreshStats, SamplingParams
+from spec_rollout.training.metrics import local_sums, metrics
+from spec_rollout.training.sampling_params import sampling_params
+
+DRAFT_FOLDER = "draft"
+TEXT_FIELDS = ("token_type_ids", "mm_token_type_ids")
+
+
+class TrainerSampler:
+    """Draws a trainer's completions, lets the draft learn from them, and logs both.
+
+    The backend is made at the first generation, from the unwrapped policy. Completions depend on the trainer's seed,
+    rank, step, and on how many generation calls that step has made before: not on torch's random streams, which are
+    left as they were found.
+    """
+
+    def __init__(self, config: SpecConfig):
+        self.config = config
+        self.backend: EmbeddedBackend | None = None
+        self._draft_folder: Path | None = None
+        self._calls: dict[str, tuple[int, int]] = {}
+        self._seconds = 0.0
+        self._refreshed = RefreshStats()
+
+    def sample(
+        self, trainer: GRPOTrainer, prompts: Sequence[Sequence[int]], images: Any, fields: dict, *, clip: bool = False
+    ) -> list[Completion]:
+        """One completion per prompt entry, in order.
+
+        Args:
+            images, fields: what TRL's tokenization found besides text; they are refused.
+            clip: let a prompt that is near the end of the context have fewer new tokens, instead of refusing it.
+        """
+        refuse_multimodal(images, fields)
+        params = trainer_params(trainer)
+        began = time.perf_counter()
+        with _gathered(trainer) as policy, _own_random_stream(trainer):
+            if self.backend is None:
+                self._make_backend(policy, trainer._tokenizer)
+            with profiling_context(trainer, "spec_rollout.generate"):
+                completions = self.backend.generate(
+                    prompts,
+                    params,
+                    seed=self._seed(trainer),
+                    max_new_tokens=_limits(prompts, params, policy.config) if clip else None,
+                    collect=trainer.model.training,
+                )
+        self._seconds += time.perf_counter() - began
+        return completions
+
+    def refresh(self, trainer: GRPOTrainer) -> None:
+        """Let the draft learn from the rollouts since the last call."""
+        if self.backend is None:
+            return
+        with _gathered(trainer), _own_random_stream(trainer), profiling_context(trainer, "spec_rollout.refresh"):
+            self._refreshed = self.backend.refresh()
+
+    def log(self, trainer: GRPOTrainer) -> None:
+        """Append the figures of the rollouts since the last call to the trainer's metrics; every rank takes part."""
+        if self.backend is None:
+            return
+        backend = self.backend
+        sums = local_sums(
+            backend.take_stats(), self._refreshed, self._seconds, backend.draft_version, backend.draft_healthy
+        )
+        self._refreshed, self._seconds = RefreshStats(), 0.0
+        vector = torch.tensor(list(sums.values()), dtype=torch.float32, device=trainer.accelerator.device)
+        total = trainer.accelerator.reduce(vector, reduction="sum").tolist()
+        for name, value in metrics(dict(zip(sums, total, strict=True))).items():
+            trainer._metrics[_mode(trainer)][name].append(value)
+
+    def save(self, checkpoint: str | Path) -> None:
+        """Write the draft into the folder of a trainer's checkpoint; it appears there only when it is complete."""
+        folder, scratch = Path(checkpoint, DRAFT_FOLDER), Path(checkpoint, f".{DRAFT_FOLDER}")
+        shutil.rmtree(scratch, ignore_errors=True)
+        if self.backend is not None:
+            self.backend.save(scratch)
+        elif self._draft_folder is not None:
+            shutil.copytree(self._draft_folder, scratch)
+        if scratch.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(scratch, folder)
+
+    def load(self, checkpoint: str | Path) -> None:
+        """Take up the draft of a trainer's checkpoint, now or when the backend is made."""
+        folder = Path(checkpoint, DRAFT_FOLDER)
+        if not folder.is_dir():
+            if self.config.num_speculative_tokens != 0:
+                warnings.warn(f"{checkpoint} holds no draft: it starts as in a new run.", stacklevel=2)
+            return
+        self._draft_folder = folder
+        if self.backend is not None:
+            self.backend.load(folder)
+
+    def _make_backend(self, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        backend = EmbeddedBackend(policy, self.config, tokenizer)
+        if self._draft_folder is not None:
+            backend.load(self._draft_folder)
+        self.backend = backend
+
+    def _seed(self, trainer: GRPOTrainer) -> tuple[int, ...]:
+        """Five numbers that no other generation call of the run shares, and that a resumed run finds again."""
+        mode, step = _mode(trainer), trainer.state.global_step
+        last_step, calls = self._calls.get(mode, (step, 0))
+        call = calls if last_step == step else 0
+        self._calls[mode] = (step, call + 1)
+        return (trainer.args.seed, int(mode == "train"), trainer.accelerator.process_index, step, call)
+
+
+def trainer_params(trainer: GRPOTrainer) -> SamplingParams:
+    """The sampling parameters that a trainer's options come to.
+
+    Raises:
+        ValueError: an option that cannot be honoured.
+    """
+    own = getattr(trainer.accelerator.unwrap_model(trainer.model), "generation_config", None)
+    return sampling_params(trainer.generation_config, own, trainer.eos_token_ids)
+
+
+def refuse_multimodal(images: Any, fields: dict) -> None:
+    """Refuse everything but text.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    foreign = sorted(name for name, rows in fields.items() if name not in TEXT_FIELDS or any(map(any, rows)))
+    if images is not None or foreign:
+        found = ["images"] * (images is not None) + foreign
+        raise ValueError(
+            f"The prompts carry {', '.join(found)}, but speculative rollouts sample text-only policies: remove them "
+            "from the dataset, or use TRL's own trainer."
+        )
+
+
+def _mode(trainer: GRPOTrainer) -> str:
+    return "train" if trainer.model.training else "eval"
+
+
+def _limits(prompts: Sequence[Sequence[int]], params: SamplingParams, config: Any) -> list[int] | None:
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is None:
+        return None
+    return [max(1, min(params.max_new_tokens, context - len(prompt))) for prompt in prompts]
+
+
+@contextmanager
+def _gathered(trainer: GRPOTrainer) -> Iterator[nn.Module]:
+    """The unwrapped policy with all its weights, as TRL's own sampling has it."""
+    with (
+        unwrap_model_for_generation(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+        ) as policy,
+        trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
+    ):
+        yield policy
+
+
+@contextmanager
+def _own_random_stream(trainer: GRPOTrainer) -> Iterator[None]:
+    """Restores torch's random state, so that drafting, of whatever kind, cannot reach what is learned."""
+    device = trainer.accelerator.device
+    devices = [] if device.type in ("cpu", "mps") else [device.index or 0]
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        yield
