@@ -35,7 +35,9 @@ class SpecConfig:
     draft_refresh: bool = field(
         default=True, metadata={"help": "Train the draft head on the rollouts after each generation phase."}
     )
-    draft_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the draft head."})
+    draft_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the draft head. `None` follows its hidden size."}
+    )
     max_feature_tokens: int = field(
         default=16384,
         metadata={"help": "Tokens whose target features are kept for training the draft head; bounds its memory."},
@@ -55,7 +57,7 @@ class SpecConfig:
         bounds = (
             ("max_num_speculative_tokens", self.max_num_speculative_tokens >= 1, "at least 1"),
             ("max_slots", self.max_slots >= 1, "at least 1"),
-            ("draft_learning_rate", self.draft_learning_rate > 0, "above 0"),
+            ("draft_learning_rate", self.draft_learning_rate is None or self.draft_learning_rate > 0, "above 0, or None"),
             ("max_feature_tokens", self.max_feature_tokens >= 0, "0 or more"),
         )
         for name, holds, bound in bounds:

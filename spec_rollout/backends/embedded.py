@@ -23,8 +23,8 @@ from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import FixedGamma, GammaController
 from spec_rollout.records import Completion, RefreshStats, RolloutStats, SamplingParams
 
-COLD_STEPS = 60
-STEADY_STEPS = 6
+COLD_SHARE, SHARE = 1.0, 0.08
+"""Seconds of draft training per second of rollout: for a head that knows nothing, and later on."""
 
 
 class EmbeddedBackend:
@@ -56,6 +56,8 @@ class EmbeddedBackend:
         self.draft_healthy = True
         self._controller_state: dict | None = None
         self._slots = 1
+        self._allowance = 0.0
+        """Seconds that draft training may take: a share of the rollouts' time, less what it has taken."""
         if self.config.num_speculative_tokens != 0:
             self.view = PolicyView(model)
             self.buffer = FeatureBuffer(self.config.max_feature_tokens, seed=seed)
@@ -88,7 +90,11 @@ class EmbeddedBackend:
             self.drafter.buffer = self.buffer if collect and self.config.draft_refresh else None
             self._slots = max(self._slots, min(self.config.max_slots, len(prompts)))
             self._ready_controller()
-        return self.engine.generate(prompts, params, seed=seed, max_new_tokens=max_new_tokens)
+        before = self.engine.stats.seconds
+        completions = self.engine.generate(prompts, params, seed=seed, max_new_tokens=max_new_tokens)
+        if collect:
+            self._allowance += (self.engine.stats.seconds - before) * self._share()
+        return completions
 
     def refresh(self) -> RefreshStats:
         """Train the head on the rollouts since the last call; nothing happens without a head or with refresh off."""
@@ -96,13 +102,19 @@ class EmbeddedBackend:
             return RefreshStats(draft_version=self.draft_version)
         self.view.draft_ids = choose_vocabulary(self.buffer.samples, self.view.config.vocab_size, self.view.draft_ids)
         try:
-            stats = self.trainer.train(self.buffer, STEADY_STEPS if self.drafter.ready else COLD_STEPS)
+            stats = self.trainer.train(self.buffer, self._allowance)
         except FloatingPointError as error:
             return self._disable(str(error))
         self.buffer.advance()
+        self._allowance -= stats.seconds
+        if not stats.steps:
+            return RefreshStats(draft_version=self.draft_version)
         self._publish()
         stats.draft_version = self.draft_version
         return stats
+
+    def _share(self) -> float:
+        return SHARE if self.draft_version else COLD_SHARE
 
     def take_stats(self) -> RolloutStats:
         """Statistics of the rollouts since the last call."""
@@ -151,21 +163,19 @@ class EmbeddedBackend:
         self.draft_version += 1
         self.drafter.ready = True
         if self.controller is not None:
-            self.controller.draft_ready = True
             self.controller.draft_changed()
 
     def _ready_controller(self) -> None:
         """Plain decoding until there is a trained head; then measure once, and let the controller choose."""
-        if not self.drafter.ready:
-            return
         fixed = self.config.num_speculative_tokens
-        if self.controller is None:
-            if fixed is not None:
-                self.engine.controller = FixedGamma(fixed)
-            else:
-                cost = measured_cost(self.engine, self._slots, self.config.widest, self.config.calibration_cache)
-                self.engine.controller = GammaController(cost, self.config.widest)
-            if fixed is None and "cost" in (self._controller_state or {}):
+        if fixed is not None:
+            self.engine.controller = FixedGamma(fixed if self.drafter.ready else 0)
+        elif not self.drafter.ready:
+            self.engine.controller = FixedGamma(0)
+        elif not isinstance(self.controller, GammaController):
+            cost = measured_cost(self.engine, self._slots, self.config.widest, self.config.calibration_cache)
+            self.engine.controller = GammaController(cost, self.config.widest)
+            if "cost" in (self._controller_state or {}):
                 self.controller.load_state_dict(self._controller_state)
 
     def _disable(self, reason: str) -> RefreshStats:
@@ -177,6 +187,4 @@ class EmbeddedBackend:
         )
         self.draft_healthy = False
         self._take_head(EagleHead(self.head.config, self.seed))
-        if self.controller is not None:
-            self.controller.draft_ready = False
         return RefreshStats(draft_version=self.draft_version)

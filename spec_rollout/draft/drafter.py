@@ -130,5 +130,5 @@ class EagleDrafter:
         if self.buffer is None:
             return
         for slot in slots.tolist():
-            length, start = int(rows.lengths[slot]), int(rows.start[slot])
+            length, start = int(rows.lengths[slot]), int(rows.starts[slot])
             self.buffer.add(rows.tokens[slot, : length + 1].clone(), self.features[slot, :length].clone(), start)

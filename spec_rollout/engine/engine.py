@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from spec_rollout.config import SpecConfig
+from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.requests import make_requests
 from spec_rollout.engine.rollout import Rollout
 from spec_rollout.engine.target import Target
-from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.records import Completion, Controller, Drafter, RolloutStats, SamplingParams, StepStats
 
 
@@ -98,9 +97,15 @@ class RolloutEngine:
     def _choose(self, rollout: Rollout) -> int:
         if rollout.drafter is None:
             return 0
-        if self.controller is not None:
-            return self.controller.choose(rollout.rows.count, rollout.longest)
-        return self.config.num_speculative_tokens or 0
+        if self.controller is None:
+            return self.config.num_speculative_tokens or 0
+        gamma = self.controller.choose(rollout.rows.count, rollout.longest)
+        if not 0 <= gamma <= self.config.widest:
+            raise ValueError(
+                f"The controller chose num_speculative_tokens={gamma}; the slots have room for 0 to "
+                f"{self.config.widest}: bound it, or raise max_num_speculative_tokens."
+            )
+        return gamma
 
     def _account(self, step: StepStats, clock: list[float]) -> None:
         step.draft_s, step.verify_s, step.host_s = (b - a for a, b in zip(clock, clock[1:], strict=False))

@@ -18,13 +18,16 @@ class SlotCache(Cache):
     def __init__(self):
         super().__init__(layers=[])
         self.slots = self.capacity = 0
+        self.kind: object = None
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def allocate(self, slots: int, capacity: int) -> None:
-        """Make room for `slots` rows of `capacity` tokens; buffers that are large enough are kept."""
-        if slots > self.slots or capacity > self.capacity:
+    def allocate(self, slots: int, capacity: int, kind: object = None) -> None:
+        """Make room for `slots` rows of `capacity` tokens; buffers that are large enough are kept, unless `kind` (such
+        as dtype and device) is another than before."""
+        if slots > self.slots or capacity > self.capacity or kind != self.kind:
             self.slots, self.capacity = max(slots, self.slots), max(capacity, self.capacity)
+            self.kind = kind
             self.keys, self.values = [], []
 
     def window(self, start: int, stop: int, positions: Tensor, extent: int) -> SlotCache:

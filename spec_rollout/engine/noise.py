@@ -8,16 +8,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spec_rollout.engine.rows import Rows
+
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
+AHEAD = 32
+"""Most positions of a row for which noise is drawn at once."""
+AHEAD_NUMBERS = 2**22
+"""Most numbers that one draw for several positions may have."""
 
 
 def request_keys(seed: Sequence[int], count: int) -> list[tuple[int, int]]:
     """`count` distinct 64-bit keys, as pairs of signed 32-bit words, from any sequence of non-negative integers.
 
-    NumPy's `SeedSequence` mixes the integers, so neighbouring seeds, ranks and steps share nothing.
+    NumPy's `SeedSequence` mixes the integers, so neighbouring seeds, ranks and steps share nothing. It pads short
+    sequences with zeros; their length, appended, tells (1,) from (1, 0).
     """
-    words = np.random.SeedSequence(list(seed)).generate_state(2 * count, np.uint32).view(np.int32)
+    words = np.random.SeedSequence([*seed, len(seed)]).generate_state(2 * count, np.uint32).view(np.int32)
     return [tuple(pair) for pair in words.reshape(count, 2).tolist()]
 
 
@@ -57,3 +64,40 @@ def gumbel(keys: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     words = torch.cat(threefry(key, (lane, positions.to(torch.int32)[:, :, None])), dim=-1)[..., :vocab_size]
     uniform = words.bitwise_and_(0x7FFFFFFF).float().mul_(2.0**-31).add_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+class NoiseWindow:
+    """The noise of the rows' coming positions, drawn for many positions at once: a small vocabulary would otherwise pay
+    the fixed cost of the generator's hundred small operations in every step."""
+
+    def __init__(self, rows: Rows):
+        self.ahead = min(AHEAD, AHEAD_NUMBERS // (rows.slots * rows.vocab_size))
+        self.first = np.full(rows.slots, -(2**31))  # completion position of each slot's first column
+        self.window = torch.zeros(rows.slots, self.ahead, rows.vocab_size, device=rows.device)
+
+    def take(self, rows: Rows, width: int) -> Tensor:
+        """Noise [B, width, V] of the positions that the active rows sample next."""
+        if width > self.ahead:
+            return self._draw(rows, width)
+        active = slice(0, rows.count)
+        progress = rows.lengths[active] + 1 - rows.starts[active]
+        offset = progress - self.first[active]
+        if (offset + width > self.ahead).any():
+            self.window[active] = self._draw(rows, self.ahead)
+            self.first[active] = progress
+            return self.window[active, :width]
+        row = torch.arange(rows.count, device=rows.device)[:, None]
+        column = torch.from_numpy(offset).to(rows.device)[:, None] + torch.arange(width, device=rows.device)
+        return self.window[row, column]
+
+    def admit(self, first: int, last: int) -> None:
+        """Slots first..last-1 have new requests."""
+        self.first[first:last] = -(2**31)
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        self.window[target] = self.window[source]
+        self.first[target.cpu().numpy()] = self.first[source.cpu().numpy()]
+
+    def _draw(self, rows: Rows, width: int) -> Tensor:
+        steps = rows.progress()[:, None] + torch.arange(width, device=rows.device)
+        return gumbel(rows.key[: rows.count], steps, rows.vocab_size)

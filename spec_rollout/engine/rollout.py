@@ -28,7 +28,8 @@ EXTENT_STEP = 32
 
 NEAR_TIE = {torch.float32: 2e-4, torch.float64: 1e-10}
 """Two passes of different shape round differently; scores closer than this are decided by the canonical pass. Many
-times the rounding of a float32 forward pass, and rare: about one token in 10 000."""
+times the rounding of a float32 forward pass, and rare: about one token in 10 000. At a temperature below 1, which
+magnifies the rounding, the bound grows with it."""
 
 
 class Rollout:
@@ -41,10 +42,12 @@ class Rollout:
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
         slots = min(engine.config.max_slots, len(requests))
         capacity = _round_up(longest + engine.config.widest + 1, EXTENT_STEP)
-        self.cache.allocate(slots, capacity)
+        self.cache.allocate(slots, capacity, (self.target.dtype, device))
         self.rows = Rows(slots, capacity, self.target.vocab_size, device)
         self.scheduler = Scheduler(requests, slots)
         self.sampler = Sampler(params, self.rows)
+        self.invalid = torch.zeros(slots, dtype=torch.bool, device=device)  # active rows whose guesses were no token ids
+        self.near_tie = NEAR_TIE.get(self.target.precision, 0.0) / min(self.sampler.temperature, 1.0)
         self.stops = Stops(params, engine.tokenizer, device)
         self.eos = set(params.eos_token_ids)
         self.tokens = torch.zeros(len(requests), widest, dtype=torch.int64, device=device)
@@ -108,13 +111,23 @@ class Rollout:
 
     def propose(self, gamma: int, noise: Tensor | None) -> Tensor:
         """Guesses [B, γ]; [B, 0] when none are wanted or the drafter broke."""
-        nothing = self.rows.tokens[: self.rows.count, :0]
-        if gamma == 0 or self.drafter is None:
-            return nothing
-        guesses = self._guarded(lambda: self.drafter.propose(self.rows, gamma, noise, self.sampler.temperature))
+        guesses = None
+        if gamma and self.drafter is not None:
+            guesses = self._guarded(lambda: self._proposal(gamma, noise))
         if guesses is None:
-            return nothing
-        return guesses.clamp(0, self.rows.vocab_size - 1)  # an invalid id must not reach the embedding
+            guesses = self.rows.tokens[: self.rows.count, :0]
+        valid = guesses.clamp(0, self.rows.vocab_size - 1)  # an invalid id must not reach the embedding
+        self.invalid = (guesses != valid).any(1)
+        return valid
+
+    def _proposal(self, gamma: int, noise: Tensor | None) -> Tensor:
+        guesses = self.drafter.propose(self.rows, gamma, noise, self.sampler.temperature)
+        fits = guesses.dim() == 2 and len(guesses) == self.rows.count and guesses.shape[1] <= gamma
+        if not fits or guesses.dtype != torch.int64:
+            raise ValueError(
+                f"it guessed {guesses.dtype} {tuple(guesses.shape)} where int64 {(self.rows.count, gamma)} was wanted"
+            )
+        return guesses
 
     def forward(self, guesses: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Logits [B, γ + 1, V] and hidden states after the newest token and each guess, in one ragged pass."""
@@ -130,11 +143,14 @@ class Rollout:
         noise = None if noise is None else noise[:, : z.shape[1]]
         samples, margin = draw(z, noise)
         verdict = self._judge(guesses, samples)
-        close = margin < NEAR_TIE.get(self.target.dtype, 0.0)
+        close = margin < self.near_tie
         close &= torch.arange(close.shape[1], device=close.device) < verdict.emitted[:, None]
         close = close.any(1)
-        report = torch.stack([*verdict, close.long()]).cpu().numpy()  # the one point where the host waits
-        if report[-1].any():
+        flags = (close.long(), self.invalid[: self.rows.count].long())
+        report = torch.stack([*verdict, *flags]).cpu().numpy()  # the one point where the host waits
+        if report[5].any():
+            self._switch_off(ValueError(f"it guessed a token id outside the {self.rows.vocab_size} of the vocabulary"))
+        if report[4].any():
             samples = self._settle(samples, margin, noise, seen, close)
             verdict = self._judge(guesses, samples)
             report = torch.stack(verdict).cpu().numpy()
@@ -154,7 +170,7 @@ class Rollout:
         """Decide the near-ties of the rows `concerned` [B] by the canonical pass, so that a sample is the same
         whatever the shape of the pass. Rare, hence a loop over them."""
         samples = samples.clone()
-        close = (margin < NEAR_TIE[self.target.dtype]) & concerned[:, None]
+        close = (margin < self.near_tie) & concerned[:, None]
         for row, place in close.nonzero().tolist():
             known = self.rows.tokens[row, : self.rows.length[row] + 1]
             ids = torch.cat([known, self.inputs[row, 1 : place + 1]])
@@ -228,15 +244,18 @@ class Rollout:
         """A drafter that breaks is switched off for the rest of the rollout: it can cost speed, never tokens."""
         try:
             return call()
-        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-            self.drafter = None
-            warnings.warn(
-                f"The drafter broke and is off for the rest of this rollout, which goes on with plain decoding "
-                f"(num_speculative_tokens=0): {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        except Exception as error:  # whatever it is, the rollout goes on
+            self._switch_off(error)
             return None
+
+    def _switch_off(self, error: Exception) -> None:
+        self.drafter = None
+        warnings.warn(
+            f"The drafter broke and is off for the rest of this rollout, which goes on with plain decoding "
+            f"(num_speculative_tokens=0): {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _round_up(value: int, step: int) -> int:

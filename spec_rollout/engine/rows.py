@@ -28,7 +28,8 @@ class Rows:
         self.slots, self.capacity, self.vocab_size, self.device = slots, capacity, vocab_size, device
         self.count = 0
         self.lengths = np.zeros(slots, dtype=np.int64)
-        """`length`, as the host knows it."""
+        self.starts = np.zeros(slots, dtype=np.int64)
+        """`length` and `start`, as the host knows them."""
         self.tokens = torch.zeros(slots, capacity, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(slots, capacity, dtype=torch.float32, device=device)
         self.key = torch.zeros(slots, 2, dtype=torch.int32, device=device)
@@ -45,7 +46,8 @@ class Rows:
         start, limit, request, key0, key1 = torch.tensor(columns, device=self.device).unbind(1)
         self.start[slots], self.limit[slots], self.request[slots] = start, limit, request
         self.length[slots] = start - 1
-        self.lengths[slots] = [len(r.prompt) - 1 for r in requests]
+        self.starts[slots] = [len(r.prompt) for r in requests]
+        self.lengths[slots] = self.starts[slots] - 1
         self.key[slots] = torch.stack([key0, key1], 1).to(torch.int32)
         for counter in (self.drafted, self.accepted, self.steps):
             counter[slots] = 0
@@ -55,7 +57,8 @@ class Rows:
         for name in self.MOVED:
             state = getattr(self, name)
             state[target] = state[source]
-        self.lengths[target.cpu().numpy()] = self.lengths[source.cpu().numpy()]
+        src, dst = source.cpu().numpy(), target.cpu().numpy()
+        self.lengths[dst], self.starts[dst] = self.lengths[src], self.starts[src]
 
     def positions(self, width: int) -> Tensor:
         """Positions [B, width] that the active rows' next `width` inputs take."""

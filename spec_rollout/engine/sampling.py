@@ -12,18 +12,19 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from spec_rollout.engine.noise import gumbel
+from spec_rollout.engine.noise import NoiseWindow
 from spec_rollout.engine.rows import Rows
 from spec_rollout.records import SamplingParams
 
 
 class Sampler:
-    """Draws token(r, t) = argmax_v z[v] + G(key of r, t, v): an exact sample of softmax(z) (Gumbel-max) that depends on
-    nothing but the processed logits z, the request's key and the position. Greedy is the same with G = 0."""
+    """Draws token(r, t) = argmax_v z[v] + G(key of r, t, v): an exact sample of softmax(z) (Gumbel-max) that depends
+    on nothing but the processed logits z, the request's key and the position. Greedy is the same with G = 0."""
 
     def __init__(self, params: SamplingParams, rows: Rows):
         self.params = params
         self.warpers = _warpers(params)
+        self.window = None if params.greedy else NoiseWindow(rows)
         self.seen = None
         if params.repetition_penalty != 1:
             self.seen = torch.zeros(rows.slots, rows.vocab_size, dtype=torch.bool, device=rows.device)
@@ -35,10 +36,7 @@ class Sampler:
 
     def noise(self, rows: Rows, width: int) -> Tensor | None:
         """Gumbel noise [B, width, V] of the positions that the active rows sample next; None when greedy."""
-        if self.params.greedy:
-            return None
-        steps = rows.progress()[:, None] + torch.arange(width, device=rows.device)
-        return gumbel(rows.key[: rows.count], steps, rows.vocab_size)
+        return None if self.window is None else self.window.take(rows, width)
 
     def process(self, logits: Tensor, seen: Tensor | None) -> Tensor:
         """Processed logits [..., V] float32, in transformers' order: penalty, temperature, top-k, top-p, min-p."""
@@ -52,6 +50,8 @@ class Sampler:
 
     def admit(self, rows: Rows, first: int, prompts: list) -> None:
         """Slots first.. start with the tokens of their `prompts` seen."""
+        if self.window is not None:
+            self.window.admit(first, first + len(prompts))
         if self.seen is None:
             return
         for slot, prompt in enumerate(prompts, start=first):
@@ -65,7 +65,7 @@ class Sampler:
             return None
         along = torch.zeros(*inputs.shape, rows.vocab_size, dtype=torch.int8, device=rows.device)
         along.scatter_(2, inputs[..., None], 1)
-        return (along.cumsum(1) > 0) | self.seen[: rows.count, None]
+        return (along.cumsum(1, dtype=torch.int8) > 0) | self.seen[: rows.count, None]
 
     def commit(self, rows: Rows, samples: Tensor, emitted: Tensor) -> None:
         """Note the emitted prefix of `samples` [B, T] as seen."""
@@ -75,14 +75,18 @@ class Sampler:
         self.seen[: rows.count].scatter_(1, torch.where(kept, samples, samples[:, :1]), True)
 
     def copy(self, source: Tensor, target: Tensor) -> None:
+        if self.window is not None:
+            self.window.copy(source, target)
         if self.seen is not None:
             self.seen[target] = self.seen[source]
 
 
 def draw(z: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The sample [...] int64 and the score by which it beat the runner-up [...], of processed logits [..., V]."""
+    """The sample [...] int64 and the score by which it beat the runner-up [...], of processed logits [..., V]. Of two
+    equal scores the lower token id wins, as in transformers' argmax."""
     best, token = (z if noise is None else z + noise).topk(2, dim=-1)
-    return token[..., 0], best[..., 0] - best[..., 1]
+    margin = best[..., 0] - best[..., 1]
+    return torch.where(margin == 0, token.amin(-1), token[..., 0]), margin
 
 
 def log_probs(z: Tensor, tokens: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ class Target:
         self.context = getattr(self.config, "max_position_embeddings", None) or getattr(
             self.config, "n_positions", None
         )
-        self._probed = False
+        self.precision: torch.dtype | None = None
+        """Of the arithmetic; known once the model has been probed."""
 
     @property
     def device(self) -> torch.device:
@@ -46,8 +47,8 @@ class Target:
         weight = self.model.get_input_embeddings().weight
         if weight.numel() == 0:
             raise ValueError(
-                f"The policy's embedding has shape {tuple(weight.shape)}: its weights are partitioned (ZeRO-3) and not "
-                "gathered. Generate inside TRL's unwrap_model_for_generation, with ds3_gather_for_generation=True."
+                f"The policy's embedding has shape {tuple(weight.shape)}: its weights are partitioned (ZeRO-3) and "
+                "not gathered. Generate inside TRL's unwrap_model_for_generation, with ds3_gather_for_generation=True."
             )
         training = [module for module in self.model.modules() if module.training]
         configs = {id(m.config): m.config for m in self.model.modules() if hasattr(m, "_supports_sdpa")}.values()
@@ -57,9 +58,8 @@ class Target:
                 config._attn_implementation = self._attention(config._attn_implementation)
             self.model.eval()
             with torch.no_grad():
-                if not self._probed:
+                if self.precision is None:
                     self._probe()
-                    self._probed = True
                 yield
         finally:
             for config, implementation in zip(configs, attention, strict=True):
@@ -123,33 +123,44 @@ class Target:
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
 
     def _probe(self) -> None:
-        """Decode two ragged rows both ways; a model that ignores a mask, a position or the cache shows itself here."""
-        length, width = 6, 3
+        """Decode two ragged rows both ways; a model that ignores a mask, a position or the cache shows itself here,
+        and with an extent far beyond the rows also one that counts back from the cache's end."""
+        length, width, extent = 6, 3, min(512, self.context or 512)
         ids = (torch.arange(2 * length, device=self.device) * 7 % self.vocab_size).view(2, length)
         cache = SlotCache()
-        cache.allocate(2, length)
+        cache.allocate(2, extent)
         start = torch.tensor([3, 1], device=self.device)
         whole = torch.stack([self.model(input_ids=row[None], use_cache=False).logits[0] for row in ids])
         try:
             every = torch.arange(length, device=self.device).expand(2, -1)
-            self.forward(cache, (0, 2), ids[:, :3], every[:, :3], length)
+            self.forward(cache, (0, 2), ids[:, :3], every[:, :3], extent)
             positions = start[:, None] + torch.arange(width, device=self.device)
-            logits, _ = self.forward(cache, (0, 2), ids.gather(1, positions), positions, length)
-        except (TypeError, AttributeError, IndexError, RuntimeError, NotImplementedError) as error:
+            logits, _ = self.forward(cache, (0, 2), ids.gather(1, positions), positions, extent)
+        except Exception as error:  # whatever it trips over, it cannot
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} cannot decode ragged rows: {type(error).__name__}: {error}. {REMEDY}"
             ) from error
         expected = whole.gather(1, positions[..., None].expand_as(logits)).float()
         error = (logits.float() - expected).abs().max() / expected.std().clamp(min=1e-6)
-        bound = 1e-2 if self.dtype in (torch.float32, torch.float64) else 0.25
+        precision = _precision(whole)
+        bound = 1e-2 if precision in (torch.float32, torch.float64) else 0.25
         if not error <= bound:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} does not decode ragged rows as it reads whole sequences: its logits differ "
-                f"by {error:.2g} standard deviations (bound {bound}). {REMEDY}"
+                f"{type(self.model).__name__} does not decode ragged rows as it reads whole sequences: its logits "
+                f"differ by {error:.2g} standard deviations (bound {bound}). {REMEDY}"
             )
+        self.precision = precision
 
 
 REMEDY = "Sample it with TRL's own trainer, or use a policy with full or sliding-window softmax attention."
+
+
+def _precision(logits: Tensor) -> torch.dtype:
+    """The dtype whose digits `logits` carry: under autocast they may come as float32 and hold bfloat16 values."""
+    for narrow in (torch.bfloat16, torch.float16):
+        if torch.equal(logits, logits.to(narrow).to(logits.dtype)):
+            return narrow
+    return logits.dtype
 
 
 def _refuse_unsupported(model: nn.Module, config) -> None:

@@ -1,0 +1,61 @@
+"""Pictures of rollouts and of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spec_rollout.profile.demo import Run
+
+INK, ROWS, GUESSES, OURS, THEIRS = "#333333", "#9db8d2", "#d1495b", "#d1495b", "#66727c"
+
+
+def draw_demo(path: Path, baseline: Run, plain: Run, ours: Run) -> None:
+    """Three panels: one rollout through its steps, acceptance over training, and reward over wall time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "font.size": 10, "axes.edgecolor": INK, "text.color": INK})
+    figure, (rollout, acceptance, reward) = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    _rollout(rollout, ours)
+    lengths = [(i, s.mean_acceptance_length) for i, s in enumerate(ours.stats, start=1) if s.drafted]
+    acceptance.plot(*zip(*lengths, strict=True), color=OURS, marker="o", markersize=3)
+    acceptance.axhline(1, color=THEIRS, linewidth=1, linestyle=":")
+    acceptance.set(title="The draft learns and follows", xlabel="GRPO step", ylim=(0.9, None))
+    acceptance.set_ylabel("tokens per verify pass and row")
+    for run, name, colour in (
+        (baseline, "TRL's own sampler", THEIRS),
+        (plain, "ours, plain", ROWS),
+        (ours, "ours", OURS),
+    ):
+        elapsed = [sum(run.step_seconds[: i + 1]) for i in range(len(run.step_seconds))]
+        reward.plot(elapsed[: len(run.rewards)], _smooth(run.rewards), label=name, color=colour)
+    reward.set(title="The same learning, sooner", xlabel="seconds", ylabel="reward (mean of 5 steps)")
+    reward.legend(frameon=False)
+    for axis in (acceptance, reward):
+        axis.spines["right"].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _rollout(axis, ours: Run) -> None:
+    steps = ours.stats[-1].steps
+    seconds = [sum(s.seconds for s in steps[: i + 1]) for i in range(len(steps))]
+    axis.fill_between(seconds, [s.rows for s in steps], step="post", color=ROWS, linewidth=0)
+    axis.set(title="One rollout: as rows finish, more is guessed", xlabel="seconds", ylim=(0, None))
+    axis.set_ylabel("active rows", color="#5b7fa3")
+    guesses = axis.twinx()
+    guesses.plot(seconds, [s.gamma for s in steps], drawstyle="steps-post", color=GUESSES, linewidth=1.5)
+    guesses.set_ylabel("tokens guessed per row", color=GUESSES)
+    guesses.set_ylim(0, max(1, *(s.gamma for s in steps)) + 0.5)
+
+
+def _smooth(values: list[float], width: int = 5) -> list[float]:
+    return [
+        sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1])
+        for i in range(len(values))
+    ]

@@ -1,0 +1,111 @@
+"""What the checks and benchmarks run on: a policy from disk, prompts, and a head warmed up on them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from spec_rollout.backends.embedded import EmbeddedBackend
+from spec_rollout.config import SpecConfig
+from spec_rollout.records import SamplingParams
+from spec_rollout.training.arithmetic import problems
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WARM_UP_PROMPTS = 64
+
+
+class Policy(NamedTuple):
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    params: SamplingParams
+
+
+def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", required=True, help="folder or hub id of a causal language model")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is out of range: it must be at least 1")
+    return value
+
+
+def positives(text: str) -> list[int]:
+    """A comma-separated list of positive integers."""
+    return [positive(item) for item in text.split(",")]
+
+
+def load_policy(name: str, dtype: str, max_new_tokens: int) -> Policy:
+    """The policy on the first GPU if there is one, sampled at T = 1."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype]).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    eos = model.generation_config.eos_token_id
+    eos = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
+    return Policy(model, tokenizer, SamplingParams(max_new_tokens=max_new_tokens, eos_token_ids=tuple(eos)))
+
+
+def arithmetic_prompts(tokenizer: PreTrainedTokenizerBase, count: int, seed: int = 0) -> list[list[int]]:
+    """Token ids of held-out arithmetic problems."""
+    return [tokenizer(p.prompt)["input_ids"] for p in problems("heldout", count, seed)]
+
+
+def warm_backend(policy: Policy, config: SpecConfig, rounds: int = 3) -> EmbeddedBackend:
+    """A backend whose head has learned, from no checkpoint, on `rounds` rollouts of WARM_UP_PROMPTS prompts."""
+    backend = EmbeddedBackend(policy.model, config, policy.tokenizer)
+    for turn in range(rounds):
+        prompts = arithmetic_prompts(policy.tokenizer, WARM_UP_PROMPTS, seed=1000 + turn)
+        backend.generate(prompts, policy.params, seed=(turn,))
+        backend.refresh()
+    backend.take_stats()
+    return backend
+
+
+def hardware() -> dict:
+    """What a figure was measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
+
+
+def write_json(path: Path | None, figures: dict) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence]) -> None:
+    """Print a table; numbers to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Table(*header, box=None, header_style="bold")
+    for column in out.columns:
+        column.justify = "right"
+    for row in rows:
+        out.add_row(
+            *("–" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row)
+        )
+    Console().print(out)
