@@ -1,6 +1,6 @@
 """Train a small causal LM from nothing on worked arithmetic and save it as a Hugging Face folder.
 
-    python scripts/make_reference_policy.py --out policy --size small --seed 0
+python scripts/make_reference_policy.py --out policy --size small --seed 0
 """
 
 import argparse

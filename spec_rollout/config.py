@@ -57,7 +57,11 @@ class SpecConfig:
         bounds = (
             ("max_num_speculative_tokens", self.max_num_speculative_tokens >= 1, "at least 1"),
             ("max_slots", self.max_slots >= 1, "at least 1"),
-            ("draft_learning_rate", self.draft_learning_rate is None or self.draft_learning_rate > 0, "above 0, or None"),
+            (
+                "draft_learning_rate",
+                self.draft_learning_rate is None or self.draft_learning_rate > 0,
+                "above 0, or None",
+            ),
             ("max_feature_tokens", self.max_feature_tokens >= 0, "0 or more"),
         )
         for name, holds, bound in bounds:

@@ -18,7 +18,7 @@ from spec_rollout.records import Request, RolloutStats, SamplingParams
 PROMPT = 64
 REPEATS = 3
 BUDGET_S = 3.0
-"""Largest batches first are dear on a slow device: measuring ends when this is spent and the grid is complete enough."""
+"""The largest batches are dear on a slow device: past this, measuring ends once a quarter of the slots is covered."""
 
 
 def measured_cost(engine: RolloutEngine, slots: int, widest: int, folder: str | None) -> CostModel:

@@ -24,7 +24,7 @@ from spec_rollout.gamma import FixedGamma, GammaController
 from spec_rollout.records import Completion, RefreshStats, RolloutStats, SamplingParams
 
 COLD_SHARE, SHARE = 1.0, 0.08
-"""Seconds of draft training per second of rollout: for a head that knows nothing, and later on."""
+"""Seconds of draft training per second of rollout: for a head that knows nothing, and in the long run."""
 
 
 class EmbeddedBackend:
@@ -73,6 +73,11 @@ class EmbeddedBackend:
     def controller(self) -> GammaController | FixedGamma | None:
         return self.engine.controller
 
+    @property
+    def stats(self) -> RolloutStats:
+        """Statistics of the rollouts since `take_stats` was last called."""
+        return self.engine.stats
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -114,7 +119,8 @@ class EmbeddedBackend:
         return stats
 
     def _share(self) -> float:
-        return SHARE if self.draft_version else COLD_SHARE
+        """A head that knows nothing may learn for as long as its rollout took, and half as long with each version."""
+        return max(SHARE, COLD_SHARE * 0.5**self.draft_version)
 
     def take_stats(self) -> RolloutStats:
         """Statistics of the rollouts since the last call."""

@@ -22,7 +22,7 @@ def save_head(folder: str | Path, head: EagleHead, output_rows: Tensor, draft_id
     """Write `head` to `folder`, replacing it as a whole: a crash leaves the old folder or the new one.
 
     Args:
-        output_rows: [Vd, H], the policy's output head for the draft vocabulary, which serving engines want in the file.
+        output_rows: [Vd, H], the policy's output head for the draft vocabulary; serving engines want it in the file.
         draft_ids: [Vd] target ids, or None for the whole vocabulary; stored as the offset `d2t` that vLLM reads.
         extra: json-able state to keep beside the weights, under `spec_rollout` in the config.
     """
@@ -73,8 +73,9 @@ def load_head(folder: str | Path, wanted: HeadConfig) -> tuple[EagleHead, Tensor
     ]
     if wrong:
         raise ValueError(
-            f"{folder / WEIGHTS} does not hold the EAGLE-3 head that its {CONFIG} describes: {', '.join(sorted(wrong)[:4])} "
-            "is missing, foreign or of another shape. Export the head again, or start without draft_model_path."
+            f"{folder / WEIGHTS} does not hold the EAGLE-3 head that its {CONFIG} describes: "
+            f"{', '.join(sorted(wrong)[:4])} is missing, foreign or of another shape. "
+            "Export the head again, or start without draft_model_path."
         )
     head.load_state_dict({name: tensor.float() for name, tensor in given.items()})
     ids = None if offsets is None else offsets + torch.arange(len(offsets))
@@ -94,8 +95,8 @@ def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         return config, load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"{folder} is not a readable draft head ({type(error).__name__}: {error}): it needs an EAGLE-3 {CONFIG} and "
-            f"{WEIGHTS}. Give another draft_model_path, or none to start cold."
+            f"{folder} is not a readable draft head ({type(error).__name__}: {error}): it needs an EAGLE-3 {CONFIG} "
+            f"and {WEIGHTS}. Give another draft_model_path, or none to start cold."
         ) from error
 
 

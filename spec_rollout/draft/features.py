@@ -10,8 +10,8 @@ from torch import Tensor
 
 @dataclass
 class Sample:
-    """One rollout: `tokens` [n + 1] int64, `features` [n, F] (fused layers, then the final hidden state), the number of
-    prompt tokens, and the version of the policy that computed the features."""
+    """One rollout: `tokens` [n + 1] int64, `features` [n, F] (fused layers, then the final hidden state), the number
+    of prompt tokens, and the version of the policy that computed the features."""
 
     tokens: Tensor
     features: Tensor

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class PolicyView:
     """Reads the policy's weights where they are, so this half of the draft is never stale.
 
-    `draft_ids` [Vd] int64 are the target ids that the draft may guess, ascending; None stands for the whole vocabulary.
+    `draft_ids` [Vd] int64 are the target ids that the draft may guess, ascending; None is the whole vocabulary.
     """
 
     def __init__(self, model: nn.Module):
@@ -36,7 +36,7 @@ class PolicyView:
 
         Repeats what some models do after the output head: a soft cap (Gemma), a scale (Cohere, Granite).
         """
-        logits = F.linear(final.to(rows.dtype), rows).float() * getattr(self.config, "logit_scale", None or 1.0)
+        logits = F.linear(final.to(rows.dtype), rows).float() * (getattr(self.config, "logit_scale", None) or 1.0)
         logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if not cap else torch.tanh(logits / cap) * cap

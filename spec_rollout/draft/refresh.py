@@ -96,7 +96,8 @@ class DraftTrainer:
         return loss.detach()
 
     def loss(self, batch: Pack) -> Tensor:
-        """Mean Kullback-Leibler divergence over entries and unrolled steps (the gradient is that of soft cross-entropy), the steps weighted by `STEP_DECAY`."""
+        """Mean Kullback-Leibler divergence, whose gradient is that of soft cross-entropy, over entries and unrolled
+        steps; a further step weighs `STEP_DECAY` of the one before."""
         rows = self.view.output_rows()
         with torch.no_grad():
             final = batch.features[..., self.head.fc.in_features :].roll(-1, 1)  # the state that predicts token p + 2

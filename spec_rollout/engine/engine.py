@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -108,7 +109,7 @@ class RolloutEngine:
         return gamma
 
     def _account(self, step: StepStats, clock: list[float]) -> None:
-        step.draft_s, step.verify_s, step.host_s = (b - a for a, b in zip(clock, clock[1:], strict=False))
+        step.draft_s, step.verify_s, step.host_s = (b - a for a, b in pairwise(clock))
         self.stats.steps.append(step)
         if self.controller is not None:
             self.controller.observe(step)

@@ -67,8 +67,8 @@ def gumbel(keys: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 
 
 class NoiseWindow:
-    """The noise of the rows' coming positions, drawn for many positions at once: a small vocabulary would otherwise pay
-    the fixed cost of the generator's hundred small operations in every step."""
+    """The noise of the rows' coming positions, drawn for many positions at once: a small vocabulary would otherwise
+    pay the fixed cost of the generator's hundred small operations in every step."""
 
     def __init__(self, rows: Rows):
         self.ahead = min(AHEAD, AHEAD_NUMBERS // (rows.slots * rows.vocab_size))

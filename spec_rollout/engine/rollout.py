@@ -46,7 +46,9 @@ class Rollout:
         self.rows = Rows(slots, capacity, self.target.vocab_size, device)
         self.scheduler = Scheduler(requests, slots)
         self.sampler = Sampler(params, self.rows)
-        self.invalid = torch.zeros(slots, dtype=torch.bool, device=device)  # active rows whose guesses were no token ids
+        self.invalid = torch.zeros(
+            slots, dtype=torch.bool, device=device
+        )  # active rows whose guesses were no token ids
         self.near_tie = NEAR_TIE.get(self.target.precision, 0.0) / min(self.sampler.temperature, 1.0)
         self.stops = Stops(params, engine.tokenizer, device)
         self.eos = set(params.eos_token_ids)

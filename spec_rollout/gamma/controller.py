@@ -15,7 +15,7 @@ MARGIN = 0.01
 OTHER_BATCH = 1.25
 """Factor of batch size beyond which γ is chosen afresh, without the margin."""
 DWELL = 4
-"""Steps that a choice or a probe lasts at least while the batch stays alike; the first may pay the draft's catch-up."""
+"""Least steps of a choice or a probe while the batch stays alike; the first may pay the draft's catch-up."""
 PROBE_SHARE = 0.005
 """Share of the decoding time that probes may lose."""
 PURSE = 3.0

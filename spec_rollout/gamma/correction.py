@@ -36,7 +36,7 @@ class Correction:
 
     factor = common + deviation of the cell. The first steps set the common factor. From then on a Kalman filter with a
     diagonal covariance tracks both: a surprise goes to whichever is less certain, so a new cell learns its own
-    deviation within a few steps, and a machine that slows down as a whole moves all cells. A cell that was not measured takes a
+    deviation within a few steps, and a machine that slows down as a whole moves all cells. A cell not measured takes a
     kernel average of its neighbours' deviations.
 
     An interrupted step is only ever slower: the first step at another number of tokens (it may pay the draft's
@@ -53,7 +53,7 @@ class Correction:
         self._predictions: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # since the last change
 
     def predict(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Log factor for passes of `rows` rows, and the standard error of its part that is not common; [TOKENS] each."""
+        """Log factor for passes of `rows` rows, and the standard error of what is not common; [TOKENS] each."""
         bucket = row_bucket(rows)
         if bucket in self._predictions:
             return self._predictions[bucket]

@@ -81,7 +81,7 @@ class CostModel:
         return base + rows * (self._per_row + self._per_token * tokens) * context
 
     def draft_seconds(self, rows: int, gammas: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Calibrated seconds [N] of guessing each of `gammas` [N] tokens for `rows` rows; proportional below the grid."""
+        """Calibrated seconds [N] of guessing each of `gammas` [N] tokens for `rows` rows; linear below the grid."""
         gammas = np.asarray(gammas, dtype=float)
         if self._draft is None:
             return np.zeros_like(gammas)
@@ -97,7 +97,7 @@ class CostModel:
         return seconds, _widen(error, max_gamma)
 
     def observe(self, stats: StepStats) -> None:
-        """Learn from a step. Only the sum of its seconds is used: on an asynchronous device the split means nothing."""
+        """Learn from a step; only the sum of its seconds, as on an asynchronous device the split means nothing."""
         if stats.rows < 1 or stats.gamma < 0 or not 0 < stats.seconds < math.inf:
             return
         calibrated = self._calibrated(stats.rows, stats.gamma, stats.context)[stats.gamma]

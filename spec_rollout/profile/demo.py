@@ -25,6 +25,7 @@ from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
 from spec_rollout.training.arithmetic import accuracy_reward, prompt_dataset
 from spec_rollout.training.reference_policy import make_reference_policy
 
+BATCH_SIZE, COMPLETION_TOKENS = 48, 320
 SKIPPED_STEPS = 1
 """The first step warms up caches and, in our sampler, decodes without a draft; it counts in no speed-up but its draft
 training is charged like any other."""
@@ -113,9 +114,9 @@ def train(name: str, trainer_class: type, policy: Path, args: argparse.Namespace
         output_dir=str(args.out / "runs" / name.replace(" ", "-").replace(",", "").replace("'", "")),
         max_steps=args.steps,
         seed=args.seed,
-        per_device_train_batch_size=48,
+        per_device_train_batch_size=BATCH_SIZE,
         num_generations=8,
-        max_completion_length=320,
+        max_completion_length=COMPLETION_TOKENS,
         learning_rate=1e-4,
         lr_scheduler_type="constant",
         beta=0.0,
@@ -195,8 +196,8 @@ def _report(args: argparse.Namespace, figures: dict, ours: Run) -> None:
     print(
         f"reward {figures['reward_first']:.2f} -> {figures['reward_last']:.2f} in {figures['steps']} steps\n"
         f"rollouts {figures['rollout_speedup']:.2f} x as fast as TRL's own sampler "
-        f"({figures['rollout_speedup_vs_plain']:.2f} x our plain decoding), whole steps {figures['step_speedup']:.2f} x, "
-        "draft training charged\n"
+        f"({figures['rollout_speedup_vs_plain']:.2f} x our plain decoding), whole steps "
+        f"{figures['step_speedup']:.2f} x, draft training charged\n"
         f"mean acceptance length {figures['mean_acceptance_length_first']:.2f} -> "
         f"{figures['mean_acceptance_length_last']:.2f}"
     )

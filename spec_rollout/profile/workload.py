@@ -48,10 +48,17 @@ def positives(text: str) -> list[int]:
 
 
 def load_policy(name: str, dtype: str, max_new_tokens: int) -> Policy:
-    """The policy on the first GPU if there is one, sampled at T = 1."""
+    """The policy on the first GPU if there is one, sampled at T = 1.
+
+    Raises:
+        SystemExit: nothing that can be loaded is there; the message says so.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype]).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype]).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise SystemExit(f"--policy {name} cannot be loaded: {str(error).splitlines()[0]}") from error
     eos = model.generation_config.eos_token_id
     eos = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
     return Policy(model, tokenizer, SamplingParams(max_new_tokens=max_new_tokens, eos_token_ids=tuple(eos)))

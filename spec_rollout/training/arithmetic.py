@@ -1,9 +1,10 @@
 """Multi-step arithmetic with worked solutions: a task to train a policy on from nothing, and then to reinforce.
 
-A problem is a chain of additions, subtractions and doublings, worked from left to right. Its solution takes one step
-per line and ends with `Answer: N`. A step is worked in one of two ways, picked at random: *direct* (`47+38=85`), short
-and easy to get wrong, or *split* (`47+30=77, 77+8=85`), longer and safer. A policy trained on the mixture is right some
-of the time and can learn to be right more often, and its completions are of very uneven length.
+A problem is a chain of additions, subtractions and doublings, worked from left to right. Its solution writes what is
+left of the chain line by line and ends with `Answer: N`. A step is taken in one of two ways, picked at random: at once
+(`47+38-5`, `85-5`), short and easy to get wrong, or with the operand split first (`47+30+8-5`, `77+8-5`, `85-5`), long
+and safer. A policy trained on the mixture is right some of the time and can learn to be right more often, and its
+completions are of very uneven length.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Split = Literal["sft", "rl", "heldout"]
+Part = Literal["sft", "rl", "heldout"]
 
-STEP_WEIGHTS = (0, 6, 7, 8, 8, 7, 6, 5, 4, 3, 3, 2, 2, 2, 1, 1)
-"""Odds of a problem having 1, 2, ... 16 steps; the tail makes a few completions much longer than most."""
+STEP_WEIGHTS = (0, 5, 7, 7, 6, 4, 3, 2, 2, 1)
+"""Odds of a problem having 1, 2, ... 10 steps; the tail makes a few completions much longer than most."""
 
 LARGEST_TOTAL, LARGEST_OPERAND = 199, 49
-DOUBLE_ODDS = 0.3
+DOUBLE_ODDS = 0.25
 """Share of the steps that double, where the total allows it."""
 SPLIT_ODDS = 0.5
-"""Share of the two-digit operands that are worked in two parts."""
+"""Share of the two-digit operands that are split before they are added or subtracted."""
 
-QUESTIONS = ("Work out {expression}", "Compute {expression}", "What is {expression}")
+QUESTIONS = ("Work out {chain}", "Compute {chain}", "What is {chain}")
 OPENINGS = ("Let us go step by step.", "We work from left to right.", "Step by step:", "")
-LINES = ("{work}", "so {work}", "then {work}", "next {work}")
+LINES = ("{chain}", "so {chain}", "then {chain}", "next {chain}")
 CLOSINGS = ("That is all.", "Done.", "")
 
 ANSWER = re.compile(r"^Answer:[ \t]*(-?\d{1,9})\s*$", re.MULTILINE)
@@ -45,18 +46,31 @@ class Problem:
     num_steps: int
 
 
-def work(total: int, operator: str, n: int, split: bool) -> tuple[str, int]:
-    """The working of `total operator n` on one line, and its result; `split` adds tens and ones apart."""
-    result = {"+": total + n, "-": total - n, "*": total * n}[operator]
-    tens, ones = n // 10 * 10, n % 10
-    if not split or operator == "*" or not tens or not ones:
-        return f"{total}{operator}{n}={result}", result
-    between = total + tens if operator == "+" else total - tens
-    return f"{total}{operator}{tens}={between}, {between}{operator}{ones}={result}", result
+Step = tuple[str, int]
+"""An operator (`+`, `-`, `*`) and its operand."""
 
 
-def draw_step(rng: random.Random, total: int) -> tuple[str, int]:
-    """An operator and an operand that keep `total` between 0 and LARGEST_TOTAL."""
+def apply(total: int, step: Step) -> int:
+    """What `total` becomes."""
+    operator, n = step
+    return {"+": total + n, "-": total - n, "*": total * n}[operator]
+
+
+def split(step: Step) -> list[Step]:
+    """A two-digit sum or difference as tens and ones; any other step as it is."""
+    operator, n = step
+    if operator == "*" or n < 10 or n % 10 == 0:
+        return [step]
+    return [(operator, n // 10 * 10), (operator, n % 10)]
+
+
+def chain(total: int, steps: list[Step]) -> str:
+    """`47+38-5` for 47 and its steps."""
+    return str(total) + "".join(f"{operator}{n}" for operator, n in steps)
+
+
+def draw_step(rng: random.Random, total: int) -> Step:
+    """A step that keeps `total` between 0 and LARGEST_TOTAL."""
     if 0 < total * 2 <= LARGEST_TOTAL and rng.random() < DOUBLE_ODDS:
         return "*", 2
     n = rng.randint(2, LARGEST_OPERAND)
@@ -64,24 +78,38 @@ def draw_step(rng: random.Random, total: int) -> tuple[str, int]:
     return rng.choice(choices), n
 
 
+def solve(rng: random.Random, total: int, steps: list[Step]) -> tuple[list[str], int]:
+    """What is left of the chain after each step, splits included, and the number it comes to."""
+    lines, left = [], list(steps)
+    while left:
+        parts = split(left[0]) if rng.random() < SPLIT_ODDS else left[:1]
+        if len(parts) > 1:
+            left[:1] = parts
+            lines.append(chain(total, left))
+        for part in parts:
+            total = apply(total, part)
+            del left[0]
+            lines.append(chain(total, left))
+    return lines, total
+
+
 def draw_problem(rng: random.Random) -> Problem:
     """A random problem; the random stream decides the numbers, the wording and the way of the solution."""
-    total = rng.randint(2, 99)
-    num_steps = 1 + rng.choices(range(len(STEP_WEIGHTS)), STEP_WEIGHTS)[0]
-    expression, lines = str(total), [rng.choice(OPENINGS)]
-    for _ in range(num_steps):
-        operator, n = draw_step(rng, total)
-        expression += f"{operator}{n}"
-        worked, total = work(total, operator, n, split=rng.random() < SPLIT_ODDS)
-        lines.append(rng.choice(LINES).format(work=worked))
-    lines += [rng.choice(CLOSINGS), f"Answer: {total}"]
-    prompt = rng.choice(QUESTIONS).format(expression=expression) + "\n"
-    return Problem(prompt, "\n".join(line for line in lines if line), total, num_steps)
+    total = start = rng.randint(2, 99)
+    steps: list[Step] = []
+    for _ in range(1 + rng.choices(range(len(STEP_WEIGHTS)), STEP_WEIGHTS)[0]):
+        steps.append(draw_step(rng, total))
+        total = apply(total, steps[-1])
+    worked, answer = solve(rng, start, steps)
+    lines = [rng.choice(OPENINGS), *(rng.choice(LINES).format(chain=line) for line in worked)]
+    lines += [rng.choice(CLOSINGS), f"Answer: {answer}"]
+    prompt = rng.choice(QUESTIONS).format(chain=chain(start, steps)) + "\n"
+    return Problem(prompt, "\n".join(line for line in lines if line), answer, len(steps))
 
 
-def problems(split: Split, count: int, seed: int = 0) -> list[Problem]:
-    """`count` problems of a split; splits draw from separate random streams."""
-    rng = random.Random(f"arithmetic/{split}/{seed}")
+def problems(part: Part, count: int, seed: int = 0) -> list[Problem]:
+    """`count` problems of a part of the data; parts draw from separate random streams."""
+    rng = random.Random(f"arithmetic/{part}/{seed}")
     return [draw_problem(rng) for _ in range(count)]
 
 
@@ -92,11 +120,11 @@ def sft_dataset(count: int, seed: int = 0) -> Dataset:
     return Dataset.from_list([{"prompt": p.prompt, "completion": p.solution} for p in problems("sft", count, seed)])
 
 
-def prompt_dataset(split: Split, count: int, seed: int = 0) -> Dataset:
+def prompt_dataset(part: Part, count: int, seed: int = 0) -> Dataset:
     """Columns `prompt` and `answer`, for TRL's GRPO, RLOO and PPO trainers."""
     from datasets import Dataset
 
-    return Dataset.from_list([{"prompt": p.prompt, "answer": p.answer} for p in problems(split, count, seed)])
+    return Dataset.from_list([{"prompt": p.prompt, "answer": p.answer} for p in problems(part, count, seed)])
 
 
 def final_answer(text: str) -> int | None:

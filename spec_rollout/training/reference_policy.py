@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from spec_rollout.training.arithmetic import problems, sft_dataset
+from spec_rollout.training.arithmetic import problems
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Size = Literal["tiny", "small", "base"]
 
-CONTEXT = 1024
+CONTEXT, ROW = 1024, 512
+"""Tokens that the policy can attend to, and that a packed row of training data has."""
 """Tokens that the policy can attend to; its own completions end well before."""
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -37,9 +39,9 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "tiny": Recipe(4, 128, 2, 384, num_problems=8_000, batch_size=16, learning_rate=0.015),
-    "small": Recipe(8, 256, 4, 704, num_problems=8_800, batch_size=16, learning_rate=0.01),
-    "base": Recipe(12, 640, 10, 1792, num_problems=200_000, batch_size=32, learning_rate=0.006),
+    "tiny": Recipe(4, 128, 2, 384, num_problems=8_000, batch_size=4, learning_rate=0.015),
+    "small": Recipe(8, 256, 4, 704, num_problems=7_400, batch_size=4, learning_rate=0.01),
+    "base": Recipe(12, 640, 10, 1792, num_problems=200_000, batch_size=16, learning_rate=0.006),
 }
 
 
@@ -91,9 +93,32 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrained
     return model
 
 
+def packed_rows(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> Dataset:
+    """`count` worked problems, packed in order into rows of ROW tokens: columns input_ids, labels and position_ids.
+
+    Positions start anew with each problem, by which transformers' attention tells the problems of a row apart; prompts
+    carry no label.
+    """
+    from datasets import Dataset
+
+    rows, row = [], {"input_ids": [], "labels": [], "position_ids": []}
+    for problem in problems("sft", count, seed):
+        prompt = tokenizer(problem.prompt)["input_ids"]
+        solution = [*tokenizer(problem.solution)["input_ids"], tokenizer.eos_token_id]
+        room = ROW - len(row["input_ids"])
+        row["input_ids"] += (prompt + solution)[:room]
+        row["labels"] += ([-100] * len(prompt) + solution)[:room]
+        row["position_ids"] += range(len(prompt + solution))[:room]
+        if len(row["input_ids"]) == ROW:
+            rows.append(row)
+            row = {name: [] for name in row}
+    return Dataset.from_list(rows)
+
+
 def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int, scratch: str) -> None:
     """Supervised training on worked solutions, one pass over the data."""
     import torch
+    from transformers import default_data_collator
     from trl import SFTConfig, SFTTrainer
 
     args = SFTConfig(
@@ -101,12 +126,11 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
         seed=seed,
         num_train_epochs=1,
         per_device_train_batch_size=recipe.batch_size,
-        train_sampling_strategy="group_by_length",
-        max_length=CONTEXT,
-        learning_rate=recipe.learning_rate,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
         lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=0.05,  # of all steps
+        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        warmup_steps=20,
         use_cpu=not torch.cuda.is_available(),
         bf16=True,
         gradient_checkpointing=False,
@@ -115,13 +139,16 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    model.config.use_cache = False  # with a cache, transformers would not look for the problems within a row
     SFTTrainer(
         model=model,
         args=args,
-        train_dataset=sft_dataset(recipe.num_problems, seed),
+        data_collator=default_data_collator,
+        train_dataset=packed_rows(tokenizer, recipe.num_problems, seed),
         processing_class=tokenizer,
         optimizers=(make_optimizer(model, recipe.learning_rate), None),
     ).train()
+    model.config.use_cache = True
 
 
 def make_optimizer(model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:

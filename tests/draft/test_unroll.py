@@ -19,7 +19,9 @@ VOCAB, HIDDEN, LENGTHS = 61, 32, (9, 14, 5)
 def policy():
     torch.manual_seed(0)
     shape = dict(vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=5)
-    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64))
+    return LlamaForCausalLM(
+        LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,85 @@
+"""In bfloat16 a token may flip at a near-tie; nothing else may differ.
+
+Every first divergence between plain and speculative decoding is scored again, and the two candidates must lie within
+the band in which two plain decodes of other shapes differ.
+"""
+
+import pytest
+import torch
+
+from spec_rollout.config import SpecConfig
+from spec_rollout.draft.references import OracleDrafter, RandomDrafter
+from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.engine.noise import gumbel, request_keys
+from spec_rollout.engine.target import Target
+from spec_rollout.records import SamplingParams
+from tests.engine.recorded import common, difference, recorded
+from tests.tiny import PROMPTS, Scripted, make_policy
+
+PARAMS = SamplingParams(max_new_tokens=24)
+PLAIN = SpecConfig(num_speculative_tokens=0)
+
+
+def scores(model, index: int, known: list[int], position: int) -> torch.Tensor:
+    """Logits plus noise [V] of one token, from a pass over the whole sequence."""
+    with torch.no_grad():
+        z = model(torch.tensor([known]), use_cache=False).logits[0, -1].float()
+    key = torch.tensor([request_keys((0,), len(PROMPTS))[index]], dtype=torch.int32)
+    return z + gumbel(key, torch.tensor([[position]]), len(z))[0, 0]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
+def test_divergences_are_near_ties(name, autocast):
+    model = make_policy(name, torch.float32 if autocast else torch.bfloat16)
+    if autocast:  # as accelerate wraps a policy under `bf16=True`
+        model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    batched, a = recorded(RolloutEngine(model, PLAIN), PROMPTS, PARAMS)
+    single, b = recorded(RolloutEngine(model, SpecConfig(num_speculative_tokens=0, max_slots=1)), PROMPTS, PARAMS)
+    places = common(batched, single)
+    whole = {}
+    for index, position in places[::5]:
+        known = [*PROMPTS[index], *batched[index].token_ids[:position]]
+        with torch.no_grad():
+            whole[index, position] = model(torch.tensor([known]), use_cache=False).logits[0, -1].float()
+    band = max(difference(a, b, places), difference(a, whole, list(whole)))
+    assert band < 0.25  # of logits whose standard deviation is about 2: rounding, not a mistake
+
+    # two candidates, each off by the band in either of two passes; the band is a maximum over a sample: twice that
+    bound = 4 * band
+    margins = []
+    for drafter, gammas, slots in (
+        (OracleDrafter(batched), (7, 3, 0, 1), 64),
+        (OracleDrafter(batched), (5,), 2),
+        (RandomDrafter(), (2, 6), 64),
+    ):
+        engine = RolloutEngine(model, SpecConfig(max_slots=slots), drafter=drafter, controller=Scripted(*gammas))
+        got, c = recorded(engine, PROMPTS, PARAMS)
+        assert difference(a, c, common(batched, got)) <= max(2 * band, 1e-6)
+        assert engine.stats.drafted > 0
+        assert isinstance(drafter, RandomDrafter) or engine.stats.mean_acceptance_length > 1.5
+        for index, position in common(batched, got):
+            mine, theirs = batched[index].token_ids[position], got[index].token_ids[position]
+            if mine != theirs or position % 10 == 0:
+                score = scores(model, index, [*PROMPTS[index], *got[index].token_ids[:position]], position)
+                best = score.topk(2).values
+                margins.append(float(best[0] - best[1]))
+                assert abs(float(score[mine] - score[theirs])) <= bound
+    assert sum(m > bound for m in margins) > 0.5 * len(margins)  # the bound tells near-ties from the rest
+
+
+def test_autocast_is_known_for_what_it_is():
+    """Weights of float32, arithmetic of bfloat16: the probe allows for its rounding, and near-ties are left alone."""
+    model = make_policy("llama")
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    engine = RolloutEngine(model, PLAIN)
+    engine.generate(PROMPTS, SamplingParams(max_new_tokens=20, temperature=0))
+    assert engine.target.dtype == torch.float32 and engine.target.precision == torch.bfloat16
+    assert engine.stats.near_ties == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_precision(dtype):
+    target = Target(make_policy("llama", dtype))
+    with target.rollout():
+        assert target.precision == dtype

@@ -1,0 +1,110 @@
+"""The commands on a random policy: what they print and write, and what they refuse."""
+
+import json
+
+import pytest
+
+from spec_rollout import cli
+from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.profile import bench, check, demo, workload
+from spec_rollout.training.reference_policy import Recipe, make_model, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random policy with the task's tokenizer, as `make_reference_policy` lays it out."""
+    path = tmp_path_factory.mktemp("made") / "policy"
+    tokenizer = make_tokenizer()
+    make_model(Recipe(2, 64, 2, 64, 0, 0, 0.0), tokenizer).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(workload, "WARM_UP_PROMPTS", 4)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+CHECK = ["--gammas", "0,2,random", "--batch-sizes", "1,4", "--num-prompts", "6", "--max-new-tokens", "12"]
+
+
+@pytest.mark.parametrize("drafter", ["head", "random", "oracle"])
+def test_check_finds_no_difference(folder, tmp_path, drafter):
+    out = tmp_path / "check.json"
+    assert cli.main(["check", "--policy", str(folder), *CHECK, "--drafter", drafter, "--json", str(out)]) == 0
+    figures = json.loads(out.read_text())
+    assert figures["identical"] and figures["tokens"] > 12 and figures["max_logprob_error"] < 1e-4
+    assert [(c["gamma"], c["batch_size"]) for c in figures["cases"]] == [
+        (0, 1), (0, 4), (2, 1), (2, 4), ("random", 1), ("random", 4),
+    ]  # fmt: skip
+    if drafter == "oracle":
+        assert figures["mean_acceptance_length"] > 2
+
+
+class Wrong(RolloutEngine):
+    """Changes one token of what it decodes speculatively."""
+
+    def generate(self, *args, **kwargs):
+        completions = super().generate(*args, **kwargs)
+        if self.drafter is not None:
+            completions[-1].token_ids[-1] ^= 1
+        return completions
+
+
+def test_check_finds_one_wrong_token(folder, monkeypatch, capsys):
+    monkeypatch.setattr(check, "RolloutEngine", Wrong)
+    assert check.main(["--policy", str(folder), *CHECK, "--drafter", "oracle"]) == 1
+    assert "NOT identical" in capsys.readouterr().out
+
+
+def test_bench_measures_every_engine_at_every_batch_size(folder, tmp_path):
+    out = tmp_path / "bench.json"
+    options = ["--batch-sizes", "1,2", "--fixed-gammas", "1,3", "--repeats", "2", "--num-prompts", "2"]
+    bench.main(["--policy", str(folder), *options, "--max-new-tokens", "8", "--json", str(out)])
+    figures = json.loads(out.read_text())
+    engines = ["transformers", "plain", "fixed", "fixed", "adaptive"]
+    assert [(r["engine"], r["batch_size"]) for r in figures["rows"]] == [(e, b) for b in (1, 2) for e in engines]
+    assert {r["gamma"] for r in figures["rows"]} == {None, 0, 1, 3}
+    assert all(r["tokens_per_s"] > 0 for r in figures["rows"])
+    assert all(r["speedup_vs_plain"] == 1 for r in figures["rows"] if r["engine"] == "plain")
+    assert {"device", "threads", "torch"} <= figures["hardware"].keys()
+
+
+def test_demo_compares_three_runs(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "BATCH_SIZE", 8)
+    monkeypatch.setattr(demo, "COMPLETION_TOKENS", 12)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "policy").symlink_to(folder)
+    assert demo.main(["--out", str(tmp_path / "demo"), "--steps", "3"]) == 0
+    figures = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    assert figures["steps"] == 3 and figures["identical_completions"] and figures["identical_weights"]
+    assert {
+        "reward_first",
+        "reward_last",
+        "rollout_speedup",
+        "step_speedup",
+        "rollout_speedup_vs_plain",
+    } <= figures.keys()
+    assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
+    assert "identical" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("check", ["--gammas", "8"], "each must be 0 to 7"),
+        ("check", ["--batch-sizes", "0"], "at least 1"),
+        ("bench", ["--peers", "sglang"], "unknown peer sglang"),
+        ("bench", ["--repeats", "-1"], "at least 1"),
+    ],
+)
+def test_bad_options_are_refused(command, options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--policy", "nowhere", *options])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_policy_that_is_not_there_is_one_clear_line(tmp_path):
+    with pytest.raises(SystemExit, match="nothing cannot be loaded"):
+        cli.main(["check", "--policy", str(tmp_path / "nothing")])

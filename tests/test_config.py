@@ -1,0 +1,70 @@
+"""Options and sampling parameters: what is out of range is refused by name, bound and remedy."""
+
+import dataclasses
+
+import pytest
+
+from spec_rollout import SamplingParams, SpecConfig
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "remedy"),
+    [
+        ("num_speculative_tokens", -1, "0 for plain decoding"),
+        ("max_num_speculative_tokens", 0, "at least 1"),
+        ("max_num_speculative_tokens", -3, "at least 1"),
+        ("max_slots", 0, "at least 1"),
+        ("draft_learning_rate", 0.0, "above 0"),
+        ("draft_learning_rate", float("nan"), "above 0"),
+        ("max_feature_tokens", -1, "0 or more"),
+    ],
+)
+def test_config_out_of_range(option, value, remedy):
+    with pytest.raises(ValueError, match=rf"{option}={value}.*{remedy}"):
+        SpecConfig(**{option: value})
+
+
+@pytest.mark.parametrize("option", ["gamma", "num_speculative_token", "verification_mode"])
+def test_unknown_option(option):
+    with pytest.raises(TypeError, match=option):
+        SpecConfig(**{option: 1})
+
+
+@pytest.mark.parametrize(("fixed", "bound", "widest"), [(None, 7, 7), (None, 3, 3), (0, 7, 0), (5, 3, 5)])
+def test_widest(fixed, bound, widest):
+    assert SpecConfig(num_speculative_tokens=fixed, max_num_speculative_tokens=bound).widest == widest
+
+
+def test_every_option_says_what_it_does():
+    assert all(field.metadata.get("help") for field in dataclasses.fields(SpecConfig))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "bound"),
+    [
+        ("max_new_tokens", 0, "at least 1"),
+        ("temperature", -0.1, "0 .greedy. or more"),
+        ("temperature", float("nan"), "0 .greedy. or more"),
+        ("top_k", -1, "0 .off. or more"),
+        ("top_p", 0.0, "in .0, 1."),
+        ("top_p", 1.01, "in .0, 1."),
+        ("top_p", float("nan"), "in .0, 1."),
+        ("min_p", -0.5, "in .0, 1."),
+        ("min_p", 1.5, "in .0, 1."),
+        ("repetition_penalty", 0.0, "above 0"),
+        ("repetition_penalty", -1.0, "above 0"),
+    ],
+)
+def test_params_out_of_range(name, value, bound):
+    with pytest.raises(ValueError, match=rf"{name}={value} is out of range: it must be {bound}"):
+        SamplingParams(**{name: value})
+
+
+def test_unknown_sampling_option_is_never_ignored():
+    with pytest.raises(TypeError, match="no_repeat_ngram_size"):
+        SamplingParams(no_repeat_ngram_size=2)
+
+
+def test_edges_are_in_range():
+    params = SamplingParams(max_new_tokens=1, temperature=0, top_k=0, top_p=1.0, min_p=1.0, repetition_penalty=0.1)
+    assert params.greedy and not SamplingParams().greedy

@@ -1,0 +1,169 @@
+"""Tiny random policies, and the plain decoding that every rollout is compared with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from spec_rollout.engine.noise import gumbel, request_keys
+from spec_rollout.records import Completion, SamplingParams
+
+transformers.logging.set_verbosity_error()
+
+VOCAB = 97
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+MAIN = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": 8},
+    "gemma3_text": {"head_dim": 8, "tie_word_embeddings": False, **MIXED},
+    "gpt2": {"n_inner": 48},
+    "mixtral": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 8, **MIXED},
+}
+FURTHER = {
+    "cohere2": {"logit_scale": 1.0, **MIXED},
+    "ernie4_5": {"head_dim": 8},
+    "exaone4": MIXED,
+    "gemma2": {"head_dim": 8, "tie_word_embeddings": False, "sliding_window": 8},
+    "glm4": {"head_dim": 8},
+    "gpt_neox": {},
+    "granite": {},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "olmo2": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "phi": {},
+    "phi3": {},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "smollm3": {},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": 8},
+}
+ARCHITECTURES = {**MAIN, **FURTHER}
+
+PROMPTS = [[1, 2, 3], [1, 2, 3], [5], [*range(7, 19)], [5], [3, 3], [1, 2, 3]]
+"""Ragged, with siblings, prompts of one token, and one that is longer than the sliding windows."""
+
+
+def make_policy(name: str, dtype: torch.dtype = torch.float32, std: float = 0.35, **overrides) -> PreTrainedModel:
+    """A random model of architecture `name` whose next-token distributions are peaked and depend on the context."""
+    config = AutoConfig.for_model(name, **{**SIZES, **ARCHITECTURES.get(name, {}), **overrides})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=std)
+    return model.to(dtype).eval()
+
+
+policy = cache(make_policy)
+"""The same, shared between tests that leave it as it is."""
+
+
+class Scripted:
+    """A controller that goes through `gammas` again and again."""
+
+    def __init__(self, *gammas: int):
+        self.gammas = itertools.cycle(gammas)
+        self.steps = []
+
+    def choose(self, batch_size: int, context: int) -> int:
+        return next(self.gammas)
+
+    def observe(self, stats) -> None:
+        self.steps.append(stats)
+
+
+def processed(model: PreTrainedModel, params: SamplingParams, known: Sequence[int], logits: torch.Tensor):
+    """Logits [V] after the tokens `known`, processed by the objects that `model.generate` would use."""
+    options = {"do_sample": not params.greedy, "repetition_penalty": params.repetition_penalty}
+    if not params.greedy:
+        options |= {
+            "temperature": float(params.temperature),
+            "top_k": params.top_k,
+            "top_p": params.top_p,
+            "min_p": params.min_p or None,
+        }
+    processors = model._get_logits_processor(GenerationConfig(**options), input_ids_seq_length=len(known))
+    return processors(torch.tensor([known]), logits.float()[None])[0]
+
+
+@torch.no_grad()
+def reference(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    seed: Sequence[int] = (0,),
+    max_new_tokens: Sequence[int] | None = None,
+) -> list[Completion]:
+    """The completions as the design defines them: one row, one token, one whole forward pass at a time.
+
+    token = argmax(processed logits + Gumbel noise of (request key, position)); knows EOS and length, not stop strings.
+    """
+    limits = max_new_tokens or [params.max_new_tokens] * len(prompts)
+    completions = []
+    for prompt, limit, key in zip(prompts, limits, request_keys(seed, len(prompts)), strict=True):
+        tokens, logprobs = [], []
+        while len(tokens) < limit and not (tokens and tokens[-1] in params.eos_token_ids):
+            known = [*prompt, *tokens]
+            z = processed(model, params, known, model(torch.tensor([known]), use_cache=False).logits[0, -1])
+            score = z
+            if not params.greedy:
+                score = z + gumbel(torch.tensor([key], dtype=torch.int32), torch.tensor([[len(tokens)]]), len(z))[0, 0]
+            tokens.append(int(score.argmax()))
+            logprobs.append(float(z.log_softmax(-1)[tokens[-1]]))
+        completions.append(Completion(tokens, logprobs, "eos" if tokens[-1] in params.eos_token_ids else "length"))
+    return completions
+
+
+def cut(completions: Sequence[Completion], eos: Sequence[int]) -> list[Completion]:
+    """What the completions, drawn without an EOS, would have been with `eos`."""
+    result = []
+    for completion in completions:
+        size = next((i + 1 for i, token in enumerate(completion.token_ids) if token in eos), None)
+        reason = "length" if size is None else "eos"
+        result.append(Completion(completion.token_ids[:size], completion.logprobs[:size], reason))
+    return result
+
+
+def assert_same(got: Sequence[Completion], expected: Sequence[Completion], logprob_error: float = 1e-4) -> None:
+    """Every token id and finish reason is the same, and the log-probs differ by rounding only."""
+    assert [c.token_ids for c in got] == [c.token_ids for c in expected]
+    assert [c.finish_reason for c in got] == [c.finish_reason for c in expected]
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(mine.logprobs), torch.tensor(theirs.logprobs), atol=logprob_error, rtol=0
+        )
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level tokens of one to three letters, VOCAB of them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["Ġ", *("".join(letters) for n in (1, 2, 3) for letters in itertools.product("abcd", repeat=n))]
+    words += [f"<{i}>" for i in range(VOCAB - len(words))]
+    merges = [(w[0], w[1:]) for w in words if set(w) <= set("abcd") and len(w) > 1]
+    backend = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)

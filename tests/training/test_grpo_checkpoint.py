@@ -1,0 +1,60 @@
+"""Checkpoints carry the draft, and a resumed run ends where the uninterrupted one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.training.test_grpo import assert_same, trained
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+
+@pytest.mark.parametrize("gamma", [0, 2])
+def test_a_resumed_run_is_the_uninterrupted_one(make_trainer, eager_head, gamma):
+    whole = trained(make_trainer(num_speculative_tokens=gamma, **SAVING))
+    checkpoint = Path(whole.args.output_dir, "checkpoint-2")
+    assert (checkpoint / "draft").is_dir() == (gamma > 0)
+    resumed = trained(make_trainer(num_speculative_tokens=gamma, **SAVING), resume_from_checkpoint=str(checkpoint))
+    whole.reward_funcs[0].seen = whole.reward_funcs[0].seen[2:]
+    assert_same(whole, resumed)
+
+
+def test_the_draft_goes_on_where_it_was(make_trainer, peeking):
+    whole = trained(make_trainer(**SAVING))
+    checkpoint = Path(whole.args.output_dir, "checkpoint-2")
+    resumed = trained(make_trainer(**SAVING), resume_from_checkpoint=str(checkpoint))
+    assert resumed.sampler.backend.draft_version == whole.sampler.backend.draft_version == 4
+
+
+def test_a_checkpoint_appears_complete_or_not_at_all(make_trainer, peeking, tmp_path, monkeypatch):
+    sampler = trained(make_trainer()).sampler
+
+    def fail(folder):
+        Path(folder).mkdir()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(sampler.backend, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        sampler.save(tmp_path)
+    assert not (tmp_path / "draft").exists()
+    monkeypatch.undo()
+    sampler.save(tmp_path)
+    sampler.save(tmp_path)  # over the earlier one
+    assert [path.name for path in tmp_path.glob("*draft*")] == ["draft"]
+
+
+def test_a_draft_waits_for_the_backend_and_survives_saving_before_it(make_trainer, peeking, tmp_path):
+    trained(make_trainer()).sampler.save(tmp_path / "first")
+    later = make_trainer()
+    later.sampler.load(tmp_path / "first")
+    later.sampler.save(tmp_path / "second")
+    assert (tmp_path / "second" / "draft" / "version").read_text() == "3"
+    trained(later)
+    assert later.sampler.backend.draft_version == 6
+
+
+def test_a_checkpoint_without_a_draft_is_said_to_be_one(make_trainer, peeking, tmp_path):
+    with pytest.warns(UserWarning, match="holds no draft"):
+        make_trainer(num_speculative_tokens=2).sampler.load(tmp_path)

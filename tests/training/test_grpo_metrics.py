@@ -1,0 +1,50 @@
+"""What is logged: ratios of sums, over steps and over ranks."""
+
+from __future__ import annotations
+
+import pytest
+
+from spec_rollout.records import RefreshStats, RolloutStats, StepStats
+from spec_rollout.training.metrics import local_sums, metrics
+
+
+def rank(*steps: StepStats, seconds: float, refresh: RefreshStats | None = None) -> dict[str, float]:
+    stats = RolloutStats(steps=list(steps), seconds=99.0, prefill_s=0.5)
+    return local_sums(stats, refresh or RefreshStats(), seconds, version=3, healthy=True)
+
+
+def total(*ranks: dict[str, float]) -> dict[str, float]:
+    return {name: sum(r[name] for r in ranks) for name in ranks[0]}
+
+
+def step(rows: int, gamma: int, emitted: int, accepted: list[int]) -> StepStats:
+    return StepStats(rows, gamma, 10, emitted, accepted, draft_s=1.0, verify_s=2.0, host_s=3.0)
+
+
+def test_ratios_are_taken_of_sums():
+    first = rank(step(4, 3, 10, [3, 2, 1]), step(4, 0, 4, []), seconds=2.0, refresh=RefreshStats(2, 10, 0.4, 1.5, 3))
+    second = rank(step(1, 1, 1, [0]), seconds=4.0, refresh=RefreshStats(2, 30, 0.8, 0.5, 3))
+    assert metrics(total(first, second)) == pytest.approx(
+        {
+            "speculative/acceptance_rate": 6 / 13,
+            "speculative/mean_acceptance_length": 11 / 5,
+            "speculative/num_speculative_tokens": 4 / 3,
+            "speculative/goodput": 15 / 6,
+            "speculative/draft_loss": (10 * 0.4 + 30 * 0.8) / 40,
+            "speculative/draft_version": 3,
+            "speculative/draft_healthy": 1,
+            "speculative/rollout_seconds": 3,
+            "speculative/refresh_seconds": 1,
+            "speculative/time_prefill": 0.5,
+            "speculative/time_draft": 1.5,
+            "speculative/time_verify": 3,
+            "speculative/time_host": 4.5,
+        }
+    )
+
+
+def test_a_ratio_over_nothing_is_left_out():
+    figures = metrics(rank(step(2, 0, 2, []), seconds=1.0))
+    assert "speculative/acceptance_rate" not in figures and "speculative/draft_loss" not in figures
+    assert figures["speculative/mean_acceptance_length"] == 1.0
+    assert figures["speculative/num_speculative_tokens"] == 0.0
