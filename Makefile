@@ -1,4 +1,4 @@
-# demo, test and lint need nothing but Python 3.11 or later: they work in their own .venv, which they make if it is missing.
+# demo, test and lint need nothing but Python 3.11 or later: they make their own .venv if it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed

@@ -78,14 +78,15 @@ class NoiseWindow:
     def take(self, rows: Rows, width: int) -> Tensor:
         """Noise [B, width, V] of the positions that the active rows sample next."""
         if width > self.ahead:
-            return self._draw(rows, width)
+            return self._draw(rows, width, slice(0, rows.count))
         active = slice(0, rows.count)
         progress = rows.lengths[active] + 1 - rows.starts[active]
         offset = progress - self.first[active]
         if (offset + width > self.ahead).any():
-            self.window[active] = self._draw(rows, self.ahead)
-            self.first[active] = progress
-            return self.window[active, :width]
+            spent = np.flatnonzero(offset + width > self.ahead // 2)  # and those that soon would be, in one go
+            slots = torch.from_numpy(spent).to(rows.device)
+            self.window[slots] = self._draw(rows, self.ahead, slots)
+            self.first[spent], offset[spent] = progress[spent], 0
         row = torch.arange(rows.count, device=rows.device)[:, None]
         column = torch.from_numpy(offset).to(rows.device)[:, None] + torch.arange(width, device=rows.device)
         return self.window[row, column]
@@ -98,6 +99,6 @@ class NoiseWindow:
         self.window[target] = self.window[source]
         self.first[target.cpu().numpy()] = self.first[source.cpu().numpy()]
 
-    def _draw(self, rows: Rows, width: int) -> Tensor:
-        steps = rows.progress()[:, None] + torch.arange(width, device=rows.device)
-        return gumbel(rows.key[: rows.count], steps, rows.vocab_size)
+    def _draw(self, rows: Rows, width: int, slots: Tensor | slice) -> Tensor:
+        steps = rows.progress()[slots, None] + torch.arange(width, device=rows.device)
+        return gumbel(rows.key[slots], steps, rows.vocab_size)

@@ -103,7 +103,7 @@ class Rollout:
                 if self.drafter is not None:
                     self._guarded(lambda s=slots, p=place, h=hidden: self.drafter.observe(self.rows, s, p[:, 0], h))
             first = last
-        if self.drafter is not None:
+        if self.drafter is not None and lengths:
             admitted = (admission.first, admission.first + len(lengths))
             self._guarded(lambda: self.drafter.admit(self.rows, admitted))
 

@@ -2,7 +2,7 @@
 
 A problem is a chain of additions, subtractions and doublings, worked from left to right. Its solution writes what is
 left of the chain line by line and ends with `Answer: N`. A step is taken in one of two ways, picked at random: at once
-(`47+38-5`, `85-5`), short and easy to get wrong, or with the operand split first (`47+30+8-5`, `77+8-5`, `85-5`), long
+(`47+8-5`, `55-5`), short and easy to get wrong, or with the operand split first (`47+5+3-5`, `52+3-5`, `55-5`), longer
 and safer. A policy trained on the mixture is right some of the time and can learn to be right more often, and its
 completions are of very uneven length.
 """
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 Part = Literal["sft", "rl", "heldout"]
 
-STEP_WEIGHTS = (0, 5, 7, 7, 6, 4, 3, 2, 2, 1)
-"""Odds of a problem having 1, 2, ... 10 steps; the tail makes a few completions much longer than most."""
+STEP_WEIGHTS = (0, 3, 5, 6, 6, 5, 4, 3, 2, 2, 1, 1)
+"""Odds of a problem having 1, 2, ... 12 steps; the tail makes a few completions much longer than most."""
 
-LARGEST_TOTAL, LARGEST_OPERAND = 199, 49
-DOUBLE_ODDS = 0.25
+LARGEST_TOTAL, LARGEST_OPERAND = 99, 9
+DOUBLE_ODDS = 0.15
 """Share of the steps that double, where the total allows it."""
-SPLIT_ODDS = 0.5
-"""Share of the two-digit operands that are split before they are added or subtracted."""
+SPLIT_ODDS = 0.4
+"""Share of the operands above 5 that are split before they are added or subtracted."""
 
 QUESTIONS = ("Work out {chain}", "Compute {chain}", "What is {chain}")
 OPENINGS = ("Let us go step by step.", "We work from left to right.", "Step by step:", "")
@@ -57,15 +57,13 @@ def apply(total: int, step: Step) -> int:
 
 
 def split(step: Step) -> list[Step]:
-    """A two-digit sum or difference as tens and ones; any other step as it is."""
+    """A sum or difference of more than 5 as 5 and the rest; any other step as it is."""
     operator, n = step
-    if operator == "*" or n < 10 or n % 10 == 0:
-        return [step]
-    return [(operator, n // 10 * 10), (operator, n % 10)]
+    return [step] if operator == "*" or n <= 5 else [(operator, 5), (operator, n - 5)]
 
 
 def chain(total: int, steps: list[Step]) -> str:
-    """`47+38-5` for 47 and its steps."""
+    """`47+8-5` for 47 and its steps."""
     return str(total) + "".join(f"{operator}{n}" for operator, n in steps)
 
 
@@ -95,7 +93,7 @@ def solve(rng: random.Random, total: int, steps: list[Step]) -> tuple[list[str],
 
 def draw_problem(rng: random.Random) -> Problem:
     """A random problem; the random stream decides the numbers, the wording and the way of the solution."""
-    total = start = rng.randint(2, 99)
+    total = start = rng.randint(2, LARGEST_TOTAL)
     steps: list[Step] = []
     for _ in range(1 + rng.choices(range(len(STEP_WEIGHTS)), STEP_WEIGHTS)[0]):
         steps.append(draw_step(rng, total))

@@ -18,9 +18,9 @@ Size = Literal["tiny", "small", "base"]
 
 CONTEXT, ROW = 1024, 512
 """Tokens that the policy can attend to, and that a packed row of training data has."""
-"""Tokens that the policy can attend to; its own completions end well before."""
-
 EOS, PAD = "<|endoftext|>", "<|pad|>"
+INITIALIZER_RANGE = 0.06
+"""Three times the usual 0.02: attention at so small a width learns to copy from the prompt sooner."""
 SCALE_RATE = 3e-3
 """Learning rate of embeddings and norms, which AdamW trains; the matrices learn by Muon, in half the steps."""
 
@@ -86,6 +86,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrained
         head_dim=recipe.hidden_size // recipe.num_heads,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
+        initializer_range=INITIALIZER_RANGE,
         **special,
     )
     model = LlamaForCausalLM(config)

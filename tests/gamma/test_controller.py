@@ -107,10 +107,10 @@ def test_a_changed_draft_is_probed_soon():
     """At most one guess, whose time the first probe has measured: only the news is a reason to ask again."""
     world = quiet_world(0.0)
     controller = GammaController(exact_cost(), 1, trained(0.0))
-    world.run(controller, 8, 512, 110)
+    world.run(controller, 32, 512, 110)
     assert not any(world.gammas[-20:])
     controller.draft_changed()
-    world.run(controller, 8, 512, DWELL)
+    world.run(controller, 32, 512, DWELL)
     assert any(world.gammas[110:])
 
 

@@ -47,10 +47,9 @@ def test_every_line_of_a_solution_comes_to_the_answer():
 @pytest.mark.parametrize(
     ("step", "parts"),
     [
-        (("+", 38), [("+", 30), ("+", 8)]),
-        (("-", 25), [("-", 20), ("-", 5)]),
-        (("-", 20), [("-", 20)]),
-        (("+", 8), [("+", 8)]),
+        (("+", 8), [("+", 5), ("+", 3)]),
+        (("-", 6), [("-", 5), ("-", 1)]),
+        (("-", 5), [("-", 5)]),
         (("*", 2), [("*", 2)]),
     ],
 )
@@ -59,13 +58,13 @@ def test_split(step, parts):
 
 
 def test_solve(monkeypatch):
-    steps = [("+", 38), ("*", 2), ("-", 70)]
-    assert chain(47, steps) == "47+38*2-70"
+    steps = [("+", 8), ("*", 2), ("-", 4)]
+    assert chain(17, steps) == "17+8*2-4"
     monkeypatch.setattr("spec_rollout.training.arithmetic.SPLIT_ODDS", 0)
-    assert solve(random.Random(0), 47, steps) == (["85*2-70", "170-70", "100"], 100)
+    assert solve(random.Random(0), 17, steps) == (["25*2-4", "50-4", "46"], 46)
     monkeypatch.setattr("spec_rollout.training.arithmetic.SPLIT_ODDS", 1)
-    lines = ["47+30+8*2-70", "77+8*2-70", "85*2-70", "170-70", "100"]
-    assert solve(random.Random(0), 47, steps) == (lines, 100)
+    lines = ["17+5+3*2-4", "22+3*2-4", "25*2-4", "50-4", "46"]
+    assert solve(random.Random(0), 17, steps) == (lines, 46)
 
 
 def test_splits_and_seeds_are_reproducible_and_apart():
