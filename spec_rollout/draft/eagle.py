@@ -98,9 +98,10 @@ class EagleHead(nn.Module):
     def __init__(self, config: HeadConfig, seed: int = 0):
         super().__init__()
         self.config = config
-        self.fc = nn.Linear(len(config.aux_layers) * config.hidden_size, config.hidden_size, bias=False)
-        self.midlayer = Layer(config)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        with torch.random.fork_rng(devices=[]):  # torch's own initialisation must not move the policy's stream
+            self.fc = nn.Linear(len(config.aux_layers) * config.hidden_size, config.hidden_size, bias=False)
+            self.midlayer = Layer(config)
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._initialise(torch.Generator().manual_seed(seed))
 
     def _initialise(self, generator: torch.Generator) -> None:
