@@ -22,7 +22,7 @@ EOS, PAD = "<|endoftext|>", "<|pad|>"
 INITIALIZER_RANGE = 0.06
 """Three times the usual 0.02: attention at so small a width learns to copy from the prompt sooner."""
 SCALE_RATE = 3e-3
-"""Learning rate of embeddings and norms, which AdamW trains; the matrices learn by Muon, in half the steps."""
+"""Learning rate of embeddings and norms, which AdamW trains; the matrices learn by Muon."""
 
 
 @dataclass(frozen=True)
