@@ -103,6 +103,15 @@ def test_depends_on_key_position_and_token_alone(vocab_size):
             assert torch.equal(together[row, place], alone)
 
 
+@pytest.mark.parametrize("word", [0, 1])
+def test_either_word_of_the_key_matters(word):
+    key = torch.tensor([[5, 9]], dtype=torch.int32)
+    other = key.clone()
+    other[0, word] += 1
+    noise, moved = (gumbel(k, torch.arange(20)[None], 50).flatten() for k in (key, other))
+    assert not (noise == moved).any()
+
+
 def test_keys():
     """Distinct, the same for the same seed, stable when entries are added, and apart for every other seed."""
     seeds = [(), (0,), (1,), (1, 0), (0, 1), (1, 0, 0), (2, 3, 5), (2**40, 1), (2**63,)]
