@@ -1,10 +1,10 @@
 """Multi-step arithmetic with worked solutions: a task to train a policy on from nothing, and then to reinforce.
 
-A problem is a chain of additions, subtractions and doublings, worked from left to right. Its solution writes what is
-left of the chain line by line and ends with `Answer: N`. A step is taken in one of two ways, picked at random: at once
-(`47+8-5`, `55-5`), short and easy to get wrong, or with the operand split first (`47+5+3-5`, `52+3-5`, `55-5`), longer
-and safer. A policy trained on the mixture is right some of the time and can learn to be right more often, and its
-completions are of very uneven length.
+A problem is a number and a list of lettered steps: `Start with 37: a +7, b -5, c *2`. Its solution takes the steps one
+line at a time and ends with `Answer: N`. A step is taken in one of two ways, picked at random: at once
+(`Step a +7: 37 +7 = 44.`), short and easy to get wrong, or with the operand split (`Step a +7: 37 +4 = 41, 41 +3 =
+44.`), longer and safer. A policy trained on the mixture is right some of the time and can learn to be right more
+often, and its completions are of very uneven length.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
+from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -19,19 +20,19 @@ if TYPE_CHECKING:
 
 Part = Literal["sft", "rl", "heldout"]
 
-STEP_WEIGHTS = (0, 3, 5, 6, 6, 5, 4, 3, 2, 2, 1, 1)
-"""Odds of a problem having 1, 2, ... 12 steps; the tail makes a few completions much longer than most."""
+STEP_WEIGHTS = (1, 3, 5, 7, 8, 8, 7, 6, 5, 4, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1)
+"""Odds of a problem having 1, 2, ... 20 steps; the tail makes a few completions much longer than most."""
 
-LARGEST_TOTAL, LARGEST_OPERAND = 99, 9
-DOUBLE_ODDS = 0.15
+LARGEST_TOTAL, LARGEST_OPERAND, LARGEST_PART = 49, 7, 4
+DOUBLE_ODDS = 0.1
 """Share of the steps that double, where the total allows it."""
 SPLIT_ODDS = 0.4
-"""Share of the operands above 5 that are split before they are added or subtracted."""
+"""Share of the operands above LARGEST_PART that are split before they are added or subtracted."""
 
-QUESTIONS = ("Work out {chain}", "Compute {chain}", "What is {chain}")
-OPENINGS = ("Let us go step by step.", "We work from left to right.", "Step by step:", "")
-LINES = ("{chain}", "so {chain}", "then {chain}", "next {chain}")
-CLOSINGS = ("That is all.", "Done.", "")
+QUESTIONS = ("Start with {start}: {steps}\n", "Take {start}, then {steps}\n", "Begin at {start} and go {steps}\n")
+OPENINGS = ("Let us go step by step.", "We take the steps in order.", "")
+LINES = ("Step {letter} {step}: {sums}.", "Then {letter} {step}: {sums}.", "Now {letter} {step}: {sums}.")
+CLOSINGS = ("That is all.", "No step is left.", "")
 
 ANSWER = re.compile(r"^Answer:[ \t]*(-?\d{1,9})\s*$", re.MULTILINE)
 
@@ -57,14 +58,15 @@ def apply(total: int, step: Step) -> int:
 
 
 def split(step: Step) -> list[Step]:
-    """A sum or difference of more than 5 as 5 and the rest; any other step as it is."""
+    """A sum or difference of more than LARGEST_PART as that and the rest; any other step as it is."""
     operator, n = step
-    return [step] if operator == "*" or n <= 5 else [(operator, 5), (operator, n - 5)]
+    whole = operator == "*" or n <= LARGEST_PART
+    return [step] if whole else [(operator, LARGEST_PART), (operator, n - LARGEST_PART)]
 
 
-def chain(total: int, steps: list[Step]) -> str:
-    """`47+8-5` for 47 and its steps."""
-    return str(total) + "".join(f"{operator}{n}" for operator, n in steps)
+def lettered(steps: list[Step]) -> str:
+    """The steps as the question lists them: `a +8, b -5`."""
+    return ", ".join(f"{letter} {operator}{n}" for letter, (operator, n) in zip(ascii_lowercase, steps, strict=False))
 
 
 def draw_step(rng: random.Random, total: int) -> Step:
@@ -77,17 +79,15 @@ def draw_step(rng: random.Random, total: int) -> Step:
 
 
 def solve(rng: random.Random, total: int, steps: list[Step]) -> tuple[list[str], int]:
-    """What is left of the chain after each step, splits included, and the number it comes to."""
-    lines, left = [], list(steps)
-    while left:
-        parts = split(left[0]) if rng.random() < SPLIT_ODDS else left[:1]
-        if len(parts) > 1:
-            left[:1] = parts
-            lines.append(chain(total, left))
-        for part in parts:
-            total = apply(total, part)
-            del left[0]
-            lines.append(chain(total, left))
+    """A line for each step, and the number that they come to."""
+    lines = []
+    for letter, step in zip(ascii_lowercase, steps, strict=False):
+        sums = []
+        for part in split(step) if rng.random() < SPLIT_ODDS else [step]:
+            before, total = total, apply(total, part)
+            sums.append(f"{before} {part[0]}{part[1]} = {total}")
+        line = rng.choice(LINES)
+        lines.append(line.format(letter=letter, step=f"{step[0]}{step[1]}", sums=", ".join(sums)))
     return lines, total
 
 
@@ -99,9 +99,8 @@ def draw_problem(rng: random.Random) -> Problem:
         steps.append(draw_step(rng, total))
         total = apply(total, steps[-1])
     worked, answer = solve(rng, start, steps)
-    lines = [rng.choice(OPENINGS), *(rng.choice(LINES).format(chain=line) for line in worked)]
-    lines += [rng.choice(CLOSINGS), f"Answer: {answer}"]
-    prompt = rng.choice(QUESTIONS).format(chain=chain(start, steps)) + "\n"
+    lines = [rng.choice(OPENINGS), *worked, rng.choice(CLOSINGS), f"Answer: {answer}"]
+    prompt = rng.choice(QUESTIONS).format(start=start, steps=lettered(steps))
     return Problem(prompt, "\n".join(line for line in lines if line), answer, len(steps))
 
 
@@ -109,13 +108,6 @@ def problems(part: Part, count: int, seed: int = 0) -> list[Problem]:
     """`count` problems of a part of the data; parts draw from separate random streams."""
     rng = random.Random(f"arithmetic/{part}/{seed}")
     return [draw_problem(rng) for _ in range(count)]
-
-
-def sft_dataset(count: int, seed: int = 0) -> Dataset:
-    """Columns `prompt` and `completion`, for TRL's SFTTrainer."""
-    from datasets import Dataset
-
-    return Dataset.from_list([{"prompt": p.prompt, "completion": p.solution} for p in problems("sft", count, seed)])
 
 
 def prompt_dataset(part: Part, count: int, seed: int = 0) -> Dataset:

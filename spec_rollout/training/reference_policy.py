@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 Size = Literal["tiny", "small", "base"]
 
-CONTEXT, ROW = 1024, 512
+CONTEXT, ROW = 1024, 256
 """Tokens that the policy can attend to, and that a packed row of training data has."""
+PIECES = r" ?[+*-]?\d{1,2}(?!\d)| ?\w+| ?[^\w\s]+\n?|\s"
+"""What the tokenizer may not merge across: signed numbers, words, punctuation with the line end behind it."""
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 INITIALIZER_RANGE = 0.06
 """Three times the usual 0.02: attention at so small a width learns to copy from the prompt sooner."""
@@ -40,19 +42,23 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "tiny": Recipe(4, 128, 2, 384, num_problems=8_000, batch_size=4, learning_rate=0.015),
-    "small": Recipe(8, 256, 4, 704, num_problems=7_400, batch_size=4, learning_rate=0.01),
+    "small": Recipe(8, 256, 4, 704, num_problems=8_000, batch_size=8, learning_rate=0.012),
     "base": Recipe(12, 640, 10, 1792, num_problems=200_000, batch_size=16, learning_rate=0.006),
 }
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with single digits, trained on the task; the same one for every seed and size."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """A byte-level BPE tokenizer trained on the task, the same one for every seed and size. A number of one or two
+    digits is one token, its sign and leading space included."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -72,11 +78,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A randomly initialised Llama of the recipe's shape; the caller seeds the generator."""
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    """A randomly initialised Qwen3 of the recipe's shape; the caller seeds the generator.
+
+    Thanks to its norms on queries and keys it learns to copy from the prompt in about two thirds of the steps that a
+    Llama of the same shape takes.
+    """
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    config = LlamaConfig(
+    config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
         intermediate_size=recipe.intermediate_size,
@@ -89,7 +99,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrained
         initializer_range=INITIALIZER_RANGE,
         **special,
     )
-    model = LlamaForCausalLM(config)
+    model = Qwen3ForCausalLM(config)
     model.generation_config = GenerationConfig(do_sample=True, **special)
     return model
 

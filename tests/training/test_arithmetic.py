@@ -10,11 +10,10 @@ from spec_rollout.training.arithmetic import (
     LARGEST_TOTAL,
     accuracy_reward,
     apply,
-    chain,
     final_answer,
+    lettered,
     problems,
     prompt_dataset,
-    sft_dataset,
     solve,
     split,
 )
@@ -22,34 +21,39 @@ from spec_rollout.training.arithmetic import (
 PROBLEMS = problems("heldout", 500)
 
 
-def value(text: str) -> int:
-    """What the chain in `text` comes to from left to right; no total on the way is out of range."""
-    first, *steps = re.findall(r"[-+*]?\d+", text)
-    total = int(first)
+def comes_to(start: str, steps: list[str]) -> int:
+    """What `start` becomes by signed `steps`; no total on the way is out of range."""
+    total = int(start)
     for step in steps:
         total = apply(total, (step[0], int(step[1:])))
         assert 0 <= total <= LARGEST_TOTAL
     return total
 
 
-def test_the_answer_is_what_the_chain_comes_to():
+def test_the_answer_is_what_the_steps_come_to():
     for problem in PROBLEMS:
-        assert value(problem.prompt) == problem.answer == final_answer(problem.solution)
-        assert len(re.findall(r"[-+*]", problem.prompt)) == problem.num_steps
+        start, *steps = re.findall(r"[-+*]?\d+", problem.prompt)
+        assert comes_to(start, steps) == problem.answer == final_answer(problem.solution)
+        assert len(steps) == problem.num_steps
 
 
-def test_every_line_of_a_solution_comes_to_the_answer():
-    lines = [(line, p.answer) for p in PROBLEMS for line in p.solution.split("\n") if re.search(r"\d", line)]
-    assert len(lines) > 2000
-    assert all(value(line) == answer for line, answer in lines)
+def test_every_sum_of_a_solution_is_right_and_starts_where_the_last_ended():
+    checked = 0
+    for problem in PROBLEMS:
+        total = re.search(r"\d+", problem.prompt)[0]
+        for before, step, after in re.findall(r"(\d+) ([-+*]\d+) = (\d+)", problem.solution):
+            assert before == total and comes_to(before, [step]) == int(after)
+            total, checked = after, checked + 1
+        assert int(total) == problem.answer
+    assert checked > 3000
 
 
 @pytest.mark.parametrize(
     ("step", "parts"),
     [
-        (("+", 8), [("+", 5), ("+", 3)]),
-        (("-", 6), [("-", 5), ("-", 1)]),
-        (("-", 5), [("-", 5)]),
+        (("+", 7), [("+", 4), ("+", 3)]),
+        (("-", 5), [("-", 4), ("-", 1)]),
+        (("-", 4), [("-", 4)]),
         (("*", 2), [("*", 2)]),
     ],
 )
@@ -57,14 +61,14 @@ def test_split(step, parts):
     assert split(step) == parts
 
 
-def test_solve(monkeypatch):
-    steps = [("+", 8), ("*", 2), ("-", 4)]
-    assert chain(17, steps) == "17+8*2-4"
-    monkeypatch.setattr("spec_rollout.training.arithmetic.SPLIT_ODDS", 0)
-    assert solve(random.Random(0), 17, steps) == (["25*2-4", "50-4", "46"], 46)
-    monkeypatch.setattr("spec_rollout.training.arithmetic.SPLIT_ODDS", 1)
-    lines = ["17+5+3*2-4", "22+3*2-4", "25*2-4", "50-4", "46"]
-    assert solve(random.Random(0), 17, steps) == (lines, 46)
+@pytest.mark.parametrize(("odds", "first"), [(0, "17 +7 = 24"), (1, "17 +4 = 21, 21 +3 = 24")])
+def test_solve(monkeypatch, odds, first):
+    steps = [("+", 7), ("*", 2), ("-", 4)]
+    assert lettered(steps) == "a +7, b *2, c -4"
+    monkeypatch.setattr("spec_rollout.training.arithmetic.SPLIT_ODDS", odds)
+    monkeypatch.setattr("spec_rollout.training.arithmetic.LINES", ("Step {letter} {step}: {sums}.",))
+    lines = [f"Step a +7: {first}.", "Step b *2: 24 *2 = 48.", "Step c -4: 48 -4 = 44."]
+    assert solve(random.Random(0), 17, steps) == (lines, 44)
 
 
 def test_splits_and_seeds_are_reproducible_and_apart():
@@ -73,11 +77,12 @@ def test_splits_and_seeds_are_reproducible_and_apart():
     assert len({p.prompt for stream in streams for p in stream}) == 150
 
 
-def test_datasets_carry_the_same_problems():
-    sft, rl = sft_dataset(5, seed=1), prompt_dataset("rl", 5, seed=1)
-    assert sft.column_names == ["prompt", "completion"] and rl.column_names == ["prompt", "answer"]
-    assert [row["completion"] for row in sft] == [p.solution for p in problems("sft", 5, seed=1)]
-    assert [row["answer"] for row in rl] == [p.answer for p in problems("rl", 5, seed=1)]
+def test_the_dataset_carries_the_same_problems():
+    rows = prompt_dataset("rl", 5, seed=1)
+    assert rows.column_names == ["prompt", "answer"]
+    assert [(row["prompt"], row["answer"]) for row in rows] == [
+        (p.prompt, p.answer) for p in problems("rl", 5, seed=1)
+    ]
 
 
 def test_solutions_have_a_tail():
@@ -88,7 +93,7 @@ def test_solutions_have_a_tail():
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("4+4=8.\nAnswer: 8", 8),
+        ("Step a +4: 4 +4 = 8.\nAnswer: 8", 8),
         ("Answer: 8\n", 8),
         ("Answer:-8", -8),
         ("Answer: 7\nno, wait\nAnswer: 8", 8),
