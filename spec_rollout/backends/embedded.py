@@ -23,6 +23,8 @@ from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import FixedGamma, GammaController
 from spec_rollout.records import Completion, RefreshStats, RolloutStats, SamplingParams
 
+FIT_SAMPLES = 16
+"""Rollouts that tell a head the magnitude of the features, before its first training step."""
 COLD_SHARE, SHARE = 1.0, 0.08
 """Seconds of draft training per second of rollout: for a head that knows nothing, and in the long run."""
 
@@ -106,6 +108,9 @@ class EmbeddedBackend:
         if self.drafter is None or not self.config.draft_refresh or not self.buffer.samples:
             return RefreshStats(draft_version=self.draft_version)
         self.view.draft_ids = choose_vocabulary(self.buffer.samples, self.view.config.vocab_size, self.view.draft_ids)
+        if not self.trainer.steps:
+            features = torch.cat([sample.features for sample in self.buffer.samples[:FIT_SAMPLES]])
+            self.head.fit_scale(features, fresh=not self.drafter.ready)
         try:
             stats = self.trainer.train(self.buffer, self._allowance)
         except FloatingPointError as error:
@@ -163,6 +168,7 @@ class EmbeddedBackend:
         """The head trains in float32 and runs in the policy's dtype."""
         if self.drafter.head is not self.head:
             self.drafter.head.load_state_dict(self.head.state_dict())
+            self.drafter.head.feature_scale.copy_(self.head.feature_scale)
 
     def _publish(self) -> None:
         self._sync_running()

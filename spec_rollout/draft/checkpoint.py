@@ -15,6 +15,7 @@ from torch import Tensor
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+FEATURE_SCALE = "feature_scale"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
@@ -31,6 +32,8 @@ def save_head(folder: str | Path, head: EagleHead, output_rows: Tensor, draft_id
     size = len(output_rows)
     ids = torch.arange(size) if draft_ids is None else draft_ids.cpu()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    tensors["fc.weight"] = tensors["fc.weight"] * head.feature_scale.cpu()  # powers of two: nothing is rounded
+    extra = {**extra, FEATURE_SCALE: head.feature_scale.tolist()[:: head.config.hidden_size]}
     tensors["lm_head.weight"] = output_rows.detach().to(tensors["fc.weight"].dtype).cpu().clone()
     tensors["d2t"] = ids - torch.arange(size)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -78,6 +81,8 @@ def load_head(folder: str | Path, wanted: HeadConfig) -> tuple[EagleHead, Tensor
             "Export the head again, or start without draft_model_path."
         )
     head.load_state_dict({name: tensor.float() for name, tensor in given.items()})
+    extra = config.get("spec_rollout", {})
+    _unfold(head, extra.pop(FEATURE_SCALE, None), folder)
     ids = None if offsets is None else offsets + torch.arange(len(offsets))
     if ids is not None and (int(ids.min()) < 0 or int(ids.max()) >= wanted.vocab_size):
         raise ValueError(
@@ -86,7 +91,21 @@ def load_head(folder: str | Path, wanted: HeadConfig) -> tuple[EagleHead, Tensor
         )
     if ids is not None and torch.equal(ids, torch.arange(wanted.vocab_size)):
         ids = None
-    return head, ids, config.get("spec_rollout", {})
+    return head, ids, extra
+
+
+def _unfold(head: EagleHead, scales: list[float] | None, folder: Path) -> None:
+    """Take the features' scales, one per fused layer, out of `fc` again; heads from elsewhere have none."""
+    if scales is None:
+        return
+    if len(scales) != len(head.config.aux_layers) or not all(isinstance(s, float) and s > 0 for s in scales):
+        raise ValueError(
+            f"{folder / CONFIG}: {FEATURE_SCALE}={scales} must be {len(head.config.aux_layers)} positive numbers. "
+            "Export the head again, or start without draft_model_path."
+        )
+    head.feature_scale.copy_(torch.tensor(scales).repeat_interleave(head.config.hidden_size))
+    with torch.no_grad():
+        head.fc.weight /= head.feature_scale
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:

@@ -102,6 +102,7 @@ class EagleHead(nn.Module):
             self.fc = nn.Linear(len(config.aux_layers) * config.hidden_size, config.hidden_size, bias=False)
             self.midlayer = Layer(config)
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.register_buffer("feature_scale", torch.ones(self.fc.in_features), persistent=False)
         self._initialise(torch.Generator().manual_seed(seed))
 
     def _initialise(self, generator: torch.Generator) -> None:
@@ -113,9 +114,33 @@ class EagleHead(nn.Module):
             self.fc.weight.mul_(0.1)
             self.fc.weight[:, -self.config.hidden_size :] += torch.eye(self.config.hidden_size)
 
+    @torch.no_grad()
+    def fit_scale(self, features: Tensor, fresh: bool) -> None:
+        """Measure the magnitude of `features` [N, n_aux * H + H] (fused layers, then the final state) and let `fc` read
+        them at magnitude 1.
+
+        Residual streams run from below 1 to several hundreds; a training step of `fc` on such an input would throw the
+        head's state around, and what the layer adds to it would drown. The scales are powers of two, so that they fold
+        into `fc` and out of it without rounding. A `fresh` head also takes over the magnitude of the final state in
+        each channel as its `norm`; another head goes on computing what it computed.
+        """
+        width, size = self.config.hidden_size, self.fc.in_features
+        blocks = features[:, :size].float().view(len(features), -1, width)
+        magnitude = blocks.square().mean((0, 2)).sqrt().clamp(min=1e-6)
+        scale = (-magnitude.log2().round()).exp2().repeat_interleave(width)
+        if not fresh:
+            self.fc.weight *= self.feature_scale / scale
+        self.feature_scale.copy_(scale)
+        if fresh:
+            fused = F.rms_norm(self.fuse(features[:, :size]).float(), (width,), eps=self.config.rms_norm_eps)
+            final = features[:, size:].float()
+            ratio = final.square().mean(0).sqrt() / fused.square().mean(0).sqrt().clamp(min=1e-6)
+            self.norm.weight.copy_(ratio.clamp(max=100.0))
+
     def fuse(self, features: Tensor) -> Tensor:
         """[..., n_aux * H] concatenated target features to [..., H]."""
-        return self.fc(features)
+        dtype = self.fc.weight.dtype
+        return self.fc(features.to(dtype) * self.feature_scale.to(dtype))
 
     def project(self, embeds: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [N, heads, T, D], keys and values [N, kv_heads, T, D] of `embeds` and `hidden` [N, T, H] at

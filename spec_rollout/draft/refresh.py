@@ -26,7 +26,7 @@ MATRIX_RATE = 0.22
 same share. With Muon at this rate a cold head learned from one rollout what took AdamW twice the time."""
 SCALE_RATE = 4e-3
 """Learning rate of the norms' scales."""
-WARM_UP_STEPS = 10
+WARM_UP_STEPS = 3
 MAX_EPOCHS = 20
 
 

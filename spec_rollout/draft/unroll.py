@@ -18,8 +18,7 @@ def unroll(head: EagleHead, embeds: Tensor, pack: Pack, steps: int) -> Iterator[
     true-feature keys (step 0) up to entry p - j and, of each step k = 1..j, the one key at entry p - j + k (Li et al.,
     EAGLE-3, 2025, figure 6).
     """
-    fused = pack.features[..., : head.fc.in_features].to(head.fc.weight.dtype)
-    hidden = head.fuse(fused)
+    hidden = head.fuse(pack.features[..., : head.fc.in_features])
     size = pack.tokens.shape[1]
     order = torch.arange(size, device=hidden.device)
     document = pack.document
