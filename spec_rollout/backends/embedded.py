@@ -103,8 +103,12 @@ class EmbeddedBackend:
             self._allowance += (self.engine.stats.seconds - before) * self._share()
         return completions
 
-    def refresh(self) -> RefreshStats:
-        """Train the head on the rollouts since the last call; nothing happens without a head or with refresh off."""
+    def refresh(self, seconds: float | None = None) -> RefreshStats:
+        """Train the head on the rollouts since the last call; nothing happens without a head or with refresh off.
+
+        Args:
+            seconds: how long it may take; by default a share of the rollouts' time.
+        """
         if self.drafter is None or not self.config.draft_refresh or not self.buffer.samples:
             return RefreshStats(draft_version=self.draft_version)
         self.view.draft_ids = choose_vocabulary(self.buffer.samples, self.view.config.vocab_size, self.view.draft_ids)
@@ -112,11 +116,12 @@ class EmbeddedBackend:
             features = torch.cat([sample.features for sample in self.buffer.samples[:FIT_SAMPLES]])
             self.head.fit_scale(features, fresh=not self.drafter.ready)
         try:
-            stats = self.trainer.train(self.buffer, self._allowance)
+            stats = self.trainer.train(self.buffer, self._allowance if seconds is None else seconds)
         except FloatingPointError as error:
             return self._disable(str(error))
         self.buffer.advance()
-        self._allowance -= stats.seconds
+        if seconds is None:
+            self._allowance -= stats.seconds
         if not stats.steps:
             return RefreshStats(draft_version=self.draft_version)
         self._publish()

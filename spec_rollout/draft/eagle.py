@@ -116,8 +116,8 @@ class EagleHead(nn.Module):
 
     @torch.no_grad()
     def fit_scale(self, features: Tensor, fresh: bool) -> None:
-        """Measure the magnitude of `features` [N, n_aux * H + H] (fused layers, then the final state) and let `fc` read
-        them at magnitude 1.
+        """Measure `features` [N, n_aux * H + H] (fused layers, then the final state) and let `fc` read them at
+        magnitude 1.
 
         Residual streams run from below 1 to several hundreds; a training step of `fc` on such an input would throw the
         head's state around, and what the layer adds to it would drown. The scales are powers of two, so that they fold

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from spec_rollout.backends.embedded import EmbeddedBackend
@@ -19,7 +21,7 @@ from spec_rollout.records import SamplingParams
 from spec_rollout.training.arithmetic import problems
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WARM_UP_PROMPTS = 64
+WARM_UP_PROMPTS, WARM_UP_ROUNDS = 64, 5
 
 
 class Policy(NamedTuple):
@@ -69,14 +71,14 @@ def arithmetic_prompts(tokenizer: PreTrainedTokenizerBase, count: int, seed: int
     return [tokenizer(p.prompt)["input_ids"] for p in problems("heldout", count, seed)]
 
 
-def warm_backend(policy: Policy, config: SpecConfig, rounds: int = 3) -> EmbeddedBackend:
-    """A backend whose head has learned, from no checkpoint, on `rounds` rollouts of WARM_UP_PROMPTS prompts."""
+def warm_backend(policy: Policy, config: SpecConfig) -> EmbeddedBackend:
+    """A backend whose head has learned, from no checkpoint, on a few rollouts, as it would have after as many steps of
+    a training run in which it may learn for as long as the rollouts take."""
     backend = EmbeddedBackend(policy.model, config, policy.tokenizer)
-    for turn in range(rounds):
+    for turn in tqdm(range(WARM_UP_ROUNDS), desc="warming the draft up", unit="rollout", file=sys.stderr):
         prompts = arithmetic_prompts(policy.tokenizer, WARM_UP_PROMPTS, seed=1000 + turn)
         backend.generate(prompts, policy.params, seed=(turn,))
-        backend.refresh()
-    backend.take_stats()
+        backend.refresh(backend.take_stats().seconds)
     return backend
 
 

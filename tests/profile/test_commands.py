@@ -23,6 +23,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(workload, "WARM_UP_PROMPTS", 4)
+    monkeypatch.setattr(workload, "WARM_UP_ROUNDS", 2)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
