@@ -51,6 +51,7 @@ def _rollout(axis, ours: Run) -> None:
     guesses = axis.twinx()
     guesses.plot(seconds, [s.gamma for s in steps], drawstyle="steps-post", color=GUESSES, linewidth=1.5)
     guesses.set_ylabel("tokens guessed per row", color=GUESSES)
+    guesses.yaxis.get_major_locator().set_params(integer=True)
     guesses.set_ylim(0, max(1, *(s.gamma for s in steps)) + 0.5)
 
 
