@@ -1,5 +1,7 @@
 """The head reads features of any magnitude at magnitude 1, and nothing is lost on the way to disk and back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +15,7 @@ MAGNITUDES = (0.02, 37.0, 900.0)
 
 @pytest.fixture(scope="module")
 def shape():
-    return HeadConfig.for_target(policy("llama").config)
+    return replace(HeadConfig.for_target(policy("llama").config), aux_layers=(1, 2, 3))
 
 
 @pytest.fixture
