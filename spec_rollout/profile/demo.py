@@ -12,20 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOTrainer
 
+from spec_rollout.config import SpecConfig
+from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.profile.pictures import draw_demo
 from spec_rollout.profile.workload import hardware, positive, table, write_json
-from spec_rollout.records import RolloutStats, StepStats
+from spec_rollout.records import RolloutStats, SamplingParams, StepStats
 from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
-from spec_rollout.training.arithmetic import accuracy_reward, prompt_dataset
+from spec_rollout.training.arithmetic import accuracy_reward, problems, prompt_dataset
 from spec_rollout.training.reference_policy import make_reference_policy
 
 BATCH_SIZE, COMPLETION_TOKENS = 48, 320
+HELDOUT_PROBLEMS = 256
 SKIPPED_STEPS = 1
 """The first step warms up caches and, in our sampler, decodes without a draft; it counts in no speed-up but its draft
 training is charged like any other."""
@@ -102,6 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     plain = train("ours, plain decoding", Speculative, policy, args, num_speculative_tokens=0)
     ours = train("ours, speculative", Speculative, policy, args)
     figures = compare(baseline, plain, ours)
+    before = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    figures["heldout_accuracy_first"] = heldout_accuracy(before, policy)
+    before.load_state_dict(ours.weights, strict=False)  # tied weights are listed once
+    figures["heldout_accuracy_last"] = heldout_accuracy(before, policy)
     draw_demo(args.out / "demo.png", baseline, plain, ours)
     _report(args, figures, ours)
     return 0 if figures["identical_completions"] else 1
@@ -142,6 +150,20 @@ def train(name: str, trainer_class: type, policy: Path, args: argparse.Namespace
     trainer.train()
     run.weights = {n: p.detach().cpu().clone() for n, p in trainer.model.named_parameters()}
     return run
+
+
+def heldout_accuracy(model: nn.Module, policy: Path) -> float:
+    """Share of HELDOUT_PROBLEMS unseen problems that `model` gets right at T = 1.
+
+    The prompts of a GRPO step are few and of uneven difficulty; this compares two policies on the same problems.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    asked = problems("heldout", HELDOUT_PROBLEMS)
+    params = SamplingParams(max_new_tokens=COMPLETION_TOKENS, eos_token_ids=(tokenizer.eos_token_id,))
+    engine = RolloutEngine(model.to("cuda" if torch.cuda.is_available() else "cpu"), SpecConfig())
+    completions = engine.generate([tokenizer(p.prompt)["input_ids"] for p in asked], params)
+    texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+    return statistics.mean(accuracy_reward(texts, [p.answer for p in asked]))
 
 
 def compare(baseline: Run, plain: Run, ours: Run) -> dict:
@@ -194,7 +216,9 @@ def _report(args: argparse.Namespace, figures: dict, ours: Run) -> None:
         [("TRL's own", seconds["transformers"]), ("ours, plain", seconds["plain"]), ("ours", seconds["speculative"])],
     )
     print(
-        f"reward {figures['reward_first']:.2f} -> {figures['reward_last']:.2f} in {figures['steps']} steps\n"
+        f"reward {figures['reward_first']:.2f} -> {figures['reward_last']:.2f} in {figures['steps']} steps, right on "
+        f"{figures['heldout_accuracy_first']:.0%} -> {figures['heldout_accuracy_last']:.0%} of "
+        f"{HELDOUT_PROBLEMS} problems held out\n"
         f"rollouts {figures['rollout_speedup']:.2f} x as fast as TRL's own sampler "
         f"({figures['rollout_speedup_vs_plain']:.2f} x our plain decoding), whole steps "
         f"{figures['step_speedup']:.2f} x, draft training charged\n"

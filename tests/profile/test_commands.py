@@ -75,6 +75,7 @@ def test_bench_measures_every_engine_at_every_batch_size(folder, tmp_path):
 def test_demo_compares_three_runs(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "BATCH_SIZE", 8)
     monkeypatch.setattr(demo, "COMPLETION_TOKENS", 12)
+    monkeypatch.setattr(demo, "HELDOUT_PROBLEMS", 8)
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "policy").symlink_to(folder)
     assert demo.main(["--out", str(tmp_path / "demo"), "--steps", "3"]) == 0
@@ -86,6 +87,8 @@ def test_demo_compares_three_runs(folder, tmp_path, monkeypatch, capsys):
         "rollout_speedup",
         "step_speedup",
         "rollout_speedup_vs_plain",
+        "heldout_accuracy_first",
+        "heldout_accuracy_last",
     } <= figures.keys()
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
     assert "identical" in capsys.readouterr().out
