@@ -112,7 +112,7 @@ class EmbeddedBackend:
         if self.drafter is None or not self.config.draft_refresh or not self.buffer.samples:
             return RefreshStats(draft_version=self.draft_version)
         self.view.draft_ids = choose_vocabulary(self.buffer.samples, self.view.config.vocab_size, self.view.draft_ids)
-        if not self.trainer.steps:
+        if (self.head.feature_scale == 1).all():  # not measured yet
             features = torch.cat([sample.features for sample in self.buffer.samples[:FIT_SAMPLES]])
             self.head.fit_scale(features, fresh=not self.drafter.ready)
         try:
@@ -163,17 +163,13 @@ class EmbeddedBackend:
         target = self.engine.target
         self.head = head.to(target.device)
         self.trainer = DraftTrainer(self.head, self.view, self.config.draft_learning_rate, self.seed)
-        running = (
-            self.head if target.dtype == torch.float32 else EagleHead(head.config).to(target.device, target.dtype)
-        )
+        running = EagleHead(head.config).to(target.device, target.dtype)
         self.engine.drafter = EagleDrafter(running, self.view, self.buffer)
         self._sync_running()
 
     def _sync_running(self) -> None:
-        """The head trains in float32 and runs in the policy's dtype."""
-        if self.drafter.head is not self.head:
-            self.drafter.head.load_state_dict(self.head.state_dict())
-            self.drafter.head.feature_scale.copy_(self.head.feature_scale)
+        """The head trains in float32 on scaled features; it runs in the policy's dtype on the features as they are."""
+        self.drafter.head.load_state_dict(self.head.folded())
 
     def _publish(self) -> None:
         self._sync_running()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -31,8 +32,7 @@ def save_head(folder: str | Path, head: EagleHead, output_rows: Tensor, draft_id
     folder.parent.mkdir(parents=True, exist_ok=True)
     size = len(output_rows)
     ids = torch.arange(size) if draft_ids is None else draft_ids.cpu()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    tensors["fc.weight"] = tensors["fc.weight"] * head.feature_scale.cpu()  # powers of two: nothing is rounded
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.folded().items()}
     extra = {**extra, FEATURE_SCALE: head.feature_scale.tolist()[:: head.config.hidden_size]}
     tensors["lm_head.weight"] = output_rows.detach().to(tensors["fc.weight"].dtype).cpu().clone()
     tensors["d2t"] = ids - torch.arange(size)
@@ -98,9 +98,11 @@ def _unfold(head: EagleHead, scales: list[float] | None, folder: Path) -> None:
     """Take the features' scales, one per fused layer, out of `fc` again; heads from elsewhere have none."""
     if scales is None:
         return
-    if len(scales) != len(head.config.aux_layers) or not all(isinstance(s, float) and s > 0 for s in scales):
+    number = len(head.config.aux_layers)
+    valid = isinstance(scales, list) and len(scales) == number and all(isinstance(s, float) for s in scales)
+    if not valid or not all(0 < s < math.inf for s in scales):
         raise ValueError(
-            f"{folder / CONFIG}: {FEATURE_SCALE}={scales} must be {len(head.config.aux_layers)} positive numbers. "
+            f"{folder / CONFIG}: {FEATURE_SCALE}={scales} must be {number} positive numbers. "
             "Export the head again, or start without draft_model_path."
         )
     head.feature_scale.copy_(torch.tensor(scales).repeat_interleave(head.config.hidden_size))

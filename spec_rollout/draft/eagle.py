@@ -116,8 +116,8 @@ class EagleHead(nn.Module):
 
     @torch.no_grad()
     def fit_scale(self, features: Tensor, fresh: bool) -> None:
-        """Measure `features` [N, n_aux * H + H] (fused layers, then the final state) and let `fc` read them at
-        magnitude 1.
+        """Measure `features` [N, n_aux * H + H] (fused layers, then the final state) and let `fc` learn from them
+        at magnitude 1.
 
         Residual streams run from below 1 to several hundreds; a training step of `fc` on such an input would throw the
         head's state around, and what the layer adds to it would drown. The scales are powers of two, so that they fold
@@ -132,15 +132,18 @@ class EagleHead(nn.Module):
             self.fc.weight *= self.feature_scale / scale
         self.feature_scale.copy_(scale)
         if fresh:
-            fused = F.rms_norm(self.fuse(features[:, :size]).float(), (width,), eps=self.config.rms_norm_eps)
+            fused = F.rms_norm(self.fuse(features[:, :size].float() * scale), (width,), eps=self.config.rms_norm_eps)
             final = features[:, size:].float()
             ratio = final.square().mean(0).sqrt() / fused.square().mean(0).sqrt().clamp(min=1e-6)
             self.norm.weight.copy_(ratio.clamp(max=100.0))
 
     def fuse(self, features: Tensor) -> Tensor:
-        """[..., n_aux * H] concatenated target features to [..., H]."""
-        dtype = self.fc.weight.dtype
-        return self.fc(features.to(dtype) * self.feature_scale.to(dtype))
+        """[..., n_aux * H] concatenated target features, times `feature_scale`, to [..., H]."""
+        return self.fc(features)
+
+    def folded(self) -> dict[str, Tensor]:
+        """The weights of a head that reads the features as they are: what decodes, and what goes to disk."""
+        return {**self.state_dict(), "fc.weight": self.fc.weight.detach() * self.feature_scale}
 
     def project(self, embeds: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [N, heads, T, D], keys and values [N, kv_heads, T, D] of `embeds` and `hidden` [N, T, H] at

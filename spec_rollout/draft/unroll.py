@@ -18,7 +18,8 @@ def unroll(head: EagleHead, embeds: Tensor, pack: Pack, steps: int) -> Iterator[
     true-feature keys (step 0) up to entry p - j and, of each step k = 1..j, the one key at entry p - j + k (Li et al.,
     EAGLE-3, 2025, figure 6).
     """
-    hidden = head.fuse(pack.features[..., : head.fc.in_features])
+    fused = pack.features[..., : head.fc.in_features].to(head.fc.weight.dtype)
+    hidden = head.fuse(fused * head.feature_scale)
     size = pack.tokens.shape[1]
     order = torch.arange(size, device=hidden.device)
     document = pack.document

@@ -12,18 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOTrainer
 
-from spec_rollout.config import SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.profile.pictures import draw_demo
-from spec_rollout.profile.workload import hardware, positive, table, write_json
-from spec_rollout.records import RolloutStats, SamplingParams, StepStats
+from spec_rollout.profile.workload import (
+    Policy,
+    arithmetic_prompts,
+    hardware,
+    load_policy,
+    positive,
+    table,
+    write_json,
+)
+from spec_rollout.records import RolloutStats, StepStats
 from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
 from spec_rollout.training.arithmetic import accuracy_reward, problems, prompt_dataset
 from spec_rollout.training.reference_policy import make_reference_policy
@@ -106,10 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     plain = train("ours, plain decoding", Speculative, policy, args, num_speculative_tokens=0)
     ours = train("ours, speculative", Speculative, policy, args)
     figures = compare(baseline, plain, ours)
-    before = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
-    figures["heldout_accuracy_first"] = heldout_accuracy(before, policy)
-    before.load_state_dict(ours.weights, strict=False)  # tied weights are listed once
-    figures["heldout_accuracy_last"] = heldout_accuracy(before, policy)
+    judged = load_policy(str(policy), "float32", COMPLETION_TOKENS)
+    figures["heldout_accuracy_first"] = heldout_accuracy(judged)
+    with torch.no_grad():
+        for name, weight in judged.model.named_parameters():
+            weight.copy_(ours.weights[name])
+    figures["heldout_accuracy_last"] = heldout_accuracy(judged)
     draw_demo(args.out / "demo.png", baseline, plain, ours)
     _report(args, figures, ours)
     return 0 if figures["identical_completions"] else 1
@@ -152,18 +160,15 @@ def train(name: str, trainer_class: type, policy: Path, args: argparse.Namespace
     return run
 
 
-def heldout_accuracy(model: nn.Module, policy: Path) -> float:
-    """Share of HELDOUT_PROBLEMS unseen problems that `model` gets right at T = 1.
+def heldout_accuracy(policy: Policy) -> float:
+    """Share of HELDOUT_PROBLEMS unseen problems that `policy` gets right at T = 1.
 
     The prompts of a GRPO step are few and of uneven difficulty; this compares two policies on the same problems.
     """
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    asked = problems("heldout", HELDOUT_PROBLEMS)
-    params = SamplingParams(max_new_tokens=COMPLETION_TOKENS, eos_token_ids=(tokenizer.eos_token_id,))
-    engine = RolloutEngine(model.to("cuda" if torch.cuda.is_available() else "cpu"), SpecConfig())
-    completions = engine.generate([tokenizer(p.prompt)["input_ids"] for p in asked], params)
-    texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
-    return statistics.mean(accuracy_reward(texts, [p.answer for p in asked]))
+    prompts = arithmetic_prompts(policy.tokenizer, HELDOUT_PROBLEMS)
+    completions = RolloutEngine(policy.model).generate(prompts, policy.params)
+    texts = [policy.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+    return statistics.mean(accuracy_reward(texts, [p.answer for p in problems("heldout", HELDOUT_PROBLEMS)]))
 
 
 def compare(baseline: Run, plain: Run, ours: Run) -> dict:

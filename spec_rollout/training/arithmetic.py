@@ -65,7 +65,7 @@ def split(step: Step) -> list[Step]:
 
 
 def lettered(steps: list[Step]) -> str:
-    """The steps as the question lists them: `a +8, b -5`."""
+    """The steps as the question lists them: `a +7, b -5`."""
     return ", ".join(f"{letter} {operator}{n}" for letter, (operator, n) in zip(ascii_lowercase, steps, strict=False))
 
 

@@ -66,6 +66,17 @@ def test_a_calibration_of_another_version_is_measured_again(tmp_path):
     assert "unknown" not in path.read_text()
 
 
+def test_a_cold_head_learns_from_features_at_magnitude_1_and_runs_on_them_as_they_are(tmp_path):
+    backend = backend_for("llama", tmp_path)
+    backend.generate(PROMPTS * 4, PARAMS)
+    features = torch.cat([s.features for s in backend.buffer.samples])[:, : backend.head.fc.in_features]
+    assert features.square().mean().sqrt() > 4
+    backend.refresh()
+    scaled = features * backend.head.feature_scale
+    assert 0.5 < scaled.square().mean().sqrt() < 2
+    torch.testing.assert_close(backend.drafter.head.fuse(features), backend.head.fuse(scaled))
+
+
 def test_evaluation_is_not_learned_from(tmp_path):
     backend = backend_for("llama", tmp_path)
     backend.generate(PROMPTS, PARAMS, collect=False)
@@ -100,7 +111,8 @@ def test_save_and_load_give_the_same_guesses(gamma, tmp_path):
 def test_a_head_that_turns_to_nan_starts_afresh_and_no_token_is_wrong(tmp_path):
     backend = learned("llama", tmp_path)
     with torch.no_grad():
-        backend.head.fc.weight[0, 0] = float("nan")
+        for head in (backend.head, backend.drafter.head):
+            head.fc.weight[0, 0] = float("nan")
     assert_same(backend.generate(PROMPTS * 4, PARAMS, seed=(1,)), plain("llama", (1,)))
     backend._allowance = 1e9
     with pytest.warns(RuntimeWarning, match="draft head is off"):

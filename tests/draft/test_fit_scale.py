@@ -1,5 +1,6 @@
 """The head reads features of any magnitude at magnitude 1, and nothing is lost on the way to disk and back."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -29,7 +30,7 @@ def features(shape):
 def test_a_fresh_head_starts_at_the_scale_of_the_policy(shape, features):
     head = EagleHead(shape)
     head.fit_scale(features, fresh=True)
-    fused = head.fuse(features[:, : head.fc.in_features])
+    fused = head.fuse(features[:, : head.fc.in_features] * head.feature_scale)
     assert 0.5 < fused.square().mean().sqrt() < 2.0
     normed = head.norm(fused)
     final = features[:, head.fc.in_features :]
@@ -51,7 +52,7 @@ def test_a_trained_head_goes_on_computing_the_same(shape, features):
     before = head.fuse(fused)
     head.fit_scale(features, fresh=False)
     assert (head.feature_scale != 1).any()
-    torch.testing.assert_close(head.fuse(fused), before)
+    torch.testing.assert_close(head.fuse(fused * head.feature_scale), before)
 
 
 def test_scales_fold_into_the_file_and_out_of_it_exactly(shape, features, tmp_path):
@@ -60,15 +61,18 @@ def test_scales_fold_into_the_file_and_out_of_it_exactly(shape, features, tmp_pa
     save_head(tmp_path / "draft", head, torch.randn(VOCAB, shape.hidden_size), None, {})
     fused = features[:, : head.fc.in_features]
     read_by_others = fused @ load_file(tmp_path / "draft" / WEIGHTS)["fc.weight"].T
-    torch.testing.assert_close(read_by_others, head.fuse(fused))
+    torch.testing.assert_close(read_by_others, head.fuse(fused * head.feature_scale))
     loaded, _, extra = load_head(tmp_path / "draft", shape)
     assert torch.equal(loaded.fc.weight, head.fc.weight) and extra == {}
     assert torch.equal(loaded.feature_scale, head.feature_scale)
 
 
-def test_a_tampered_scale_is_refused(shape, tmp_path):
+@pytest.mark.parametrize("scale", ["[1.0, -1.0, 1.0]", "[1.0, Infinity, 1.0]", "[1.0]", "2.0", '"all"'])
+def test_a_tampered_scale_is_refused(shape, tmp_path, scale):
     save_head(tmp_path / "draft", EagleHead(shape), torch.randn(VOCAB, shape.hidden_size), None, {})
     config = tmp_path / "draft" / "config.json"
-    config.write_text(config.read_text().replace("1.0,", "-1.0,", 1))
+    text, found = re.subn(r'("feature_scale": )\[[^]]*\]', rf"\g<1>{scale}", config.read_text())
+    assert found == 1
+    config.write_text(text)
     with pytest.raises(ValueError, match="feature_scale=.* must be 3 positive numbers"):
         load_head(tmp_path / "draft", shape)
