@@ -33,8 +33,13 @@ def check(argv: Sequence[str]) -> int | None:
     return import_module("spec_rollout.profile.check").main(argv)
 
 
+def pretrain_draft(argv: Sequence[str]) -> int | None:
+    """train a draft head ahead of a run: --policy DIR --prompts FILE --out DIR"""
+    return import_module("spec_rollout.training.pretrain_draft").main(argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
-    command.__name__: command for command in (grpo, demo, bench, check)
+    command.__name__.replace("_", "-"): command for command in (grpo, demo, bench, check, pretrain_draft)
 }
 
 
@@ -56,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """The commands with their first lines."""
-    lines = [f"  {name:<8}{command.__doc__}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<16}{command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join([f"usage: {PROGRAM} COMMAND [options]   ({PROGRAM} COMMAND --help)", "", *lines])
 
 

@@ -46,7 +46,7 @@ class SpecConfig:
         default=None, metadata={"help": "Learning rate of the draft head. `None` follows its hidden size."}
     )
     max_feature_tokens: int = field(
-        default=16384,
+        default=32768,
         metadata={"help": "Tokens whose target features are kept for training the draft head; bounds its memory."},
     )
     calibration_cache: str | None = field(

@@ -218,7 +218,7 @@ def _head_config(folder: Path, config: dict, wanted: HeadConfig) -> HeadConfig:
     fields["aux_layers"] = tuple(
         aux or (2, layers // 2, layers - 3)
     )  # the EAGLE-3 authors' layers, where none are named
-    if not all(0 <= layer <= layers for layer in fields["aux_layers"]):
+    if not all(0 <= layer < layers for layer in fields["aux_layers"]):
         raise ValueError(
             f"The draft head in {folder} reads the layers {fields['aux_layers']}, this policy has {layers}. Give the "
             "draft of this policy, or none to start cold."

@@ -19,6 +19,13 @@ class Sample:
     version: int
 
 
+MAX_AGE = 8
+"""Policy versions after which features are dropped. A policy moves little in so few updates, and old rollouts keep a
+young head from learning the newest prompts by heart."""
+HOST_BYTES = 2**29
+"""A buffer that may grow beyond this is kept in host memory."""
+
+
 class FeatureBuffer:
     """At most `max_tokens` tokens of rollouts, none of them older than `max_age` policy versions.
 
@@ -26,7 +33,7 @@ class FeatureBuffer:
     long completions are preferred. Its random stream is its own.
     """
 
-    def __init__(self, max_tokens: int, max_age: int = 2, seed: int = 0):
+    def __init__(self, max_tokens: int, max_age: int = MAX_AGE, seed: int = 0):
         self.max_tokens, self.max_age = max_tokens, max_age
         self.version = 0
         self.samples: list[Sample] = []
@@ -34,6 +41,8 @@ class FeatureBuffer:
         self.generator = torch.Generator().manual_seed(seed)
 
     def add(self, tokens: Tensor, features: Tensor, prompt: int) -> None:
+        if self.max_tokens * features.shape[1] * features.itemsize > HOST_BYTES:
+            tokens, features = tokens.cpu(), features.cpu()
         self.samples.append(Sample(tokens, features, prompt, self.version))
         self.tokens += len(features)
         while self.tokens > self.max_tokens:

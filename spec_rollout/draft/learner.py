@@ -98,7 +98,7 @@ class DraftLearner:
             self.view.draft_ids = choose_vocabulary(self.buffer.samples, self.view)
         if (head.feature_scale == 1).all() and self.buffer.samples:  # not measured yet
             features = torch.cat([sample.features for sample in self.buffer.samples[:FIT_SAMPLES]])
-            head.fit_scale(features, fresh=not self.trained)
+            head.fit_scale(features.to(self.device), fresh=not self.trained)
             ranks.share([*head.state_dict().values(), head.feature_scale])
 
     def _agree(self) -> None:

@@ -161,7 +161,7 @@ class DraftTrainer:
         rows = max(1, BATCH_TOKENS // PACK_WIDTH)
         shuffled = torch.randperm(len(packed.tokens), generator=self.generator).to(packed.tokens.device)
         for index in shuffled.split(rows):
-            yield Pack(*(x[index] for x in packed))
+            yield Pack(*(x[index].to(self.device) for x in packed))
 
     @torch.enable_grad()
     def _step(self, batch: Pack) -> Tensor:
@@ -207,7 +207,8 @@ class DraftTrainer:
         sums = torch.zeros(UNROLLED_STEPS, 2, dtype=torch.float64)
         if samples:
             with self.precision:
-                for j, (log_q, target) in enumerate(self._unrolled(pack(samples, PACK_WIDTH))):
+                packed = Pack(*(x.to(self.device) for x in pack(samples, PACK_WIDTH)))
+                for j, (log_q, target) in enumerate(self._unrolled(packed)):
                     q, p = (log_q / temperature).softmax(-1), (target.log() / temperature).softmax(-1)
                     sums[j, 0] = torch.minimum(q, p).sum()
                     sums[j, 1] = len(target)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from spec_rollout.profile.demo import Run
+    from spec_rollout.profile.drift import Drift
 
 INK, ROWS, GUESSES, OURS, THEIRS = "#333333", "#9db8d2", "#d1495b", "#d1495b", "#66727c"
 
@@ -37,6 +38,38 @@ def draw_demo(path: Path, baseline: Run, plain: Run, ours: Run) -> None:
     reward.legend(frameon=False)
     for axis in (acceptance, reward):
         axis.spines["right"].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_drift(path: Path, drift: Drift) -> None:
+    """Two panels: acceptance length of the heads over training, and how far the policy moved."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "font.size": 10, "axes.edgecolor": INK, "text.color": INK})
+    figure, (lengths, moved) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    for series, label, colour, style in (
+        (drift.ceiling, "retrained to convergence", INK, ":"),
+        (drift.double, "refreshed, twice the time", ROWS, "-"),
+        (drift.refreshed, "refreshed", OURS, "-"),
+        (drift.frozen, "frozen", THEIRS, "--"),
+    ):
+        lengths.plot(drift.steps, series, style, color=colour, marker="o", markersize=3, label=label)
+    lengths.set(title="The head follows the policy", xlabel="GRPO step", ylim=(1, None))
+    lengths.set_ylabel("tokens per verify pass and row, 3 guessed")
+    lengths.legend(frameon=False)
+    moved.plot(drift.steps, drift.policy_kl, color=OURS, marker="o", markersize=3)
+    moved.set(title="How far the policy moved", xlabel="GRPO step", ylim=(0, None))
+    moved.set_ylabel("KL to the first policy, nats per token", color=OURS)
+    right = moved.twinx()
+    right.plot(drift.steps, drift.accuracy, color=THEIRS, marker="o", markersize=3)
+    right.set(ylim=(0, 1))
+    right.set_ylabel("held-out problems right", color=THEIRS)
+    lengths.spines["right"].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,0 +1,67 @@
+"""Features from forward passes that are run anyway, such as the trainer's for its log-probs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from spec_rollout.draft.features import FeatureBuffer
+
+
+class FeatureTap:
+    """Listens to `model` and puts what the draft needs of each pass into a buffer, for samplers that do not show the
+    policy's hidden states.
+
+    Args:
+        model: a Hugging Face causal language model.
+        aux_layers: the residual stream after that many layers is kept, besides the final hidden state.
+
+    Raises:
+        ValueError: the model's decoder layers cannot be found.
+    """
+
+    def __init__(self, model: nn.Module, aux_layers: Sequence[int]):
+        self.model, self.aux_layers = model, tuple(aux_layers)
+        self.decoder = model.get_decoder()
+        count = model.config.get_text_config(decoder=True).num_hidden_layers
+        stacks = [m for m in self.decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        if not stacks:
+            raise ValueError(
+                f"{type(model).__name__} has no list of its {count} layers, so the draft cannot learn from its passes: "
+                "sample in the trainer's own process, or with draft_refresh=False."
+            )
+        self.layers = stacks[0]
+
+    @contextmanager
+    def listen(self, buffer: FeatureBuffer, ids: Tensor, mask: Tensor, prompts: Sequence[int]) -> Iterator[None]:
+        """Within it the model reads `ids` [N, T] with `mask` [N, T] (1 on tokens, contiguous in each row), in one pass
+        or in several over consecutive rows; `prompts` [N] are the numbers of prompt tokens."""
+        passes: list[list[Tensor]] = []
+        inputs: dict[int, Tensor] = {}
+
+        def before_layer(number: int):
+            return lambda module, args, kwargs: inputs.__setitem__(number, (args or (kwargs["hidden_states"],))[0])
+
+        def after_decoder(module, args, output):
+            last = output[0] if isinstance(output, tuple) else output.last_hidden_state
+            passes.append([x.detach() for x in (*(inputs[k] for k in self.aux_layers), last)])
+
+        handles = [
+            self.layers[k].register_forward_pre_hook(before_layer(k), with_kwargs=True) for k in self.aux_layers
+        ]
+        handles.append(self.decoder.register_forward_hook(after_decoder))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        row = 0
+        for kept in passes:
+            features = torch.cat(kept, -1)  # [n, T, F]
+            for own in features:
+                present = mask[row].bool()
+                buffer.add(ids[row][present].clone(), own[present][:-1].clone(), prompts[row])
+                row += 1
