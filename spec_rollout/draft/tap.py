@@ -30,7 +30,7 @@ class FeatureTap:
         stacks = [m for m in self.decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
         if not stacks:
             raise ValueError(
-                f"{type(model).__name__} has no list of its {count} layers, so the draft cannot learn from its passes: "
+                f"{type(model).__name__} has no list of its {count} layers, so no draft can learn from its passes: "
                 "sample in the trainer's own process, or with draft_refresh=False."
             )
         self.layers = stacks[0]

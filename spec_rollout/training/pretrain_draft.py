@@ -21,9 +21,15 @@ from spec_rollout.training.sampling_params import sampling_params
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(args.policy, dtype=args.dtype).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.policy)
-    rows = load_split(ScriptArguments(dataset_name=args.prompts), "train")["prompt"]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.policy, dtype=args.dtype).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(args.policy)
+    except OSError as error:
+        raise SystemExit(f"--policy {args.policy} cannot be loaded: {str(error).splitlines()[0]}") from error
+    try:
+        rows = load_split(ScriptArguments(dataset_name=args.prompts), "train")["prompt"]
+    except ValueError as error:
+        raise SystemExit(f"--prompts: {error}") from error
     prompts = [prompt_ids(tokenizer, prompt) for prompt in rows]
     wanted = GenerationConfig(max_new_tokens=args.max_new_tokens, do_sample=True, temperature=args.temperature)
     params = sampling_params(wanted, model.generation_config, [tokenizer.eos_token_id])

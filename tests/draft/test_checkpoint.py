@@ -1,6 +1,10 @@
 """A draft on disk: what is written is what is read, and what cannot be read is refused by name."""
 
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +55,84 @@ def test_saving_again_replaces_the_folder_as_a_whole(shape, folder):
     assert load_head(folder, shape)[1] is None
 
 
+def foreign(folder, shape, *, own_rows=5, **changes):
+    """The folder as others write heads: with an output head of its own, and none of our fields."""
+    config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+    del config["spec_rollout"]
+    tensors["lm_head.weight"] = torch.randn(own_rows, shape.hidden_size)
+    tensors["t2d"] = torch.zeros(VOCAB, dtype=torch.bool)
+    tensors["embed_tokens.weight"] = torch.randn(VOCAB, shape.hidden_size)
+    save_file(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+    return tensors
+
+
+def test_a_head_from_elsewhere_keeps_its_own_output_head(shape, folder):
+    tensors = foreign(folder, shape)
+    head, ids, extra = load_head(folder, shape)
+    assert torch.equal(head.own_output, tensors["lm_head.weight"])
+    assert ids.tolist() == [0, 3, 4, 9, 50] and extra == {}
+    save_head(folder, head, torch.randn(5, shape.hidden_size), ids, {})
+    assert torch.equal(load_head(folder, shape)[0].own_output, tensors["lm_head.weight"])
+
+
+def test_a_speculators_head(shape, folder):
+    """Its config is nested, its layer has another name, and it adds to its normed input."""
+    tensors = foreign(folder, shape)
+    config = json.loads((folder / CONFIG).read_text())
+    aux = config.pop("eagle_config")["eagle_aux_hidden_state_layer_ids"]
+    nested = {
+        k: v for k, v in config.items() if k not in ("architectures", "draft_vocab_size", "norm_before_residual")
+    }
+    (folder / CONFIG).write_text(
+        json.dumps(
+            {
+                "speculators_model_type": "eagle3",
+                "architectures": ["Eagle3DraftModel"],
+                "draft_vocab_size": 5,
+                "eagle_aux_hidden_state_layer_ids": aux,
+                "transformer_layer_config": nested,
+            }
+        )
+    )
+    renamed = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+    save_file({**renamed, "verifier_norm.weight": torch.ones(shape.hidden_size)}, folder / WEIGHTS)
+    head, ids, _ = load_head(folder, shape)
+    assert head.config.norm_before_residual and head.config.aux_layers == shape.aux_layers and len(ids) == 5
+    x = torch.randn(1, 3, shape.hidden_size)
+    nothing = torch.zeros(1, shape.num_attention_heads, 3, shape.head_dim)
+    head.midlayer.mlp.down_proj.weight.data.zero_()
+    torch.testing.assert_close(head.combine(nothing, x), head.midlayer.hidden_norm(x))
+
+
+KILLED = """
+import os, signal, sys, torch
+import spec_rollout.draft.checkpoint as checkpoint
+from spec_rollout.draft.eagle import EagleHead
+from tests.draft.test_checkpoint import HeadConfig, policy
+shape, moment = HeadConfig.for_target(policy("llama").config), sys.argv[2]
+real = {"save_file": checkpoint.save_file, "rename": checkpoint.Path.rename}
+def die(*args):
+    if moment == "save_file":
+        args[1].write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+if moment == "save_file":
+    checkpoint.save_file = die
+else:
+    checkpoint.Path.rename = die
+checkpoint.save_head(sys.argv[1], EagleHead(shape, seed=4), torch.randn(5, shape.hidden_size), None, {})
+"""
+
+
+@pytest.mark.parametrize("moment", ["save_file", "rename"])
+def test_kill_9_while_saving_leaves_the_old_head(shape, folder, moment):
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(folder), moment], cwd=Path(__file__).parents[2])
+    assert ended.returncode == -signal.SIGKILL
+    head, _, extra = load_head(folder, shape)
+    assert extra == {"draft_version": 7}
+    assert torch.equal(head.fc.weight, EagleHead(shape, seed=3).fc.weight)
+
+
 def truncate(folder):
     data = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
@@ -87,6 +169,13 @@ def rewrite(**changes):
         (rewrite(hidden_size=64), "hidden_size=64, this policy has 32"),
         (rewrite(vocab_size=1000), f"vocab_size=1000, this policy has {VOCAB}"),
         (rewrite(architectures=["LlamaForCausalLM"]), "not an EAGLE-3 head"),
+        (rewrite(rope_scaling={"rope_type": "llama3"}), "rope_type=llama3 is not supported"),
+        (rewrite(num_hidden_layers=2), "num_hidden_layers=2 is not supported"),
+        (rewrite(speculators_model_type="mlp"), "'mlp' speculator, not 'eagle3'"),
+        (
+            rewrite(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1, 7]}),
+            r"\(0, 1, 7\), this policy has 2",
+        ),
     ],
 )
 def test_a_foreign_or_broken_folder_is_refused(shape, folder, spoil, message):

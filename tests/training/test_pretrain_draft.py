@@ -1,0 +1,43 @@
+"""A head made ahead of a run, from a policy on disk and a file of prompts."""
+
+import json
+
+import pytest
+
+from spec_rollout import cli
+from spec_rollout.backends.embedded import EmbeddedBackend
+from spec_rollout.config import SpecConfig
+
+
+@pytest.fixture
+def folder(make_policy, tokenizer, tmp_path):
+    make_policy().save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    chat = [{"role": "user", "content": "count"}]
+    prompts = [{"prompt": prompt} for prompt in ([{"role": "user", "content": "a b"}], chat)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    return tmp_path
+
+
+def test_the_head_is_made_and_taken_up(folder, make_policy, capsys):
+    line = f"pretrain-draft --policy {folder}/policy --prompts {folder}/prompts.jsonl --out {folder}/draft"
+    assert cli.main([*line.split(), "--rollouts", "2", "--batch-size", "3", "--max-new-tokens", "12"]) == 0
+    assert "acceptance by position" in capsys.readouterr().out
+    backend = EmbeddedBackend(make_policy(), SpecConfig(draft_model_path=str(folder / "draft")))
+    assert backend.drafter.ready and backend.draft_version >= 1
+    backend.engine.controller = None
+    backend.engine.config = SpecConfig(num_speculative_tokens=2)
+    backend.engine.generate([[3, 4, 5]])
+    assert backend.stats.drafted > 0
+
+
+def test_prompts_that_are_not_there(folder):
+    line = f"pretrain-draft --policy {folder}/policy --prompts {folder}/none.jsonl --out {folder}/draft"
+    with pytest.raises(SystemExit, match=r"none\.jsonl does not exist"):
+        cli.main(line.split())
+
+
+def test_a_policy_that_is_not_there(folder):
+    line = f"pretrain-draft --policy {folder}/none --prompts {folder}/prompts.jsonl --out {folder}/draft"
+    with pytest.raises(SystemExit, match="cannot be loaded"):
+        cli.main(line.split())
