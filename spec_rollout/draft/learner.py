@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from pathlib import Path
@@ -25,7 +26,7 @@ FIT_SAMPLES = 16
 
 
 class DraftLearner:
-    """Owns `head` (float32) and trains it; the one that decodes is a copy that its owner makes of `head.folded()`.
+    """Trains a head in float32; what decodes is a copy that the learner's owner makes of `head.folded()`.
 
     With several ranks all methods but `save` are called on each of them, and all hold the same head.
 
@@ -47,10 +48,14 @@ class DraftLearner:
 
     def _take(self, head: EagleHead) -> None:
         """Start over with `head`."""
-        self.head = head.to(self.device)
-        self.trainer = DraftTrainer(self.head, self.view, self.config.draft_learning_rate, self.seed)
+        self.trainer = DraftTrainer(head.to(self.device), self.view, self.config.draft_learning_rate, self.seed)
         self.trained, self.healthy = False, True
         self.acceptance: list[float] = []
+
+    @property
+    def head(self) -> EagleHead:
+        """The head to decode with."""
+        return self.trainer.average
 
     def refresh(
         self, seconds: float | None = None, remaining: int | None = None, value: RolloutValue | None = None
@@ -62,7 +67,8 @@ class DraftLearner:
             remaining: rollouts that the run has still to come, if known.
             value: what acceptance is worth on rollouts like the last one; None trains for all that the budget allows.
         """
-        if not all(bool(weight.isfinite().all()) for weight in self.head.parameters()):
+        weights = [*self.trainer.head.parameters(), *self.head.parameters()]
+        if not all(bool(weight.isfinite().all()) for weight in weights):
             self._start_over("its weights are not finite")
         self._prepare()
 
@@ -93,19 +99,20 @@ class DraftLearner:
 
     def _prepare(self) -> None:
         """Vocabulary and scale of the features, the same on every rank."""
-        head = self.head
+        head = self.trainer.head
         if head.own_output is None:
             self.view.draft_ids = choose_vocabulary(self.buffer.samples, self.view)
         if (head.feature_scale == 1).all() and self.buffer.samples:  # not measured yet
             features = torch.cat([sample.features for sample in self.buffer.samples[:FIT_SAMPLES]])
             head.fit_scale(features.to(self.device), fresh=not self.trained)
             ranks.share([*head.state_dict().values(), head.feature_scale])
+            self.trainer.average = copy.deepcopy(head).requires_grad_(False)
 
     def _agree(self) -> None:
         """After a training every rank must hold the same head; if one does not, all take rank 0's."""
         if ranks.differ(self.head):
             warnings.warn("The draft heads of the ranks differ: all take rank 0's.", RuntimeWarning, stacklevel=3)
-            ranks.share(self.head.state_dict().values())
+            ranks.share([*self.head.state_dict().values(), *self.trainer.head.state_dict().values()])
 
     def _start_over(self, reason: str) -> None:
         warnings.warn(

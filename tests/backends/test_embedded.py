@@ -74,10 +74,11 @@ def test_a_calibration_of_another_version_is_measured_again(tmp_path):
 def test_a_cold_head_learns_from_features_at_magnitude_1_and_runs_on_them_as_they_are(tmp_path):
     backend = backend_for("llama", tmp_path)
     backend.generate(PROMPTS * 4, PARAMS)
-    head = backend.learner.head
-    features = torch.cat([s.features for s in backend.learner.buffer.samples])[:, : head.fc.in_features]
+    width = backend.learner.head.fc.in_features
+    features = torch.cat([s.features for s in backend.learner.buffer.samples])[:, :width]
     assert features.square().mean().sqrt() > 4
     backend.refresh()
+    head = backend.learner.head
     scaled = features * head.feature_scale
     assert 0.5 < scaled.square().mean().sqrt() < 2
     torch.testing.assert_close(backend.drafter.head.fuse(features), head.fuse(scaled))

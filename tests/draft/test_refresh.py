@@ -58,7 +58,7 @@ def test_acceptance_is_the_overlap_of_draft_and_target(buffer):
     (sample, *_) = buffer.samples
     head, view = trainer.head, trainer.view
     with torch.no_grad():
-        (log_q, target), *_ = trainer._unrolled(pack([sample], PACK_WIDTH))
+        (log_q, target), *_ = trainer._unrolled(head, pack([sample], PACK_WIDTH))
         fused = sample.features[:, : head.fc.in_features].float()
         embeds = view.embed(sample.tokens[1:])[None]
         hidden = head.fuse(fused)[None]
@@ -116,6 +116,20 @@ def test_optimiser_state_continues(buffer):
             trainer._step(batch)
     for (name, one), two in zip(whole.head.named_parameters(), other.head.parameters(), strict=True):
         assert torch.equal(one, two), name
+
+
+def test_the_average_follows_the_weights(buffer):
+    trainer = trainer_for(policy("llama"))
+    seen = []
+    for batch in islice(trainer._batches(buffer.samples), 4):
+        trainer._step(batch)
+        seen.append(trainer.head.fc.weight.detach().clone())
+    low, high = torch.stack(seen).amin(0), torch.stack(seen).amax(0)
+    first = trainer_for(policy("llama")).head.fc.weight
+    low, high = torch.minimum(low, first), torch.maximum(high, first)
+    average = trainer.average.fc.weight
+    assert ((average >= low - 1e-7) & (average <= high + 1e-7)).all()
+    assert not torch.equal(average, first) and not torch.equal(average, seen[-1])
 
 
 def test_optimiser_state_of_another_head_is_refused(buffer):

@@ -7,6 +7,7 @@ import pytest
 from spec_rollout import cli
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
+from spec_rollout.records import SamplingParams
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def test_the_head_is_made_and_taken_up(folder, make_policy, capsys):
     assert backend.drafter.ready and backend.draft_version >= 1
     backend.engine.controller = None
     backend.engine.config = SpecConfig(num_speculative_tokens=2)
-    backend.engine.generate([[3, 4, 5]])
+    backend.engine.generate([[3, 4, 5]], SamplingParams(max_new_tokens=9))
     assert backend.stats.drafted > 0
 
 
