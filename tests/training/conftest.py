@@ -143,6 +143,7 @@ OPTIONS = {
     "num_generations": 4,
     "max_completion_length": 12,
     "learning_rate": 1e-2,
+    "beta": 0.0,  # a reference policy would have to lie in a folder
     "max_steps": 3,
     "logging_steps": 1,
     "report_to": "none",
@@ -155,10 +156,11 @@ OPTIONS = {
 @pytest.fixture
 def make_trainer(make_policy, tokenizer, prompts, tmp_path):
     """Builds a trainer on the random policy; `OPTIONS` and then `options` fill the configuration."""
+    from spec_rollout.config import SpecConfig
     from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
 
     def make(trainer_class=SpecGRPOTrainer, config_class=SpecGRPOConfig, *, arguments=None, **options):
-        if issubclass(config_class, SpecGRPOConfig):
+        if issubclass(config_class, SpecConfig):
             options = {"num_speculative_tokens": 2, "calibration_cache": str(tmp_path / "calibration")} | options
         args = config_class(str(tmp_path / "run"), **(OPTIONS | options))
         given = {"train_dataset": prompts, "processing_class": tokenizer} | (arguments or {})
