@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
+from trl.distributed import DistributedBackend
 
+from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer, SpecRLOOConfig, SpecRLOOTrainer
 from spec_rollout.training.gathering import refuse_partitioned
 
 ROOT = Path(__file__).parents[2]
@@ -79,3 +81,12 @@ def test_a_policy_in_pieces_is_refused(trainer, message):
 @pytest.mark.parametrize("trainer", [setup(), setup(2, gathers=False), setup(3), setup(fsdp_version=2)])
 def test_a_whole_policy_is_accepted(trainer):
     refuse_partitioned(trainer)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "config_class"), [(SpecGRPOTrainer, SpecGRPOConfig), (SpecRLOOTrainer, SpecRLOOConfig)]
+)
+def test_the_trainers_refuse_it_before_they_run(make_trainer, monkeypatch, trainer_class, config_class):
+    monkeypatch.setattr(DistributedBackend, "is_zero3", True)
+    with pytest.raises(ValueError, match="ds3_gather_for_generation=False"):
+        make_trainer(trainer_class, config_class, ds3_gather_for_generation=False)

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 from trl import RLOOConfig
 
 from spec_rollout.config import SpecConfig
@@ -45,6 +46,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_rloo, eager_head):
     whole.reward_funcs[0].seen = whole.reward_funcs[0].seen[2:]
     assert_same(whole, resumed)
     assert any(entry.get("speculative/acceptance_rate", 0) > 0 for entry in resumed.state.log_history)
+
+
+def test_a_lora_policy_with_a_penalty(make_rloo, peeking):
+    lora = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)}
+    plain = trained(make_rloo(num_speculative_tokens=0, beta=0.1, arguments=lora))
+    speculative = trained(make_rloo(num_speculative_tokens=3, beta=0.1, arguments=lora))
+    assert_same(plain, speculative)
+    assert speculative.state.log_history[0]["speculative/mean_acceptance_length"] > 2
+    assert speculative.state.log_history[0]["kl"] != 0
 
 
 def test_configuration_of_trl_itself(make_trainer, peeking):
