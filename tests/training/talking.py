@@ -15,11 +15,11 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", END)
 
 
 def make_tokenizer(*scripts: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """Characters, and each piece of `scripts` as one token; Qwen's chat template."""
+    """Each piece of `scripts` is one token, longer words elsewhere are unknown; Qwen's chat template."""
     pieces = sorted({piece for script in scripts for piece in script} - {END} | {START}, key=len, reverse=True)
     symbols = [*SPECIAL, "<unk>", *pieces, *(c for c in string.printable if c not in pieces)]
     words = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="<unk>"))
-    pattern = Regex("|".join([*map(re.escape, pieces), r"[\s\S]"]))
+    pattern = Regex("|".join([*map(re.escape, pieces), r"\w+|\W"]))
     words.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
     words.decoder = decoders.Fuse()
     words.add_special_tokens([AddedToken(symbol, special=True, normalized=False) for symbol in SPECIAL])

@@ -147,7 +147,7 @@ def roles(turns: list[dict]) -> list[str]:
 def test_the_tool_loop(make_talking, tool):
     wrong = (*GOOD[:2], '{"a": 3, "c": 4}', GOOD[3])
     scripts = (GOOD, wrong, TALK)
-    given = {"train_dataset": CHATS, "tools": [tool], "options": {"max_steps": 2}}
+    given = {"train_dataset": CHATS, "tools": [tool]}
     speculative = trained(make_talking(*scripts, **given))
     assert speculated(speculative)
     conversations = speculative.reward_funcs[0].turns
@@ -157,6 +157,7 @@ def test_the_tool_loop(make_talking, tool):
     assert {tuple(call["function"]["arguments"]) for call in calls} == {("a", "b"), ("a", "c")}
     assert any(len(turns) > 3 for turns in conversations)  # a call after a call
     assert 0 < min(logged(speculative, "tools/failure_frequency")) < 1
+    assert max(logged(speculative, "sampling/sampling_logp_difference/max")) < 1e-3  # what tools said is left out
     count = sum(logged(speculative, "tools/call_frequency")) / len(logged(speculative, "tools/call_frequency"))
     assert count == pytest.approx(len(answers) / len(conversations))
     assert_same(speculative, trained(make_talking(*scripts, gamma=0, **given)))
