@@ -103,9 +103,9 @@ def make_rollout_func(config: SpecConfig | None = None) -> Callable[[list, GRPOT
     """
     A `rollout_func` for TRL's own [`~trl.GRPOTrainer`], for those who keep it.
 
-    The draft learns and the metrics are logged as in [`SpecGRPOTrainer`]. TRL leaves a rollout function out of its
-    checkpoints (`rollout_func.sampler.save(folder)` and `.load(folder)` do it by hand), and samples the later turns of
-    a tool loop itself.
+    The draft learns and the `speculative/` metrics are logged as in [`SpecGRPOTrainer`]. TRL leaves a rollout function
+    out of its checkpoints (`rollout_func.sampler.save_checkpoint(trainer, folder)` and `.load(folder)` do it by hand),
+    and samples the later turns of a tool loop itself.
 
     Args:
         config ([`SpecConfig`], *optional*):
