@@ -18,6 +18,14 @@ def grpo(argv: Sequence[str]) -> None:
     launch(SpecGRPOTrainer, SpecGRPOConfig, argv)
 
 
+def rloo(argv: Sequence[str]) -> None:
+    """train a policy with RLOO: --config FILE.yaml and any option of SpecRLOOConfig"""
+    from spec_rollout.training import SpecRLOOConfig, SpecRLOOTrainer
+    from spec_rollout.training.launch import launch
+
+    launch(SpecRLOOTrainer, SpecRLOOConfig, argv)
+
+
 def demo(argv: Sequence[str]) -> int | None:
     """train a small policy three ways and compare reward and time"""
     return import_module("spec_rollout.profile.demo").main(argv)
@@ -39,7 +47,7 @@ def pretrain_draft(argv: Sequence[str]) -> int | None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
-    command.__name__.replace("_", "-"): command for command in (grpo, demo, bench, check, pretrain_draft)
+    command.__name__.replace("_", "-"): command for command in (grpo, rloo, ppo, demo, bench, check, pretrain_draft)
 }
 
 

@@ -4,12 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spec_rollout.training.config import SpecGRPOConfig
+    from spec_rollout.training.config import SpecGRPOConfig, SpecRLOOConfig
     from spec_rollout.training.grpo import SpecGRPOTrainer, make_rollout_func
+    from spec_rollout.training.rloo import SpecRLOOTrainer
 
-_HOMES = {"SpecGRPOConfig": "config", "SpecGRPOTrainer": "grpo", "make_rollout_func": "grpo"}
+_HOMES = {
+    "SpecGRPOConfig": "config",
+    "SpecGRPOTrainer": "grpo",
+    "SpecRLOOConfig": "config",
+    "SpecRLOOTrainer": "rloo",
+    "make_rollout_func": "grpo",
+}
 
-__all__ = ["SpecGRPOConfig", "SpecGRPOTrainer", "make_rollout_func"]
+__all__ = ["SpecGRPOConfig", "SpecGRPOTrainer", "SpecRLOOConfig", "SpecRLOOTrainer", "make_rollout_func"]
 
 
 def __getattr__(name: str):
