@@ -18,6 +18,14 @@ def grpo(argv: Sequence[str]) -> None:
     launch(SpecGRPOTrainer, SpecGRPOConfig, argv)
 
 
+def ppo(argv: Sequence[str]) -> None:
+    """train a policy with PPO: --config FILE.yaml and any option of PPOConfig"""
+    from spec_rollout.training import PPOConfig, PPOTrainer
+    from spec_rollout.training.launch import launch
+
+    launch(PPOTrainer, PPOConfig, argv)
+
+
 def demo(argv: Sequence[str]) -> int | None:
     """train a small policy three ways and compare reward and time"""
     return import_module("spec_rollout.profile.demo").main(argv)
@@ -34,7 +42,7 @@ def check(argv: Sequence[str]) -> int | None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
-    command.__name__: command for command in (grpo, demo, bench, check)
+    command.__name__: command for command in (grpo, ppo, demo, bench, check)
 }
 
 

@@ -13,12 +13,12 @@ from spec_rollout import cli
 def test_without_a_command_the_commands_are_listed(capsys):
     assert cli.main([]) == 0
     printed = capsys.readouterr().out
-    assert all(f"\n  {name} " in printed for name in ("grpo", "demo", "bench", "check"))
+    assert all(f"\n  {name} " in printed for name in ("grpo", "ppo", "demo", "bench", "check"))
 
 
 def test_an_unknown_command(capsys):
     assert cli.main(["grpoo"]) == 2
-    assert "unknown command 'grpoo': choose one of grpo, demo, bench, check" in capsys.readouterr().err
+    assert "unknown command 'grpoo': choose one of grpo, ppo, demo, bench, check" in capsys.readouterr().err
 
 
 def test_the_version(capsys):

@@ -6,10 +6,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from spec_rollout.training.config import SpecGRPOConfig
     from spec_rollout.training.grpo import SpecGRPOTrainer, make_rollout_func
+    from spec_rollout.training.ppo import PPOTrainer
+    from spec_rollout.training.ppo_config import PPOConfig
 
-_HOMES = {"SpecGRPOConfig": "config", "SpecGRPOTrainer": "grpo", "make_rollout_func": "grpo"}
+_HOMES = {
+    "PPOConfig": "ppo_config",
+    "PPOTrainer": "ppo",
+    "SpecGRPOConfig": "config",
+    "SpecGRPOTrainer": "grpo",
+    "make_rollout_func": "grpo",
+}
 
-__all__ = ["SpecGRPOConfig", "SpecGRPOTrainer", "make_rollout_func"]
+__all__ = ["PPOConfig", "PPOTrainer", "SpecGRPOConfig", "SpecGRPOTrainer", "make_rollout_func"]
 
 
 def __getattr__(name: str):

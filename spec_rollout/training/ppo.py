@@ -1,0 +1,289 @@
+"""PPO on speculative rollouts: TRL's GRPO trainer with a value function, and its advantages and loss replaced."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
+
+from spec_rollout.training.advantages import (
+    explained_variance,
+    generalized_advantages,
+    masked_moments,
+    token_rewards,
+    whiten,
+)
+from spec_rollout.training.grpo import SpecGRPOTrainer
+from spec_rollout.training.ppo_config import PPOConfig
+from spec_rollout.training.ppo_loss import KLController, policy_loss, value_loss
+from spec_rollout.training.value_head import ValuedOutput, attach_value_function, make_value_function, value_weights
+
+TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+KL_FILE = "kl_controller.json"
+
+
+class PPOTrainer(SpecGRPOTrainer):
+    """
+    Proximal policy optimisation ([Schulman et al. 2017](https://huggingface.co/papers/1707.06347)) with a value
+    function, generalised advantages and a KL penalty in the rewards, on speculative rollouts.
+
+    Prompts, chat templates, reward functions and models, tools, evaluation, LoRA and logging are those of
+    [`~trl.GRPOTrainer`]; it takes the same arguments.
+
+    Args:
+        args ([`PPOConfig`], *optional*):
+            Options.
+        value_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
+            Critic: a sequence classification model with one label, or the folder or name on the Hub of one (or of a
+            causal language model, which then gets a new head). If `None`, `args.value_model`; if that is `None` too, a
+            value head on the policy's own trunk.
+
+    Raises:
+        ValueError: an option that cannot be honoured, or a critic that does not fit the policy.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from spec_rollout.training import PPOConfig, PPOTrainer
+    from trl.rewards import accuracy_reward
+
+    trainer = PPOTrainer(
+        model="Qwen/Qwen2.5-0.5B-Instruct",
+        reward_funcs=accuracy_reward,
+        args=PPOConfig(output_dir="out"),
+        train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "ppo", "spec-rollout"]
+    _name = "PPO"
+    _paper: ClassVar[dict[str, str]] = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs=None,
+        args: PPOConfig | None = None,
+        *others,
+        value_model: str | PreTrainedModel | None = None,
+        **options,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = PPOConfig(f"{name.split('/')[-1]}-PPO")
+        _refuse(args, value_model, reward_funcs)
+        super().__init__(model, reward_funcs, args, *others, **options)
+        _refuse_run(self)
+        function = make_value_function(self.model, value_model or args.value_model, args.trust_remote_code)
+        if args.disable_dropout:
+            disable_dropout_in_model(function)
+        attach_value_function(self.model, function)
+        self.value_function = function
+        self.kl_controller = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # [ranks · B, R]
+        scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        scores[rewards.isnan().all(dim=1)] = torch.nan  # no reward function applies to this completion
+        begin = self.accelerator.process_index * len(prompts)
+        self._scores = scores[begin : begin + len(prompts)]
+        return rewards
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        mode = "train" if self.model.training else "eval"
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1) * self._scores.isfinite()[:, None]  # [B, T]
+        mask = mask.to(torch.float32)
+        logprobs, values = self._score_tokens(batch)
+        reference = batch.pop("ref_per_token_logps", logprobs)
+        kl = (logprobs - reference) * mask
+        rewards = token_rewards(self._penalized_scores(batch), kl, self.kl_controller.coef, mask)
+        advantages, returns = generalized_advantages(rewards, values, mask, self.args.gamma, self.args.lam)
+        divergence = self._log_rollout(mode, rewards, kl, values, returns, advantages, mask)
+        if mode == "train":
+            self.kl_controller.update(divergence, self.accelerator.num_processes * len(mask))
+        if self.args.whiten_advantages:
+            advantages = whiten(advantages, mask, self._sum_over_ranks)
+        return batch | {
+            "advantages": advantages,
+            "returns": returns,
+            "old_logprobs": logprobs,
+            "old_values": values,
+            "loss_mask": mask,
+            "num_items_in_batch": self._sum_over_ranks(mask.sum()),
+        }
+
+    def _penalized_scores(self, batch: dict[str, Tensor]) -> Tensor:
+        """Scores [B], less the penalty where a completion did not end."""
+        scores = self._scores.nan_to_num()
+        if self.args.missing_eos_penalty is None:
+            return scores
+        last = batch["completion_ids"].gather(1, batch["completion_mask"].sum(dim=1, keepdim=True) - 1)
+        ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
+        return scores - self.args.missing_eos_penalty * ~torch.isin(last[:, 0], ends)
+
+    @torch.no_grad()
+    def _score_tokens(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Log-probs and values [B, T] of the completions under the policy that sampled them."""
+        args = self.args
+        size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+        with disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
+            parts = zip(*(batch[name].split(size) for name in TOKENS), strict=True)
+            outputs = [self._forward(self.model, *part) for part in parts]
+        width = batch["completion_ids"].shape[1]
+        return tuple(torch.cat([getattr(o, name)[:, -width:] for o in outputs]) for name in ("log_probs", "values"))
+
+    def _forward(self, model, prompt_ids, prompt_mask, completion_ids, completion_mask) -> ValuedOutput:
+        """Log-probs, entropies and values [B, L − 1] of prompts and completions; the last T are the completions'."""
+        input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
+        attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        labels[:, : prompt_ids.shape[1]] = -100
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        with self.accelerator.autocast():
+            return model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                labels=labels,
+                fused_lm_head=True,
+                with_values=True,
+                **router,
+            )
+
+    def _compute_loss(self, model, inputs):
+        outputs = self._forward(model, *(inputs[name] for name in TOKENS))
+        width = inputs["completion_ids"].shape[1]
+        logprobs, entropies, values = (
+            x[:, -width:] for x in (outputs.log_probs, outputs.entropy, outputs.values)
+        )  # [B, T]
+        policy, clipped = policy_loss(
+            logprobs, inputs["old_logprobs"], inputs["advantages"], self.epsilon_low, self.epsilon_high
+        )
+        value, value_clipped = value_loss(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
+        tokens = policy + self.args.vf_coef * value - self.entropy_coef * entropies
+        # A token counts the same wherever it is: the sum is divided by what a step's share of the generation would be.
+        share = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        accumulated = 1
+        if self.model.training:
+            accumulated = self.current_gradient_accumulation_steps
+            share = share * accumulated / self.args.steps_per_generation
+        loss = (tokens * inputs["loss_mask"]).sum() / share
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / accumulated
+        log_ratio = (logprobs - inputs["old_logprobs"]).detach()
+        self._log_update(
+            inputs["loss_mask"],
+            policy_loss=policy,
+            value_loss=value,
+            entropy=entropies,
+            approx_kl=log_ratio.exp() - 1 - log_ratio,
+            clip_fraction=clipped,
+            value_clip_fraction=value_clipped,
+        )
+        return loss
+
+    def _sum_over_ranks(self, sums: Tensor) -> Tensor:
+        return self.accelerator.reduce(sums, reduction="sum")
+
+    def _log_rollout(self, mode, rewards, kl, values, returns, advantages, mask) -> float:
+        """Log what a generation's tokens [B, T] came to; returns the KL to the reference per completion."""
+        metrics, reduce = self._metrics[mode], self._sum_over_ranks
+        completions = torch.ones_like(mask[:, 0])
+        divergence = masked_moments(kl.sum(dim=1), completions, reduce)[0].item()
+        _, variance = masked_moments(advantages, mask, reduce)
+        metrics["kl"].append(divergence)
+        metrics["kl_coef"].append(self.kl_controller.coef)
+        metrics["penalized_reward"].append(masked_moments(rewards.sum(dim=1), completions, reduce)[0].item())
+        metrics["values/mean"].append(masked_moments(values, mask, reduce)[0].item())
+        metrics["returns/mean"].append(masked_moments(returns, mask, reduce)[0].item())
+        metrics["advantages/std"].append(variance.sqrt().item())
+        metrics["explained_variance"].append(explained_variance(values, returns, mask, reduce).item())
+        metrics.pop("frac_reward_zero_std", None)  # of groups
+        return divergence
+
+    def _log_update(self, mask: Tensor, **tokens: Tensor) -> None:
+        """Log the mean over the own tokens of all ranks of each of `tokens` [B, T]."""
+        sums = torch.stack([(x.detach() * mask).sum() for x in tokens.values()] + [mask.sum()])
+        *totals, count = self._sum_over_ranks(sums).tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, total in zip(tokens, totals, strict=True):
+            metrics[name].append(total / max(count, 1.0))
+
+    def create_optimizer(self, model=None):
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rate = self.args.value_learning_rate
+        if fresh and rate is not None:
+            own = {id(weight) for weight in self.value_function.parameters()}
+            for group in list(optimizer.param_groups):
+                moved = [weight for weight in group["params"] if id(weight) in own]
+                group["params"] = [weight for weight in group["params"] if id(weight) not in own]
+                if moved:
+                    optimizer.add_param_group({**group, "params": moved, "lr": rate})
+        return optimizer
+
+    def _save(self, output_dir=None, state_dict=None):
+        weights = value_weights(self.model.state_dict() if state_dict is None else state_dict)
+        super()._save(output_dir, state_dict)
+        self.value_function.save(output_dir or self.args.output_dir, weights)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            state = json.dumps({"kl_coef": self.kl_controller.coef})
+            Path(self._get_output_dir(trial=trial), folder, KL_FILE).write_text(state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.value_function.restore(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self.value_function.restore(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.kl_controller.coef = json.loads(Path(checkpoint, KL_FILE).read_text())["kl_coef"]
+
+
+def _refuse(args: PPOConfig, value_model, reward_funcs) -> None:
+    """Refuse what cannot be honoured, before a model is loaded."""
+    if not isinstance(args, PPOConfig):
+        raise ValueError(f"args is a {type(args).__name__}: PPOTrainer needs a PPOConfig.")
+    if value_model is not None and args.value_model is not None:
+        raise ValueError(
+            f"value_model is given twice, to the trainer and as args.value_model={args.value_model!r}: give one."
+        )
+    rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    if value_model is not None and any(value_model is reward for reward in rewards):
+        raise ValueError(
+            "value_model is also in reward_funcs: training it as a critic would change the rewards. Load it twice, or "
+            "give the critic as a folder."
+        )
+
+
+def _refuse_run(trainer: PPOTrainer) -> None:
+    """Refuse how the run was launched, once it is known."""
+    if trainer._dist.is_zero3 or trainer.is_fsdp_enabled:
+        found = "DeepSpeed ZeRO-3" if trainer._dist.is_zero3 else "FSDP"
+        raise ValueError(
+            f"PPOTrainer cannot be run with {found}: the value function is added to a policy that is already sharded. "
+            "Use plain data parallelism or ZeRO-1 or -2."
+        )
+    if trainer.optimizer is not None:
+        raise ValueError(
+            "optimizers holds an optimiser that was made before the value function: leave it out and choose one with "
+            "the options optim, learning_rate and value_learning_rate."
+        )
