@@ -141,7 +141,9 @@ class PPOTrainer(SpecGRPOTrainer):
             parts = zip(*(batch[name].split(size) for name in TOKENS), strict=True)
             outputs = [self._forward(self.model, *part) for part in parts]
         width = batch["completion_ids"].shape[1]
-        return tuple(torch.cat([getattr(o, name)[:, -width:] for o in outputs]) for name in ("log_probs", "values"))
+        return tuple(
+            torch.cat([getattr(o, name)[:, -width:] for o in outputs]) for name in ("log_probs", "state_values")
+        )
 
     def _forward(self, model, prompt_ids, prompt_mask, completion_ids, completion_mask) -> ValuedOutput:
         """Log-probs, entropies and values [B, L − 1] of prompts and completions; the last T are the completions'."""
@@ -164,7 +166,7 @@ class PPOTrainer(SpecGRPOTrainer):
         outputs = self._forward(model, *(inputs[name] for name in TOKENS))
         width = inputs["completion_ids"].shape[1]
         logprobs, entropies, values = (
-            x[:, -width:] for x in (outputs.log_probs, outputs.entropy, outputs.values)
+            x[:, -width:] for x in (outputs.log_probs, outputs.entropy, outputs.state_values)
         )  # [B, T]
         policy, clipped = policy_loss(
             logprobs, inputs["old_logprobs"], inputs["advantages"], self.epsilon_low, self.epsilon_high

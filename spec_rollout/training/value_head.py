@@ -85,9 +85,12 @@ class Critic(nn.Module):
 
 @dataclass
 class ValuedOutput(FusedCausalLMOutput):
-    """What TRL's fused output head returns, and `values` [B, L − 1] float32: of the prefix before each label."""
+    """What TRL's fused output head returns, and `state_values` [B, L − 1] float32: of the prefix before each label.
 
-    values: Tensor | None = None
+    Not named `values`: it is a dictionary, whose method that is.
+    """
+
+    state_values: Tensor | None = None
 
 
 def causal_model(policy: nn.Module) -> PreTrainedModel:
@@ -161,7 +164,7 @@ def attach_value_function(policy: nn.Module, function: ValueHead | Critic) -> No
         finally:
             hook.remove()
         values = getattr(self, ATTRIBUTE)(trunk[-1], kwargs["input_ids"], kwargs["attention_mask"])
-        return ValuedOutput(**outputs, values=values[:, :-1])
+        return ValuedOutput(**outputs, state_values=values[:, :-1])
 
     causal.forward = types.MethodType(forward, causal)
 

@@ -110,7 +110,7 @@ def test_one_forward_pass_agrees_with_the_policy_and_the_head(make_ppo, peeking)
     hidden = plain.hidden_states[-1][:, 2:-1]
     values = hidden @ trainer.value_function.weight[0] + trainer.value_function.bias
     logprobs = plain.logits.log_softmax(-1)[:, 2:-1].gather(2, ids[:, 3:, None])[..., 0]
-    torch.testing.assert_close(outputs.values[:, -3:], values)
+    torch.testing.assert_close(outputs.state_values[:, -3:], values)
     torch.testing.assert_close(outputs.log_probs[:, -3:], logprobs)
 
 
