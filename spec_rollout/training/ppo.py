@@ -13,19 +13,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
-from spec_rollout.training.advantages import (
-    explained_variance,
-    generalized_advantages,
-    masked_moments,
-    token_rewards,
-    whiten,
-)
+from spec_rollout.training.advantages import generalized_advantages, token_rewards, whiten
 from spec_rollout.training.grpo import SpecGRPOTrainer
 from spec_rollout.training.ppo_config import PPOConfig
 from spec_rollout.training.ppo_loss import KLController, policy_loss, value_loss
-from spec_rollout.training.value_head import ValuedOutput, attach_value_function, make_value_function, value_weights
+from spec_rollout.training.ppo_metrics import rollout_metrics, token_means
+from spec_rollout.training.value_head import (
+    TOKENS,
+    attach_value_function,
+    make_value_function,
+    read_completions,
+    set_learning_rate,
+    value_weights,
+)
 
-TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 KL_FILE = "kl_controller.json"
 
 
@@ -101,7 +102,6 @@ class PPOTrainer(SpecGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
-        mode = "train" if self.model.training else "eval"
         mask = batch["completion_mask"] * batch.get("tool_mask", 1) * self._scores.isfinite()[:, None]  # [B, T]
         mask = mask.to(torch.float32)
         logprobs, values = self._score_tokens(batch)
@@ -109,11 +109,13 @@ class PPOTrainer(SpecGRPOTrainer):
         kl = (logprobs - reference) * mask
         rewards = token_rewards(self._penalized_scores(batch), kl, self.kl_controller.coef, mask)
         advantages, returns = generalized_advantages(rewards, values, mask, self.args.gamma, self.args.lam)
-        divergence = self._log_rollout(mode, rewards, kl, values, returns, advantages, mask)
-        if mode == "train":
-            self.kl_controller.update(divergence, self.accelerator.num_processes * len(mask))
+        reduce = self._sum_over_ranks
+        figures = rollout_metrics(rewards, kl, values, advantages, returns, mask, reduce)
+        self._log_rollout(figures | {"kl_coef": self.kl_controller.coef}, advantages, mask)
+        if self.model.training:
+            self.kl_controller.update(figures["kl"], self.accelerator.num_processes * len(mask))
         if self.args.whiten_advantages:
-            advantages = whiten(advantages, mask, self._sum_over_ranks)
+            advantages = whiten(advantages, mask, reduce)
         return batch | {
             "advantages": advantages,
             "returns": returns,
@@ -138,100 +140,67 @@ class PPOTrainer(SpecGRPOTrainer):
         args = self.args
         size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
         with disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
-            parts = zip(*(batch[name].split(size) for name in TOKENS), strict=True)
-            outputs = [self._forward(self.model, *part) for part in parts]
-        width = batch["completion_ids"].shape[1]
-        return tuple(
-            torch.cat([getattr(o, name)[:, -width:] for o in outputs]) for name in ("log_probs", "state_values")
-        )
+            rows = zip(*(batch[name].split(size) for name in TOKENS), strict=True)
+            read = [self._forward(self.model, dict(zip(TOKENS, part, strict=True))) for part in rows]
+        logprobs, _, values, _ = zip(*read, strict=True)
+        return torch.cat(logprobs), torch.cat(values)
 
-    def _forward(self, model, prompt_ids, prompt_mask, completion_ids, completion_mask) -> ValuedOutput:
-        """Log-probs, entropies and values [B, L − 1] of prompts and completions; the last T are the completions'."""
-        input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
-        attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
-        labels = input_ids.masked_fill(attention_mask == 0, -100)
-        labels[:, : prompt_ids.shape[1]] = -100
+    def _forward(self, model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         with self.accelerator.autocast():
-            return model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                labels=labels,
-                fused_lm_head=True,
-                with_values=True,
-                **router,
-            )
+            return read_completions(model, batch, **router)
 
     def _compute_loss(self, model, inputs):
-        outputs = self._forward(model, *(inputs[name] for name in TOKENS))
-        width = inputs["completion_ids"].shape[1]
-        logprobs, entropies, values = (
-            x[:, -width:] for x in (outputs.log_probs, outputs.entropy, outputs.state_values)
-        )  # [B, T]
+        logprobs, entropies, values, aux_loss = self._forward(model, inputs)  # [B, T]
         policy, clipped = policy_loss(
             logprobs, inputs["old_logprobs"], inputs["advantages"], self.epsilon_low, self.epsilon_high
         )
         value, value_clipped = value_loss(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
-        tokens = policy + self.args.vf_coef * value - self.entropy_coef * entropies
+        objective = policy + self.args.vf_coef * value - self.entropy_coef * entropies
         # A token counts the same wherever it is: the sum is divided by what a step's share of the generation would be.
         share = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         accumulated = 1
         if self.model.training:
             accumulated = self.current_gradient_accumulation_steps
             share = share * accumulated / self.args.steps_per_generation
-        loss = (tokens * inputs["loss_mask"]).sum() / share
+        loss = (objective * inputs["loss_mask"]).sum() / share
         if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / accumulated
+            loss = loss + self.router_aux_loss_coef * aux_loss / accumulated
         log_ratio = (logprobs - inputs["old_logprobs"]).detach()
-        self._log_update(
-            inputs["loss_mask"],
-            policy_loss=policy,
-            value_loss=value,
-            entropy=entropies,
-            approx_kl=log_ratio.exp() - 1 - log_ratio,
-            clip_fraction=clipped,
-            value_clip_fraction=value_clipped,
-        )
+        tokens = {
+            "policy_loss": policy,
+            "value_loss": value,
+            "entropy": entropies,
+            "approx_kl": log_ratio.exp() - 1 - log_ratio,
+            "clip_fraction": clipped,
+            "value_clip_fraction": value_clipped,
+        }
+        self._append(token_means(tokens, inputs["loss_mask"], self._sum_over_ranks))
         return loss
 
     def _sum_over_ranks(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, reduction="sum")
 
-    def _log_rollout(self, mode, rewards, kl, values, returns, advantages, mask) -> float:
-        """Log what a generation's tokens [B, T] came to; returns the KL to the reference per completion."""
-        metrics, reduce = self._metrics[mode], self._sum_over_ranks
-        completions = torch.ones_like(mask[:, 0])
-        divergence = masked_moments(kl.sum(dim=1), completions, reduce)[0].item()
-        _, variance = masked_moments(advantages, mask, reduce)
-        metrics["kl"].append(divergence)
-        metrics["kl_coef"].append(self.kl_controller.coef)
-        metrics["penalized_reward"].append(masked_moments(rewards.sum(dim=1), completions, reduce)[0].item())
-        metrics["values/mean"].append(masked_moments(values, mask, reduce)[0].item())
-        metrics["returns/mean"].append(masked_moments(returns, mask, reduce)[0].item())
-        metrics["advantages/std"].append(variance.sqrt().item())
-        metrics["explained_variance"].append(explained_variance(values, returns, mask, reduce).item())
-        metrics.pop("frac_reward_zero_std", None)  # of groups
-        return divergence
+    def _append(self, figures: dict[str, float]) -> None:
+        """Add to the figures that are logged next."""
+        for name, figure in figures.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(figure)
 
-    def _log_update(self, mask: Tensor, **tokens: Tensor) -> None:
-        """Log the mean over the own tokens of all ranks of each of `tokens` [B, T]."""
-        sums = torch.stack([(x.detach() * mask).sum() for x in tokens.values()] + [mask.sum()])
-        *totals, count = self._sum_over_ranks(sums).tolist()
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, total in zip(tokens, totals, strict=True):
-            metrics[name].append(total / max(count, 1.0))
+    def _log_rollout(self, figures: dict[str, float], advantages: Tensor, mask: Tensor) -> None:
+        """Log a generation, with its advantages in the place of those that GRPO takes within groups."""
+        self._append(figures)
+        self._metrics["train" if self.model.training else "eval"].pop("frac_reward_zero_std", None)
+        means = self.accelerator.gather((advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).tolist()
+        column = self._logs["advantages"]
+        before = list(column)[: -len(means)]
+        column.clear()
+        column.extend(before + means)
 
     def create_optimizer(self, model=None):
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        rate = self.args.value_learning_rate
-        if fresh and rate is not None:
-            own = {id(weight) for weight in self.value_function.parameters()}
-            for group in list(optimizer.param_groups):
-                moved = [weight for weight in group["params"] if id(weight) in own]
-                group["params"] = [weight for weight in group["params"] if id(weight) not in own]
-                if moved:
-                    optimizer.add_param_group({**group, "params": moved, "lr": rate})
+        if fresh and self.args.value_learning_rate is not None:
+            set_learning_rate(optimizer, self.value_function, self.args.value_learning_rate)
         return optimizer
 
     def _save(self, output_dir=None, state_dict=None):

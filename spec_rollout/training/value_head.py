@@ -22,6 +22,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 ATTRIBUTE = "value_function"
 HEAD_FILE = "value_head.safetensors"
 CRITIC_FOLDER = "value_model"
+TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+"""Of a batch, what the forward pass reads."""
 
 
 class ValueHead(nn.Module):
@@ -167,6 +169,38 @@ def attach_value_function(policy: nn.Module, function: ValueHead | Critic) -> No
         return ValuedOutput(**outputs, state_values=values[:, :-1])
 
     causal.forward = types.MethodType(forward, causal)
+
+
+def read_completions(
+    policy: nn.Module, batch: dict[str, Tensor], **options
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Log-probs, entropies and values [B, T] of the completions in `batch`, and the auxiliary loss of a mixture of
+    experts if `options` ask for it. Each value is that of the state in which its token was chosen."""
+    prompt_ids, prompt_mask, completion_ids, completion_mask = (batch[name] for name in TOKENS)
+    input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
+    attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[:, : prompt_ids.shape[1]] = -100
+    outputs = policy(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        fused_lm_head=True,
+        with_values=True,
+        **options,
+    )
+    tokens = (outputs.log_probs, outputs.entropy, outputs.state_values)
+    return *(x[:, -completion_ids.shape[1] :] for x in tokens), outputs.aux_loss
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, function: nn.Module, rate: float) -> None:
+    """Give the parameters of `function` groups of their own in `optimizer`, which has taken no step yet."""
+    own = {id(weight) for weight in function.parameters()}
+    for group in list(optimizer.param_groups):
+        moved = [weight for weight in group["params"] if id(weight) in own]
+        group["params"] = [weight for weight in group["params"] if id(weight) not in own]
+        if moved:
+            optimizer.add_param_group({**group, "params": moved, "lr": rate})
 
 
 def value_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

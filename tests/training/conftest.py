@@ -186,9 +186,9 @@ def make_ppo(make_trainer, make_policy, tmp_path):
 
     make_policy().save_pretrained(tmp_path / "policy")
 
-    def located(policy, *others, **arguments):
+    def located(policy, rewards, args, reward_funcs=None, **arguments):
         policy.config._name_or_path = str(tmp_path / "policy")
-        return PPOTrainer(policy, *others, **arguments)
+        return PPOTrainer(policy, reward_funcs or rewards, args, **arguments)
 
     def make(**options):
         return make_trainer(located, PPOConfig, **(PPO | options))

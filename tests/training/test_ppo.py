@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification
 
+from spec_rollout.training.ppo import _refuse_run
+from spec_rollout.training.value_head import TOKENS
 from tests.training.test_grpo import assert_same, trained, weights
 
 LORA = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)}
@@ -105,13 +108,15 @@ def test_one_forward_pass_agrees_with_the_policy_and_the_head(make_ppo, peeking)
         trainer.value_function.weight.normal_()
     ids = torch.tensor([[0, 0, 5, 6, 7, 8], [4, 5, 6, 7, 8, 1]])
     mask = (ids != 0).long()
-    outputs = trainer._forward(trainer.model, ids[:, :3], mask[:, :3], ids[:, 3:], mask[:, 3:])
+    batch = dict(zip(TOKENS, (ids[:, :3], mask[:, :3], ids[:, 3:], mask[:, 3:]), strict=True))
+    given, entropies, read, _ = trainer._forward(trainer.model, batch)
     plain = trainer.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
     hidden = plain.hidden_states[-1][:, 2:-1]
     values = hidden @ trainer.value_function.weight[0] + trainer.value_function.bias
-    logprobs = plain.logits.log_softmax(-1)[:, 2:-1].gather(2, ids[:, 3:, None])[..., 0]
-    torch.testing.assert_close(outputs.state_values[:, -3:], values)
-    torch.testing.assert_close(outputs.log_probs[:, -3:], logprobs)
+    logprobs = plain.logits.log_softmax(-1)[:, 2:-1]
+    torch.testing.assert_close(read, values)
+    torch.testing.assert_close(given, logprobs.gather(2, ids[:, 3:, None])[..., 0])
+    torch.testing.assert_close(entropies, -(logprobs.exp() * logprobs).sum(-1))
 
 
 def test_the_first_update_is_on_policy_and_counts_every_token_alike(make_ppo, peeking, monkeypatch):
@@ -243,3 +248,34 @@ def test_nothing_of_the_base_classes_is_overridden_by_accident():
     for name in meant - {"__init__"}:
         ours, theirs = (inspect.signature(getattr(cls, name)).parameters for cls in (PPOTrainer, SpecGRPOTrainer))
         assert ours.keys() == theirs.keys()
+
+
+def test_the_table_of_completions_shows_advantages_of_ppo(make_ppo, peeking, prompts):
+    trainer = make_ppo(max_steps=1, whiten_advantages=False)
+    batches = []
+    kept = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: batches.append(kept(inputs)) or batches[-1]
+    trainer.train()
+    (batch,) = batches
+    means = (batch["advantages"] * batch["loss_mask"]).sum(1) / batch["loss_mask"].sum(1)
+    assert list(trainer._logs["advantages"]) == pytest.approx(means.tolist())
+    assert trainer._logs["completion"] and "frac_reward_zero_std" not in trainer.state.log_history[0]
+
+
+def test_a_reward_model(make_ppo, tokenizer, peeking, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "policy", num_labels=1).save_pretrained(
+        tmp_path / "reward"
+    )
+    tokenizer.save_pretrained(tmp_path / "reward")
+    trainer = trained(make_ppo(max_steps=4, arguments={"reward_funcs": [str(tmp_path / "reward")]}))
+    assert logged(trainer, "rewards/reward/mean")[0] != 0
+    reward = trainer.reward_funcs[0]
+    with pytest.raises(ValueError, match="value_model is also in reward_funcs"):
+        make_ppo(arguments={"reward_funcs": reward, "value_model": reward})
+
+
+@pytest.mark.parametrize(("zero3", "fsdp", "found"), [(True, False, "DeepSpeed ZeRO-3"), (False, True, "FSDP")])
+def test_sharded_policies_are_refused(zero3, fsdp, found):
+    run = SimpleNamespace(_dist=SimpleNamespace(is_zero3=zero3), is_fsdp_enabled=fsdp, optimizer=None)
+    with pytest.raises(ValueError, match=f"cannot be run with {found}.*data parallelism"):
+        _refuse_run(run)

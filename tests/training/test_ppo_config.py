@@ -9,13 +9,16 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from trl import GRPOConfig
 
 import spec_rollout.training.ppo as ppo_module
 from spec_rollout.training import PPOConfig, SpecGRPOConfig
+from spec_rollout.training.advantages import one_rank
 from spec_rollout.training.launch import load_reward_funcs, parse
 from spec_rollout.training.ppo_config import REFUSED
+from spec_rollout.training.ppo_metrics import rollout_metrics
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")
@@ -123,14 +126,13 @@ def test_the_recipe_is_valid_and_opens_with_its_command():
 
 
 def logged_names() -> set[str]:
-    """The names of metrics in the trainer's source: `metrics["name"]` and the keywords of `_log_update`."""
-    names = set()
+    """Of the figures of a generation, and of those that the trainer's source appends: keys of its dictionaries."""
+    x = torch.ones(2, 3)
+    names = set(rollout_metrics(x, x, x, x, x, x, one_rank))
     for node in ast.walk(ast.parse(Path(ppo_module.__file__).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "metrics" and "'" in ast.unparse(node.slice):
-            names.add(ast.literal_eval(node.slice))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "self._log_update":
-            names |= {keyword.arg for keyword in node.keywords}
-    return names
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "tokens":
+            names |= {ast.literal_eval(key) for key in node.value.keys}
+    return names | {"kl_coef"}
 
 
 @pytest.mark.parametrize("name", sorted(ADDED | {"num_generations", "num_iterations", "epsilon", "entropy_coef"}))

@@ -29,11 +29,18 @@ args = PPOConfig(
 )
 prompts = Dataset.from_dict({"prompt": ["one", "a", "count", "the fox", "b c d", "zero", "hello", "7 8 9"] * 4})
 trainer = PPOTrainer(folder, first_half, args, train_dataset=prompts)
+whitened = []
+kept = trainer._generate_and_score_completions
+def spy(inputs):
+    batch = kept(inputs)
+    whitened.append((batch["advantages"].sum().item(), batch["loss_mask"].sum().item()))
+    return batch
+trainer._generate_and_score_completions = spy
 trainer.train()
 state = {name: weight.double().sum().item() for name, weight in trainer.model.named_parameters()}
 names = ("kl", "kl_coef", "policy_loss", "explained_variance", "reward", "advantages/std")
 logs = [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history]
-result = {"weights": state, "logs": logs, "coef": trainer.kl_controller.coef,
+result = {"weights": state, "whitened": whitened, "logs": logs, "coef": trainer.kl_controller.coef,
           "seeds": trainer.sampler._seed(trainer), "version": trainer.sampler.backend.draft_version}
 with open(f"{out}.{os.environ.get('RANK', 0)}.json", "w") as file:
     json.dump(result, file)
@@ -57,4 +64,6 @@ def test_two_ranks_learn_the_same(make_policy, tokenizer, tmp_path):
     assert first["weights"]["value_function.weight"] != 0
     assert first["coef"] == second["coef"] != 0.1
     assert first["seeds"] != second["seeds"]
-    assert [entry for entry in first["logs"] if "kl" in entry]
+    assert first["logs"] == second["logs"] and any("explained_variance" in entry for entry in first["logs"])
+    for (own, tokens), (other, others) in zip(first["whitened"], second["whitened"], strict=True):
+        assert abs(own) > 1e-2 and abs(own + other) < 1e-3 * (tokens + others)  # mean 0 over both, not over each
