@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
-from spec_rollout.training.advantages import generalized_advantages, token_rewards, whiten
+from spec_rollout.training.advantages import generalized_advantages, is_open_ended, token_rewards, whiten
 from spec_rollout.training.grpo import SpecGRPOTrainer
 from spec_rollout.training.ppo_config import PPOConfig
 from spec_rollout.training.ppo_loss import KLController, policy_loss, value_loss
@@ -102,16 +102,22 @@ class PPOTrainer(SpecGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
-        mask = batch["completion_mask"] * batch.get("tool_mask", 1) * self._scores.isfinite()[:, None]  # [B, T]
-        mask = mask.to(torch.float32)
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1) * ~self._scores.isnan()[:, None]
+        mask = mask.to(torch.float32)  # [B, T], 1 at the tokens that are trained on
         logprobs, values = self._score_tokens(batch)
         reference = batch.pop("ref_per_token_logps", logprobs)
         kl = (logprobs - reference) * mask
-        rewards = token_rewards(self._penalized_scores(batch), kl, self.kl_controller.coef, mask)
+        scores = self._scores.nan_to_num()
+        if self.args.missing_eos_penalty is not None:
+            ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=mask.device)
+            open_ended = is_open_ended(batch["completion_ids"], batch["completion_mask"], ends)
+            scores = scores - self.args.missing_eos_penalty * open_ended
+        rewards = token_rewards(scores, kl, self.kl_controller.coef, mask)
         advantages, returns = generalized_advantages(rewards, values, mask, self.args.gamma, self.args.lam)
         reduce = self._sum_over_ranks
         figures = rollout_metrics(rewards, kl, values, advantages, returns, mask, reduce)
-        self._log_rollout(figures | {"kl_coef": self.kl_controller.coef}, advantages, mask)
+        self._append(figures | {"kl_coef": self.kl_controller.coef})
+        self._show(advantages, mask)
         if self.model.training:
             self.kl_controller.update(figures["kl"], self.accelerator.num_processes * len(mask))
         if self.args.whiten_advantages:
@@ -122,17 +128,8 @@ class PPOTrainer(SpecGRPOTrainer):
             "old_logprobs": logprobs,
             "old_values": values,
             "loss_mask": mask,
-            "num_items_in_batch": self._sum_over_ranks(mask.sum()),
+            "num_items_in_batch": reduce(mask.sum()),
         }
-
-    def _penalized_scores(self, batch: dict[str, Tensor]) -> Tensor:
-        """Scores [B], less the penalty where a completion did not end."""
-        scores = self._scores.nan_to_num()
-        if self.args.missing_eos_penalty is None:
-            return scores
-        last = batch["completion_ids"].gather(1, batch["completion_mask"].sum(dim=1, keepdim=True) - 1)
-        ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
-        return scores - self.args.missing_eos_penalty * ~torch.isin(last[:, 0], ends)
 
     @torch.no_grad()
     def _score_tokens(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -183,13 +180,13 @@ class PPOTrainer(SpecGRPOTrainer):
 
     def _append(self, figures: dict[str, float]) -> None:
         """Add to the figures that are logged next."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics.pop("frac_reward_zero_std", None)  # of groups
         for name, figure in figures.items():
-            self._metrics["train" if self.model.training else "eval"][name].append(figure)
+            metrics[name].append(figure)
 
-    def _log_rollout(self, figures: dict[str, float], advantages: Tensor, mask: Tensor) -> None:
-        """Log a generation, with its advantages in the place of those that GRPO takes within groups."""
-        self._append(figures)
-        self._metrics["train" if self.model.training else "eval"].pop("frac_reward_zero_std", None)
+    def _show(self, advantages: Tensor, mask: Tensor) -> None:
+        """Put a completion's mean advantage into TRL's table of completions, for the one within its group."""
         means = self.accelerator.gather((advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).tolist()
         column = self._logs["advantages"]
         before = list(column)[: -len(means)]
