@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +18,7 @@ from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from spec_rollout.training.advantages import generalized_advantages, is_open_ended, token_rewards, whiten
 from spec_rollout.training.grpo import SpecGRPOTrainer
-from spec_rollout.training.ppo_config import PPOConfig
+from spec_rollout.training.ppo_config import PPOConfig, refuse_arguments, refuse_launch
 from spec_rollout.training.ppo_loss import KLController, policy_loss, value_loss
 from spec_rollout.training.ppo_metrics import rollout_metrics, token_means
 from spec_rollout.training.value_head import (
@@ -82,9 +85,9 @@ class PPOTrainer(SpecGRPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = PPOConfig(f"{name.split('/')[-1]}-PPO")
-        _refuse(args, value_model, reward_funcs)
+        refuse_arguments(args, value_model, reward_funcs)
         super().__init__(model, reward_funcs, args, *others, **options)
-        _refuse_run(self)
+        refuse_launch(self)
         function = make_value_function(self.model, value_model or args.value_model, args.trust_remote_code)
         if args.disable_dropout:
             disable_dropout_in_model(function)
@@ -101,7 +104,8 @@ class PPOTrainer(SpecGRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
+        with self._scored_here():
+            batch = super()._generate_and_score_completions(inputs)
         mask = batch["completion_mask"] * batch.get("tool_mask", 1) * ~self._scores.isnan()[:, None]
         mask = mask.to(torch.float32)  # [B, T], 1 at the tokens that are trained on
         logprobs, values = self._score_tokens(batch)
@@ -130,6 +134,17 @@ class PPOTrainer(SpecGRPOTrainer):
             "loss_mask": mask,
             "num_items_in_batch": reduce(mask.sum()),
         }
+
+    @contextmanager
+    def _scored_here(self) -> Iterator[None]:
+        """TRL scores beforehand samples that are used again, which it tells from `num_iterations`; that is left to the
+        pass that reads the values."""
+        args, kept = self.args, self.num_iterations
+        self.num_iterations = Fraction(args.gradient_accumulation_steps, args.steps_per_generation)
+        try:
+            yield
+        finally:
+            self.num_iterations = kept
 
     @torch.no_grad()
     def _score_tokens(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -224,34 +239,3 @@ class PPOTrainer(SpecGRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.kl_controller.coef = json.loads(Path(checkpoint, KL_FILE).read_text())["kl_coef"]
-
-
-def _refuse(args: PPOConfig, value_model, reward_funcs) -> None:
-    """Refuse what cannot be honoured, before a model is loaded."""
-    if not isinstance(args, PPOConfig):
-        raise ValueError(f"args is a {type(args).__name__}: PPOTrainer needs a PPOConfig.")
-    if value_model is not None and args.value_model is not None:
-        raise ValueError(
-            f"value_model is given twice, to the trainer and as args.value_model={args.value_model!r}: give one."
-        )
-    rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    if value_model is not None and any(value_model is reward for reward in rewards):
-        raise ValueError(
-            "value_model is also in reward_funcs: training it as a critic would change the rewards. Load it twice, or "
-            "give the critic as a folder."
-        )
-
-
-def _refuse_run(trainer: PPOTrainer) -> None:
-    """Refuse how the run was launched, once it is known."""
-    if trainer._dist.is_zero3 or trainer.is_fsdp_enabled:
-        found = "DeepSpeed ZeRO-3" if trainer._dist.is_zero3 else "FSDP"
-        raise ValueError(
-            f"PPOTrainer cannot be run with {found}: the value function is added to a policy that is already sharded. "
-            "Use plain data parallelism or ZeRO-1 or -2."
-        )
-    if trainer.optimizer is not None:
-        raise ValueError(
-            "optimizers holds an optimiser that was made before the value function: leave it out and choose one with "
-            "the options optim, learning_rate and value_learning_rate."
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, fields
 
+from transformers import Trainer
 from trl import GRPOConfig
 
 from spec_rollout.training.config import SpecGRPOConfig
@@ -19,14 +20,14 @@ REFUSED = {
     "top_entropy_quantile": "every token of the policy's own is trained on",
     "off_policy_mask_threshold": "off-policy tokens are clipped, not masked",
     "use_bias_correction_kl": "the KL penalty is in the rewards, not in the loss",
-    "use_adaptive_entropy": "give a fixed entropy_coef",
-    "entropy_coef_min": "give a fixed entropy_coef",
-    "entropy_coef_max": "give a fixed entropy_coef",
-    "entropy_coef_delta": "give a fixed entropy_coef",
-    "entropy_target": "give a fixed entropy_coef",
-    "sync_ref_model": "the reference stays the policy that training started from",
-    "ref_model_mixup_alpha": "the reference stays the policy that training started from",
-    "ref_model_sync_steps": "the reference stays the policy that training started from",
+    **dict.fromkeys(
+        ("use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
+        "give a fixed entropy_coef",
+    ),
+    **dict.fromkeys(
+        ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+        "the reference stays the policy that training started from",
+    ),
     **{
         option.name: "it belongs to another loss"
         for option in fields(GRPOConfig)
@@ -217,3 +218,34 @@ class PPOConfig(SpecGRPOConfig):
                 f"missing_eos_penalty={self.missing_eos_penalty} and mask_truncated_completions=True exclude each "
                 "other: one trains on cut-off completions, the other leaves them out."
             )
+
+
+def refuse_arguments(args: PPOConfig, value_model, reward_funcs) -> None:
+    """Refuse arguments of the trainer that cannot be honoured, before a model is loaded."""
+    if not isinstance(args, PPOConfig):
+        raise ValueError(f"args is a {type(args).__name__}: PPOTrainer needs a PPOConfig.")
+    if value_model is not None and args.value_model is not None:
+        raise ValueError(
+            f"value_model is given twice, to the trainer and as args.value_model={args.value_model!r}: give one."
+        )
+    rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    if value_model is not None and any(value_model is reward for reward in rewards):
+        raise ValueError(
+            "value_model is also in reward_funcs: training it as a critic would change the rewards. Load it twice, or "
+            "give the critic as a folder."
+        )
+
+
+def refuse_launch(trainer: Trainer) -> None:
+    """Refuse a way of running that cannot be honoured."""
+    if trainer._dist.is_zero3 or trainer.is_fsdp_enabled:
+        found = "DeepSpeed ZeRO-3" if trainer._dist.is_zero3 else "FSDP"
+        raise ValueError(
+            f"PPOTrainer cannot be run with {found}: the value function is added to a policy that is already sharded. "
+            "Use plain data parallelism or ZeRO-1 or -2."
+        )
+    if trainer.optimizer is not None:
+        raise ValueError(
+            "optimizers holds an optimiser that was made before the value function: leave it out and choose one with "
+            "the options optim, learning_rate and value_learning_rate."
+        )

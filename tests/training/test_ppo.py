@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification
 
-from spec_rollout.training.ppo import _refuse_run
+from spec_rollout.training.ppo_config import refuse_launch
 from spec_rollout.training.value_head import TOKENS
 from tests.training.test_grpo import assert_same, trained, weights
 
@@ -183,11 +183,15 @@ def test_a_completion_that_does_not_end_is_penalised(make_ppo, peeking):
 
 
 def test_completions_without_a_score_teach_nothing(make_ppo, peeking):
-    trainer = make_ppo()
-    before = weights(trainer)
-    trainer.reward_funcs = [lambda completions, **kwargs: [None] * len(completions)]
-    trainer.train()
-    assert all(torch.equal(before[name], weight) for name, weight in weights(trainer).items())
+    trainer = make_ppo(max_steps=4)
+    batches = []
+    kept = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: batches.append(kept(inputs)) or batches[-1]
+    trainer.reward_funcs = [lambda completions, **kwargs: [None if i % 2 else 1.0 for i in range(len(completions))]]
+    trained(trainer)
+    (batch,) = batches
+    assert not batch["loss_mask"][1::2].any() and batch["loss_mask"][::2, 0].all()
+    assert batch["num_items_in_batch"] == batch["completion_mask"][::2].sum()
 
 
 def test_cut_off_completions_can_be_left_out(make_ppo, peeking):
@@ -278,4 +282,21 @@ def test_a_reward_model(make_ppo, tokenizer, peeking, tmp_path):
 def test_sharded_policies_are_refused(zero3, fsdp, found):
     run = SimpleNamespace(_dist=SimpleNamespace(is_zero3=zero3), is_fsdp_enabled=fsdp, optimizer=None)
     with pytest.raises(ValueError, match=f"cannot be run with {found}.*data parallelism"):
-        _refuse_run(run)
+        refuse_launch(run)
+
+
+@pytest.mark.parametrize(("kl_coef", "passes"), [(0.0, 0), (0.1, 2)])
+def test_a_generation_is_scored_once(make_ppo, peeking, monkeypatch, kl_coef, passes):
+    """TRL's own pass is for the reference alone: two minibatches of it, and none where there is no reference."""
+    trainer = make_ppo(kl_coef=kl_coef, max_steps=4)
+    read = []
+    kept = type(trainer)._get_per_token_logps_and_entropies
+
+    def spy(self, model, ids, mask, keep, batch_size=None, **options):
+        read.extend(ids.split(batch_size))
+        assert model is trainer.ref_model
+        return kept(self, model, ids, mask, keep, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(type(trainer), "_get_per_token_logps_and_entropies", spy)
+    assert len(read) == 0 and trained(trainer).num_iterations == 2
+    assert len(read) == passes
