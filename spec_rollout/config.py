@@ -35,6 +35,13 @@ class SpecConfig:
     draft_refresh: bool = field(
         default=True, metadata={"help": "Train the draft head on the rollouts after each generation phase."}
     )
+    draft_overhead: float = field(
+        default=0.05,
+        metadata={
+            "help": "Most of the run's time that training the draft may take, as a share. Less is taken where it does "
+            "not pay, more at first, where it is paid back later."
+        },
+    )
     draft_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the draft head. `None` follows its hidden size."}
     )
@@ -62,6 +69,7 @@ class SpecConfig:
                 self.draft_learning_rate is None or self.draft_learning_rate > 0,
                 "above 0, or None",
             ),
+            ("draft_overhead", self.draft_overhead > 0, "above 0; draft_refresh=False turns training off"),
             ("max_feature_tokens", self.max_feature_tokens >= 0, "0 or more"),
         )
         for name, holds, bound in bounds:

@@ -147,11 +147,17 @@ class RolloutStats:
 
 @dataclass
 class RefreshStats:
-    """One round of draft training: optimiser steps, trained tokens, mean loss of the round, wall seconds."""
+    """One round of draft training: optimiser steps, mean loss of the round, wall seconds.
+
+    `acceptance` are the rates of the first, second … guess on rollouts held out of the round (empty if it trained
+    nothing), `acceptance_before` those before it.
+    """
 
     steps: int = 0
     tokens: int = 0
     loss: float = float("nan")
+    acceptance: list[float] = field(default_factory=list)
+    acceptance_before: list[float] = field(default_factory=list)
     seconds: float = 0.0
     draft_version: int = 0
 
@@ -202,5 +208,5 @@ class RolloutBackend(Protocol):
     ) -> list[Completion]:
         """One completion per prompt entry, in order. `seed` is any sequence of non-negative integers."""
 
-    def refresh(self) -> RefreshStats:
-        """Let the draft learn from the rollouts since the last call."""
+    def refresh(self, *, remaining: int | None = None) -> RefreshStats:
+        """Let the draft learn from the rollouts since the last call; `remaining` phases are to come, if known."""

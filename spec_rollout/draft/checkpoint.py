@@ -1,4 +1,7 @@
-"""The draft head on disk: an EAGLE-3 folder of safetensors and json that vLLM and SGLang read too."""
+"""The draft head on disk: an EAGLE-3 folder of safetensors and json that vLLM and SGLang read too.
+
+Read are that format, whoever wrote it, and the one of the speculators library.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import math
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,17 +20,26 @@ from torch import Tensor
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+SPECULATORS = "speculators_model_type"
 FEATURE_SCALE = "feature_scale"
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, OPTIMIZER = "model.safetensors", "config.json", "optimizer.safetensors"
 
 
-def save_head(folder: str | Path, head: EagleHead, output_rows: Tensor, draft_ids: Tensor | None, extra: dict) -> None:
+def save_head(
+    folder: str | Path,
+    head: EagleHead,
+    output_rows: Tensor,
+    draft_ids: Tensor | None,
+    extra: dict,
+    optimizer: dict[str, Tensor] | None = None,
+) -> None:
     """Write `head` to `folder`, replacing it as a whole: a crash leaves the old folder or the new one.
 
     Args:
         output_rows: [Vd, H], the policy's output head for the draft vocabulary; serving engines want it in the file.
         draft_ids: [Vd] target ids, or None for the whole vocabulary; stored as the offset `d2t` that vLLM reads.
         extra: json-able state to keep beside the weights, under `spec_rollout` in the config.
+        optimizer: tensors that training goes on from, in a file of their own.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -34,11 +47,15 @@ def save_head(folder: str | Path, head: EagleHead, output_rows: Tensor, draft_id
     ids = torch.arange(size) if draft_ids is None else draft_ids.cpu()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.folded().items()}
     extra = {**extra, FEATURE_SCALE: head.feature_scale.tolist()[:: head.config.hidden_size]}
-    tensors["lm_head.weight"] = output_rows.detach().to(tensors["fc.weight"].dtype).cpu().clone()
+    if head.own_output is None:
+        tensors["lm_head.weight"] = output_rows.detach().to(tensors["fc.weight"].dtype).cpu().clone()
+        extra["lm_head"] = "policy"
     tensors["d2t"] = ids - torch.arange(size)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         save_file(tensors, staging / WEIGHTS)
+        if optimizer:
+            save_file({name: t.detach().cpu().contiguous() for name, t in optimizer.items()}, staging / OPTIMIZER)
         (staging / CONFIG).write_text(json.dumps(_config(head.config, size, extra), indent=2) + "\n")
         staging.chmod(0o755)
         if folder.exists():
@@ -61,14 +78,23 @@ def load_head(folder: str | Path, wanted: HeadConfig) -> tuple[EagleHead, Tensor
         ValueError: no draft head there, or one for another target; the message names both values and the remedy.
     """
     folder = Path(folder)
-    config, tensors = _read(folder)
+    config = _read(folder, CONFIG, lambda path: json.loads(path.read_text()))
+    tensors = _read(folder, WEIGHTS, load_file)
     found = _head_config(folder, config, wanted)
-    head = EagleHead(found)
+    extra = dict(config.get("spec_rollout", {}))
     offsets = tensors.pop("d2t", None)
-    for name in ("lm_head.weight", "t2d", "embed_tokens.weight"):  # the live policy's are used instead
+    for name in ("t2d", "embed_tokens.weight"):  # the live policy's embedding is used instead
         tensors.pop(name, None)
+    given = {
+        name.replace("layers.0.", "midlayer."): tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("verifier_")  # speculators' copies of the policy's
+    }
+    if extra.pop("lm_head", None) == "policy":
+        given.pop("lm_head.weight", None)
+    output = given.get("lm_head.weight")
+    head = EagleHead(found, own_output=None if output is None else len(output))
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
-    given = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()}
     wrong = [
         name
         for name in expected.keys() | given.keys()
@@ -81,17 +107,35 @@ def load_head(folder: str | Path, wanted: HeadConfig) -> tuple[EagleHead, Tensor
             "Export the head again, or start without draft_model_path."
         )
     head.load_state_dict({name: tensor.float() for name, tensor in given.items()})
-    extra = config.get("spec_rollout", {})
     _unfold(head, extra.pop(FEATURE_SCALE, None), folder)
-    ids = None if offsets is None else offsets + torch.arange(len(offsets))
-    if ids is not None and (int(ids.min()) < 0 or int(ids.max()) >= wanted.vocab_size):
+    return head, _draft_ids(folder, offsets, output, wanted.vocab_size), extra
+
+
+def load_optimizer(folder: str | Path) -> dict[str, Tensor]:
+    """What `save_head` was given as `optimizer`; empty where nothing was saved.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    folder = Path(folder)
+    return _read(folder, OPTIMIZER, load_file) if (folder / OPTIMIZER).exists() else {}
+
+
+def _draft_ids(folder: Path, offsets: Tensor | None, output: Tensor | None, vocab_size: int) -> Tensor | None:
+    """Target ids of the draft vocabulary from the offsets `d2t`; None for the whole vocabulary."""
+    size = vocab_size if output is None else len(output)
+    ids = torch.arange(size) if offsets is None else offsets + torch.arange(len(offsets))
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         raise ValueError(
-            f"{folder}: d2t points to token {int(ids.max())}, outside the policy's vocabulary of {wanted.vocab_size}: "
+            f"{folder}: d2t points to token {int(ids.max())}, outside the policy's vocabulary of {vocab_size}: "
             "the head was made for another tokenizer. Start without draft_model_path."
         )
-    if ids is not None and torch.equal(ids, torch.arange(wanted.vocab_size)):
-        ids = None
-    return head, ids, extra
+    if output is not None and len(ids) != size:
+        raise ValueError(
+            f"{folder}: lm_head has {size} rows, d2t {len(ids)}: they must be equally many. Export the head again, or "
+            "start without draft_model_path."
+        )
+    return None if torch.equal(ids, torch.arange(vocab_size)) else ids
 
 
 def _unfold(head: EagleHead, scales: list[float] | None, folder: Path) -> None:
@@ -110,14 +154,13 @@ def _unfold(head: EagleHead, scales: list[float] | None, folder: Path) -> None:
         head.fc.weight /= head.feature_scale
 
 
-def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+def _read(folder: Path, name: str, reader: Callable[[Path], dict]) -> dict:
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        return config, load_file(folder / WEIGHTS)
+        return reader(folder / name)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"{folder} is not a readable draft head ({type(error).__name__}: {error}): it needs an EAGLE-3 {CONFIG} "
-            f"and {WEIGHTS}. Give another draft_model_path, or none to start cold."
+            f"{folder} is not a readable draft head ({name}: {type(error).__name__}: {error}): it needs an EAGLE-3 "
+            f"{CONFIG} and {WEIGHTS}. Give another draft_model_path, or none to start cold."
         ) from error
 
 
@@ -141,6 +184,8 @@ def _config(config: HeadConfig, draft_vocab_size: int, extra: dict) -> dict:
 
 
 def _head_config(folder: Path, config: dict, wanted: HeadConfig) -> HeadConfig:
+    if SPECULATORS in config:
+        config = _from_speculators(folder, config)
     if config.get("architectures") != [ARCHITECTURE]:
         raise ValueError(
             f"{folder} holds {config.get('architectures')}, not an EAGLE-3 head ({ARCHITECTURE}). Give another "
@@ -152,10 +197,46 @@ def _head_config(folder: Path, config: dict, wanted: HeadConfig) -> HeadConfig:
                 f"The draft head in {folder} was made for a policy with {name}={config.get(name)}, this policy has "
                 f"{getattr(wanted, name)}. Give the draft of this policy, or none to start cold."
             )
-    fields = {name: config[name] for name in wanted.to_dict() if name in config}
-    rope = config.get("rope_parameters") or {}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    for name, value, served in (
+        ("rope_type", kind, "default"),
+        ("num_hidden_layers", config.get("num_hidden_layers", 1), 1),
+        ("norm_output", config.get("norm_output", False), False),
+    ):
+        if value != served:
+            raise ValueError(
+                f"{folder / CONFIG}: {name}={value} is not supported, only {served}. Give another draft_model_path, "
+                "or none to start cold."
+            )
+    fields = {name: config[name] for name in wanted.to_dict() if config.get(name) is not None}
+    if "head_dim" not in fields and "num_attention_heads" in fields:
+        fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
     fields["rope_theta"] = float(config.get("rope_theta") or rope.get("rope_theta") or wanted.rope_theta)
+    layers = wanted.aux_layers[-1] + 1
+    aux = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     fields["aux_layers"] = tuple(
-        config.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids", wanted.aux_layers)
-    )
+        aux or (2, layers // 2, layers - 3)
+    )  # the EAGLE-3 authors' layers, where none are named
+    if not all(0 <= layer <= layers for layer in fields["aux_layers"]):
+        raise ValueError(
+            f"The draft head in {folder} reads the layers {fields['aux_layers']}, this policy has {layers}. Give the "
+            "draft of this policy, or none to start cold."
+        )
     return HeadConfig(**{**wanted.to_dict(), **fields})
+
+
+def _from_speculators(folder: Path, config: dict) -> dict:
+    """The speculators library's config as an EAGLE-3 one; its layer adds to the normed input unless told otherwise."""
+    if config[SPECULATORS] != "eagle3":
+        raise ValueError(
+            f"{folder} holds a {config[SPECULATORS]!r} speculator, not 'eagle3'. Give another draft_model_path, or "
+            "none to start cold."
+        )
+    return {
+        **config["transformer_layer_config"],
+        "architectures": [ARCHITECTURE],
+        "num_hidden_layers": 1,
+        "norm_before_residual": config.get("norm_before_residual", True),
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": config.get("eagle_aux_hidden_state_layer_ids")},
+    }

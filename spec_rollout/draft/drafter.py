@@ -49,7 +49,8 @@ class EagleDrafter:
             self.features = torch.zeros(wanted, dtype=dtype, device=rows.device)
         self.cache.allocate(rows.slots, rows.capacity)
         self.known = np.zeros(rows.slots, dtype=np.int64)
-        self.output_rows = self.view.output_rows().to(dtype)
+        own = self.head.own_output
+        self.output_rows = (self.view.output_rows() if own is None else own.detach()).to(dtype)
 
     def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
         kept = torch.cat([*(hidden[i] for i in self.head.config.aux_layers), hidden[-1]], -1)  # [N, T, F]

@@ -14,6 +14,7 @@ class HeadConfig:
     """Shape of a draft head. The names are those of a Llama config, so that they go to disk as they are.
 
     `aux_layers`: the residual stream after that many target layers is fused; three of them, low to high.
+    `norm_before_residual`: the layer adds to its normed input, as in heads of the speculators library.
     """
 
     hidden_size: int
@@ -25,6 +26,7 @@ class HeadConfig:
     aux_layers: tuple[int, ...]
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    norm_before_residual: bool = False
 
     @classmethod
     def for_target(cls, config) -> HeadConfig:
@@ -92,16 +94,19 @@ class EagleHead(nn.Module):
     """Predicts the token after next from (token i + 1, target feature i).
 
     The caller runs the attention between `project` and `combine`, because decoding reads a slot cache and training
-    unrolls several steps. Embedding and output head are the policy's own and not part of the module.
+    unrolls several steps. The embedding is the policy's own and not part of the module; so is the output head, unless
+    `own_output` gives the size of a draft vocabulary for one that is trained with the rest (heads from elsewhere).
     """
 
-    def __init__(self, config: HeadConfig, seed: int = 0):
+    def __init__(self, config: HeadConfig, seed: int = 0, own_output: int | None = None):
         super().__init__()
         self.config = config
         with torch.random.fork_rng(devices=[]):  # torch's own initialisation must not move the policy's stream
             self.fc = nn.Linear(len(config.aux_layers) * config.hidden_size, config.hidden_size, bias=False)
             self.midlayer = Layer(config)
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            if own_output is not None:
+                self.lm_head = nn.Linear(config.hidden_size, own_output, bias=False)
         self.register_buffer("feature_scale", torch.ones(self.fc.in_features), persistent=False)
         self._initialise(torch.Generator().manual_seed(seed))
 
@@ -113,6 +118,11 @@ class EagleHead(nn.Module):
                     module.weight.normal_(0.0, 0.5 * module.in_features**-0.5, generator=generator)
             self.fc.weight.mul_(0.1)
             self.fc.weight[:, -self.config.hidden_size :] += torch.eye(self.config.hidden_size)
+
+    @property
+    def own_output(self) -> Tensor | None:
+        """[Vd, H], or None where the policy's output head serves."""
+        return self.lm_head.weight if hasattr(self, "lm_head") else None
 
     @torch.no_grad()
     def fit_scale(self, features: Tensor, fresh: bool) -> None:
@@ -156,7 +166,8 @@ class EagleHead(nn.Module):
 
     def combine(self, attended: Tensor, hidden: Tensor) -> Tensor:
         """The layer's output [N, T, H], before the norm, from the attention's [N, heads, T, D] and its input."""
-        x = hidden + self.midlayer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+        residual = self.midlayer.hidden_norm(hidden) if self.config.norm_before_residual else hidden
+        x = residual + self.midlayer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
         return x + self.midlayer.mlp(self.midlayer.post_attention_layernorm(x))
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spec_rollout.draft import ranks
 from spec_rollout.draft.eagle import EagleHead
-from spec_rollout.draft.features import FeatureBuffer
+from spec_rollout.draft.features import FeatureBuffer, Sample
 from spec_rollout.draft.packing import Pack, pack
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.unroll import unroll
@@ -26,61 +28,140 @@ MATRIX_RATE = 0.22
 same share. With Muon at this rate a cold head learned from one rollout what took AdamW twice the time."""
 SCALE_RATE = 4e-3
 """Learning rate of the norms' scales."""
+OUTPUT_RATE = 1e-4
+"""Of an output head of its own, by AdamW: it is large, and was trained elsewhere."""
 WARM_UP_STEPS = 3
 MAX_EPOCHS = 20
+HELD_OUT_TOKENS = 512
+"""Of the freshest rollouts: enough to see a gain of a hundredth, as before and after are compared on the same."""
+BURST = 16
+"""Steps between two looks at whether training still pays."""
+
+Worth = Callable[[list[float], list[float]], float]
+"""Seconds that are saved by going from one list of acceptance rates, by position, to another."""
 
 
 class DraftTrainer:
     """Trains `head` (float32) towards the target's own distribution: divergence over the draft vocabulary.
 
     The distribution is recomputed from the kept final hidden states, so nothing of the vocabulary's size is stored.
-    Optimiser and random stream are its own; the policy and its stream are not touched.
+    Optimiser and random stream are its own; the policy and its stream are not touched. With several ranks each brings
+    its own rollouts, the gradients are averaged, and all ranks end with the same head.
     """
 
     def __init__(self, head: EagleHead, view: PolicyView, learning_rate: float | None = None, seed: int = 0):
         self.head, self.view = head, view
         rate = learning_rate or MATRIX_RATE * head.config.hidden_size**-0.5
-        matrices = [p for p in head.parameters() if p.ndim == 2]
-        scales = [p for p in head.parameters() if p.ndim != 2]
+        groups = {"matrices": [], "scales": [], "output": []}
+        for name, parameter in head.named_parameters():
+            groups["output" if name == "lm_head.weight" else "matrices" if parameter.ndim == 2 else "scales"] += [
+                parameter
+            ]
+        adamw = [{"params": groups["scales"], "lr": SCALE_RATE}, {"params": groups["output"], "lr": OUTPUT_RATE}]
         self.optimizers = (
-            torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(scales, lr=SCALE_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+            torch.optim.Muon(groups["matrices"], lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=0.0),
         )
         self.rates = (rate, SCALE_RATE)
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = 0
         self._step_seconds = 0.0
-        device = head.fc.weight.device.type
-        self.precision = torch.autocast(device, torch.bfloat16, enabled=_multiplies_bfloat16(device))
+        self.device = head.fc.weight.device
+        kind = self.device.type
+        self.precision = torch.autocast(kind, torch.bfloat16, enabled=_multiplies_bfloat16(kind))
 
-    def train(self, buffer: FeatureBuffer, seconds: float) -> RefreshStats:
-        """Optimiser steps on the buffer's rollouts for `seconds`, at most MAX_EPOCHS times over.
+    def train(
+        self, buffer: FeatureBuffer, seconds: float, worth: Worth | None = None, temperature: float = 1.0
+    ) -> RefreshStats:
+        """Optimiser steps on the buffer's rollouts, the freshest first, for `seconds` or MAX_EPOCHS passes over them.
 
-        A step starts when the mean of the steps before it still fits.
+        A few of the freshest rollouts are held out, and acceptance at `temperature` is measured on them. Training ends
+        early after a burst of steps whose gain there is worth less than the burst took.
+
+        Raises:
+            FloatingPointError: the loss is not finite, on any rank.
         """
         began = time.perf_counter()
         stats, losses = RefreshStats(), []
-        for batch in (batch for _ in range(MAX_EPOCHS) for batch in self._epoch(buffer)):
-            elapsed = time.perf_counter() - began
-            if elapsed + self._step_seconds > seconds:
-                break
-            losses.append(self._step(batch))
-            stats.steps += 1
-            stats.tokens += int(batch.learn.sum())
-            self._step_seconds = (time.perf_counter() - began) / stats.steps
+        unseen, seen = hold_out(buffer.samples, self.generator)
+        batches = self._batches(seen)
+        if ranks.agree(bool(seen) and self._step_seconds <= seconds, self.device):
+            stats.acceptance_before = stats.acceptance = self.acceptance(unseen, temperature)
+            paying = True
+            while paying:
+                burst_began = time.perf_counter()
+                burst = self._burst(batches, began + seconds)
+                losses += burst
+                before, stats.acceptance = stats.acceptance, self.acceptance(unseen, temperature)
+                gain = math.inf if worth is None else worth(before, stats.acceptance)
+                paying = len(burst) == BURST and gain > time.perf_counter() - burst_began
+                paying = ranks.agree(paying, self.device)
         if losses:
-            stats.loss = torch.stack(losses).mean().item()
+            loss, tokens = torch.stack(losses).unbind(1)
+            stats.steps, stats.tokens, stats.loss = len(losses), int(tokens.sum()), loss.mean().item()
         stats.seconds = time.perf_counter() - began
         return stats
 
-    def _epoch(self, buffer: FeatureBuffer) -> list[Pack]:
-        if not buffer.samples:
-            return []
-        order = torch.randperm(len(buffer.samples), generator=self.generator).tolist()
-        packed = pack([buffer.samples[i] for i in order], PACK_WIDTH)
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that the next training depends on, the head aside, as tensors."""
+        state = {"generator": self.generator.get_state(), "steps": torch.tensor(self.steps)}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, values in optimizer.state_dict()["state"].items():
+                state |= {f"{number}.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            ValueError: it is that of another head.
+        """
+        kept: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
+        shapes = [[p.shape for group in o.param_groups for p in group["params"]] for o in self.optimizers]
+        try:
+            self.generator.set_state(state["generator"].cpu())
+            self.steps = int(state["steps"])
+            for key in state.keys() - {"generator", "steps"}:
+                number, index, name = key.split(".")
+                if state[key].ndim and state[key].shape != shapes[int(number)][int(index)]:
+                    raise ValueError(f"{key} has shape {tuple(state[key].shape)}")
+                kept[int(number)].setdefault(int(index), {})[name] = state[key]
+        except (KeyError, ValueError, IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"The draft's optimiser state is not this head's ({error!r}): remove its file, and training starts "
+                "without."
+            ) from error
+        for optimizer, values in zip(self.optimizers, kept, strict=True):
+            optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def _burst(self, batches: Iterator[Pack], deadline: float) -> list[Tensor]:
+        """At most BURST steps; one starts when the mean of the steps before it still fits. Returns the loss and the
+        number of tokens of each, [2]."""
+        losses: list[Tensor] = []
+        began = time.perf_counter()
+        while len(losses) < BURST:
+            now = time.perf_counter()
+            if losses:
+                self._step_seconds = (now - began) / len(losses)
+            batch = next(batches, None)
+            if not ranks.agree(batch is not None and now + self._step_seconds <= deadline, self.device):
+                break
+            losses.append(torch.stack([self._step(batch), batch.learn.sum()]))
+        return losses
+
+    def _batches(self, samples: list[Sample]) -> Iterator[Pack]:
+        """Packed rows of BATCH_TOKENS in all; each pass takes the newest policy's rollouts first, in random order."""
+        for _ in range(MAX_EPOCHS):
+            for version in sorted({sample.version for sample in samples}, reverse=True):
+                yield from self._shuffled([sample for sample in samples if sample.version == version])
+
+    def _shuffled(self, samples: list[Sample]) -> Iterator[Pack]:
+        order = torch.randperm(len(samples), generator=self.generator).tolist()
+        packed = pack([samples[i] for i in order], PACK_WIDTH)
         rows = max(1, BATCH_TOKENS // PACK_WIDTH)
         shuffled = torch.randperm(len(packed.tokens), generator=self.generator).to(packed.tokens.device)
-        return [Pack(*(x[index] for x in packed)) for index in shuffled.split(rows)]
+        for index in shuffled.split(rows):
+            yield Pack(*(x[index] for x in packed))
 
     @torch.enable_grad()
     def _step(self, batch: Pack) -> Tensor:
@@ -88,16 +169,53 @@ class DraftTrainer:
             loss = self.loss(batch)
         self.head.zero_grad(set_to_none=True)
         loss.backward()
+        loss = self._average(loss.detach())
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"The draft's loss is {loss.item()}.")
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
         self.steps += 1
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * min(1.0, self.steps / WARM_UP_STEPS)
             optimizer.step()
-        return loss.detach()
+        return loss
+
+    def _average(self, loss: Tensor) -> Tensor:
+        """Average the gradients over the ranks; returns the mean loss."""
+        if ranks.count() == 1:
+            return loss
+        gradients = [p.grad for p in self.head.parameters()]
+        flat = torch.cat([*(g.flatten() for g in gradients), loss.float()[None]])
+        flat = ranks.total(flat) / ranks.count()
+        for gradient, mean in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+        return flat[-1]
 
     def loss(self, batch: Pack) -> Tensor:
         """Mean Kullback-Leibler divergence, whose gradient is that of soft cross-entropy, over entries and unrolled
         steps; a further step weighs `STEP_DECAY` of the one before."""
+        total = weights = 0.0
+        for j, (log_q, target) in enumerate(self._unrolled(batch)):
+            divergence = F.kl_div(log_q, target, reduction="none").sum(-1)
+            total = total + STEP_DECAY**j * divergence.sum()
+            weights += STEP_DECAY**j * max(1, len(divergence))
+        return total / weights
+
+    @torch.no_grad()
+    def acceptance(self, samples: list[Sample], temperature: float = 1.0) -> list[float]:
+        """Acceptance rate of the first, second … guess on the rollouts of all ranks: the overlap of draft and target,
+        Σ min(p, q), which keyed sampling comes close to. Empty without rollouts."""
+        sums = torch.zeros(UNROLLED_STEPS, 2, dtype=torch.float64)
+        if samples:
+            with self.precision:
+                for j, (log_q, target) in enumerate(self._unrolled(pack(samples, PACK_WIDTH))):
+                    q, p = (log_q / temperature).softmax(-1), (target.log() / temperature).softmax(-1)
+                    sums[j, 0] = torch.minimum(q, p).sum()
+                    sums[j, 1] = len(target)
+        sums = ranks.total(sums.to(self.device))
+        return (sums[:, 0] / sums[:, 1]).tolist() if sums[:, 1].all() else []
+
+    def _unrolled(self, batch: Pack) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each unrolled step the draft's log-probabilities and the target's probabilities, [N, Vd] float32."""
         rows = self.view.output_rows()
         with torch.no_grad():
             final = batch.features[..., self.head.fc.in_features :].roll(-1, 1)  # the state that predicts token p + 2
@@ -105,18 +223,24 @@ class DraftTrainer:
             embeds = self.view.embed(batch.tokens).to(self.head.fc.weight.dtype)
             everywhere = torch.zeros(batch.learn.shape, dtype=torch.int64, device=rows.device)
             everywhere[batch.learn] = torch.arange(len(target), device=rows.device)
-        rows = rows.to(embeds.dtype)
-        total = weights = 0.0
-        for j, (hidden, valid) in enumerate(unroll(self.head, embeds, batch, UNROLLED_STEPS)):
+        rows = rows.to(embeds.dtype) if self.head.own_output is None else self.head.own_output
+        for hidden, valid in unroll(self.head, embeds, batch, UNROLLED_STEPS):
             use = batch.learn & valid
-            log_q = F.linear(hidden[use], rows).float().log_softmax(-1)
-            divergence = F.kl_div(log_q, target[everywhere[use]], reduction="none").sum(-1)
-            total = total + STEP_DECAY**j * divergence.sum()
-            weights += STEP_DECAY**j * max(1, len(divergence))
-        loss = total / weights
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"The draft's loss is {loss.item()}.")
-        return loss
+            yield F.linear(hidden[use], rows).float().log_softmax(-1), target[everywhere[use]]
+
+
+def hold_out(samples: list[Sample], generator: torch.Generator) -> tuple[list[Sample], list[Sample]]:
+    """Some rollouts of the newest policy, HELD_OUT_TOKENS of them but never more than a quarter, and all others."""
+    bound = min(HELD_OUT_TOKENS, sum(len(sample.features) for sample in samples) // 4)
+    newest = max((sample.version for sample in samples), default=0)
+    held: set[int] = set()
+    size = 0
+    for index in torch.randperm(len(samples), generator=generator).tolist():
+        tokens = len(samples[index].features)
+        if samples[index].version == newest and size + tokens <= bound:
+            held.add(index)
+            size += tokens
+    return [samples[i] for i in sorted(held)], [sample for i, sample in enumerate(samples) if i not in held]
 
 
 def _multiplies_bfloat16(device: str) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spec_rollout.draft import ranks
 from spec_rollout.draft.features import Sample
+from spec_rollout.draft.policy_view import PolicyView
 
 DRAFT_VOCABULARY = 8192
 """Most tokens that the draft may guess. Every guess costs a product with that many output rows."""
@@ -13,20 +15,21 @@ COVERAGE = 0.995
 """Share of sampled tokens that the draft vocabulary must cover before it is ranked anew."""
 
 
-def choose_vocabulary(samples: list[Sample], vocab_size: int, present: Tensor | None) -> Tensor | None:
-    """Target ids [Vd], ascending, that the draft may guess; None for the whole vocabulary.
+def choose_vocabulary(samples: list[Sample], view: PolicyView) -> Tensor | None:
+    """Target ids [Vd], ascending, that the draft may guess; None for the whole vocabulary. The same on every rank.
 
-    The most frequent completion tokens, then prompt tokens, then the lowest ids. `present` stays while it covers
-    `COVERAGE` of the completions.
+    The most frequent completion tokens, then prompt tokens, then the lowest ids. What `view` has now stays while it
+    covers `COVERAGE` of the completions.
     """
-    if vocab_size <= DRAFT_VOCABULARY or not samples:
+    present, size = view.draft_ids, view.config.vocab_size
+    if size <= DRAFT_VOCABULARY:
         return present
-    device = samples[0].tokens.device
-    completions = torch.cat([s.tokens[s.prompt :] for s in samples])
-    if present is not None and torch.isin(completions, present).float().mean() >= COVERAGE:
+    counts = torch.zeros(2, size, dtype=torch.float64, device=view.embedding.device)  # in completions, in prompts
+    for sample in samples:
+        counts[0] += torch.bincount(sample.tokens[sample.prompt :], minlength=size)
+        counts[1] += torch.bincount(sample.tokens[: sample.prompt], minlength=size)
+    ranks.total(counts)
+    if not counts.any() or (present is not None and counts[0, present].sum() >= COVERAGE * counts[0].sum()):
         return present
-    prompts = torch.cat([s.tokens[: s.prompt] for s in samples])
-    rank = torch.bincount(completions, minlength=vocab_size).double()
-    rank += 0.5 * (torch.bincount(prompts, minlength=vocab_size) > 0)
-    rank -= torch.arange(vocab_size, device=device) / (4.0 * vocab_size)
-    return rank.topk(DRAFT_VOCABULARY).indices.sort().values
+    order = counts[0] + 0.5 * (counts[1] > 0) - torch.arange(size, device=counts.device) / (4.0 * size)
+    return order.topk(DRAFT_VOCABULARY).indices.sort().values

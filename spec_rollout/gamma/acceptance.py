@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,6 +17,12 @@ DECAY = 0.97
 """Expected fall of the rate from one position to the next, until the next has been reached often enough."""
 MEMORY = 100.0
 """Steps that one row's outcomes count for; b rows forget √b times as fast (see `AcceptanceModel`)."""
+
+
+def expected_curve(rates: Sequence[float]) -> np.ndarray:
+    """Tokens [N + 1] that one row emits per step with γ = 0 … N, from the conditional acceptance `rates` [N]:
+    1 + Σ_k Π_{i≤k} a_i."""
+    return 1.0 + np.concatenate(([0.0], np.cumsum(np.cumprod(rates))))
 
 
 class AcceptanceModel:
@@ -62,7 +69,7 @@ class AcceptanceModel:
 
     def expected_curve(self, max_gamma: int) -> np.ndarray:
         """`expected_tokens` [max_gamma + 1] for γ = 0 … max_gamma."""
-        return 1.0 + np.concatenate(([0.0], np.cumsum(np.cumprod(self.rates(max_gamma)))))
+        return expected_curve(self.rates(max_gamma))
 
     def reset(self, weight: float = 0.0) -> None:
         """Let what was observed count for at most `weight` rows per position; 0 forgets it."""

@@ -184,7 +184,7 @@ class GammaController:
             return
         news = error[candidate] > UNMEASURED or (self._gamma == 0 and self._draft_is_new)
         price = DWELL * seconds[candidate] * (1 - goodput[candidate] / goodput[self._gamma])
-        affordable = self._allowance >= min(price, PURSE * seconds[self._gamma])
+        affordable = self._allowance >= min(price, PURSE / 2 * seconds[self._gamma])  # it ends when that is spent
         if not affordable or not (news or self._since_probe >= PROBE_SPACING):
             return
         self._probe_gamma, self._probe_left, self._since_probe = candidate, DWELL, 0

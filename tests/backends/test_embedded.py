@@ -3,11 +3,14 @@
 import pytest
 import torch
 
-from spec_rollout.backends import calibration, embedded
+from spec_rollout.backends import calibration
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
+from spec_rollout.draft.eagle import EagleHead
+from spec_rollout.draft.refresh import BURST, DraftTrainer
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.gamma import GammaController
+from spec_rollout.gamma import FixedGamma, GammaController
+from spec_rollout.gamma.saving import RolloutValue
 from spec_rollout.records import SamplingParams
 from tests.tiny import MAIN, PROMPTS, assert_same, policy
 
@@ -16,12 +19,13 @@ PARAMS = SamplingParams(max_new_tokens=40, temperature=0.3, eos_token_ids=(4,))
 
 @pytest.fixture(autouse=True)
 def generous(monkeypatch):
-    """Time enough to learn the few sequences that a tiny policy draws at low temperature."""
-    monkeypatch.setattr(embedded, "COLD_SHARE", 1e9)
-    monkeypatch.setattr(embedded, "SHARE", 0.0)
+    """Whatever a training gains, it pays."""
+    monkeypatch.setattr(RolloutValue, "slope", lambda self, rates: 1e9)
 
 
 def backend_for(name, tmp_path, gamma=3, **options):
+    """Time enough to learn the few sequences that a tiny policy draws at low temperature."""
+    options = {"draft_overhead": 1e9} | options
     config = SpecConfig(num_speculative_tokens=gamma, calibration_cache=str(tmp_path), **options)
     return EmbeddedBackend(policy(name), config)
 
@@ -34,8 +38,8 @@ def learned(name, tmp_path, gamma=3, **options):
     return backend
 
 
-def plain(name, seed=(0,)):
-    return RolloutEngine(policy(name)).generate(PROMPTS * 4, PARAMS, seed=seed)
+def plain(name, seed=(0,), copies=4):
+    return RolloutEngine(policy(name)).generate(PROMPTS * copies, PARAMS, seed=seed)
 
 
 @pytest.mark.filterwarnings("error:The drafter broke")
@@ -59,22 +63,24 @@ def test_adaptive_changes_no_token_and_calibrates_once(tmp_path):
 
 
 def test_a_calibration_of_another_version_is_measured_again(tmp_path):
-    backend = learned("llama", tmp_path, gamma=None)
+    backend = backend_for("llama", tmp_path, gamma=None)
+    backend.generate(PROMPTS * 4, PARAMS)
     path = calibration._cache_path(backend.engine, 28, 7, str(tmp_path))
     path.write_text('[{"kind": "verify", "unknown": 1}]')
-    backend.generate(PROMPTS * 4, PARAMS)
+    backend.refresh()
     assert "unknown" not in path.read_text()
 
 
 def test_a_cold_head_learns_from_features_at_magnitude_1_and_runs_on_them_as_they_are(tmp_path):
     backend = backend_for("llama", tmp_path)
     backend.generate(PROMPTS * 4, PARAMS)
-    features = torch.cat([s.features for s in backend.buffer.samples])[:, : backend.head.fc.in_features]
+    head = backend.learner.head
+    features = torch.cat([s.features for s in backend.learner.buffer.samples])[:, : head.fc.in_features]
     assert features.square().mean().sqrt() > 4
     backend.refresh()
-    scaled = features * backend.head.feature_scale
+    scaled = features * head.feature_scale
     assert 0.5 < scaled.square().mean().sqrt() < 2
-    torch.testing.assert_close(backend.drafter.head.fuse(features), backend.head.fuse(scaled))
+    torch.testing.assert_close(backend.drafter.head.fuse(features), head.fuse(scaled))
 
 
 def test_evaluation_is_not_learned_from(tmp_path):
@@ -99,9 +105,7 @@ def test_save_and_load_give_the_same_guesses(gamma, tmp_path):
     other = backend_for("llama", tmp_path, gamma, draft_model_path=str(tmp_path / "draft"))
     assert other.draft_version == backend.draft_version == 1 and other.drafter.ready
     for one in (backend, other):
-        one.engine.controller = None  # both at the same number of guesses
-        one.config.num_speculative_tokens = one.engine.config.num_speculative_tokens = 3
-        one._ready_controller()
+        one.controller = one.engine.controller = FixedGamma(3)  # both at the same number of guesses
         one.take_stats()
         one.generate(PROMPTS, PARAMS, seed=(5,))
     ours, theirs = ([step.accepted for step in one.engine.stats.steps] for one in (backend, other))
@@ -111,12 +115,69 @@ def test_save_and_load_give_the_same_guesses(gamma, tmp_path):
 def test_a_head_that_turns_to_nan_starts_afresh_and_no_token_is_wrong(tmp_path):
     backend = learned("llama", tmp_path)
     with torch.no_grad():
-        for head in (backend.head, backend.drafter.head):
+        for head in (backend.learner.head, backend.drafter.head):
             head.fc.weight[0, 0] = float("nan")
-    assert_same(backend.generate(PROMPTS * 4, PARAMS, seed=(1,)), plain("llama", (1,)))
-    backend._allowance = 1e9
-    with pytest.warns(RuntimeWarning, match="draft head is off"):
+    with pytest.warns(RuntimeWarning, match="is off .* weights are not finite"):
+        assert_same(backend.generate(PROMPTS * 12, PARAMS, seed=(1,)), plain("llama", (1,), 12))
+    assert not backend.draft_healthy and backend.stats.steps[-1].gamma == 0
+    with pytest.warns(RuntimeWarning, match="learns again from new weights"):
         backend.refresh()
-    assert not backend.draft_healthy and not backend.drafter.ready
-    assert all(torch.isfinite(p).all() for p in backend.head.parameters())
+    assert backend.draft_healthy and backend.drafter.ready  # it had rollouts to learn from
+    assert all(torch.isfinite(p).all() for p in backend.learner.head.parameters())
+    backend.take_stats()
     assert_same(backend.generate(PROMPTS * 4, PARAMS, seed=(2,)), plain("llama", (2,)))
+    assert backend.stats.mean_acceptance_length > 1
+
+
+def test_a_training_that_fails_starts_over_and_decodes_plainly(tmp_path, monkeypatch):
+    backend = learned("llama", tmp_path)
+    backend.generate(PROMPTS, PARAMS)
+    monkeypatch.setattr(DraftTrainer, "loss", lambda self, batch: self.head.fc.weight.sum() * float("inf"))
+    with pytest.warns(RuntimeWarning, match="learns again from new weights: The draft's loss is"):
+        assert backend.refresh().steps == 0
+    assert not backend.draft_healthy and not backend.drafter.ready
+    backend.take_stats()
+    assert_same(backend.generate(PROMPTS * 4, PARAMS, seed=(2,)), plain("llama", (2,)))
+    assert not backend.stats.drafted
+
+
+@pytest.mark.parametrize("gamma", [3, None])
+def test_a_draft_that_was_lost_is_noticed_and_learned_again(gamma, tmp_path):
+    """As after a sync that went wrong: off within a few steps, on again after the next training."""
+    backend = learned("llama", tmp_path, gamma)
+    if gamma is None:
+        backend.controller.choose = lambda rows, context: 3  # the adaptive one would stop guessing by itself
+    other = EagleHead(backend.learner.head.config, seed=9)
+    backend.drafter.head.load_state_dict({n: -30 * t for n, t in other.state_dict().items()})
+    backend.engine.controller.expected = 1.0  # a tiny policy's few tokens are often guessed by chance
+    with pytest.warns(RuntimeWarning, match="is off .* the policy has moved away"):
+        assert_same(backend.generate(PROMPTS * 12, PARAMS, seed=(1,)), plain("llama", (1,), 12))
+    assert not backend.draft_healthy and backend.stats.steps[-1].gamma == 0
+    backend.refresh()
+    assert backend.draft_healthy
+
+
+def test_a_gain_that_is_worth_nothing_ends_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(RolloutValue, "slope", lambda self, rates: 0.0)
+    backend = backend_for("llama", tmp_path, gamma=None)
+    backend.generate(PROMPTS * 4, PARAMS)
+    assert backend.refresh().steps == BURST
+    assert backend.learner.budget.wish == 0
+
+
+def test_a_resumed_head_trains_on_as_one_that_went_on(tmp_path):
+    """Optimiser, random stream, version and budget come back; the features of the next rollout serve both."""
+    backend = learned("llama", tmp_path)
+    backend.save(tmp_path / "draft")
+    other = backend_for("llama", tmp_path)
+    other.load(tmp_path / "draft")
+    assert vars(other.learner.budget) == vars(backend.learner.budget)
+    assert other.learner.acceptance == backend.learner.acceptance != []
+    backend.learner.buffer.samples.clear()  # nothing that only one of them has
+    for one in (backend, other):
+        one.generate(PROMPTS * 2, PARAMS, seed=(5,))
+        assert one.refresh(1e9).steps > 0
+    for (name, ours), theirs in zip(
+        backend.learner.head.named_parameters(), other.learner.head.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name

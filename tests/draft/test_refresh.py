@@ -1,12 +1,17 @@
 """The head learns what the policy says, and nothing else moves."""
 
+from itertools import islice, pairwise
+
 import pytest
 import torch
+import torch.nn.functional as F
 
+from spec_rollout.draft import refresh
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.features import FeatureBuffer, Sample
+from spec_rollout.draft.packing import pack
 from spec_rollout.draft.policy_view import PolicyView
-from spec_rollout.draft.refresh import DraftTrainer
+from spec_rollout.draft.refresh import MAX_EPOCHS, PACK_WIDTH, UNROLLED_STEPS, DraftTrainer, hold_out
 from spec_rollout.draft.vocabulary import choose_vocabulary
 from tests.tiny import VOCAB, policy
 
@@ -33,10 +38,93 @@ def test_training_lowers_the_loss_and_leaves_policy_and_random_stream_alone(buff
     model = policy("llama")
     before, weights = torch.get_rng_state(), {n: p.clone() for n, p in model.named_parameters()}
     trainer = trainer_for(model)
-    losses = [trainer._step(batch).item() for _ in range(15) for batch in trainer._epoch(buffer)]
+    losses = [trainer._step(batch).item() for batch in islice(trainer._batches(buffer.samples), 15)]
     assert losses[-1] < 0.8 * losses[0]
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(p, weights[n]) and p.grad is None for n, p in model.named_parameters())
+
+
+def test_acceptance_on_unseen_rollouts_is_measured_before_and_after(buffer):
+    trainer = trainer_for(policy("llama"))
+    stats = trainer.train(buffer, seconds=60.0)
+    assert len(stats.acceptance_before) == len(stats.acceptance) == UNROLLED_STEPS
+    assert all(0 < before < after < 1 for before, after in zip(stats.acceptance_before, stats.acceptance, strict=True))
+    assert stats.steps == MAX_EPOCHS and stats.tokens > 0
+
+
+def test_acceptance_is_the_overlap_of_draft_and_target(buffer):
+    """On one rollout, from full distributions computed here."""
+    trainer = trainer_for(policy("llama"))
+    (sample, *_) = buffer.samples
+    head, view = trainer.head, trainer.view
+    with torch.no_grad():
+        (log_q, target), *_ = trainer._unrolled(pack([sample], PACK_WIDTH))
+        fused = sample.features[:, : head.fc.in_features].float()
+        embeds = view.embed(sample.tokens[1:])[None]
+        hidden = head.fuse(fused)[None]
+        q, k, v = head.project(embeds, hidden, torch.arange(len(fused))[None])
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        logits = view.logits(head.norm(head.combine(attended, hidden))[0], view.output_rows())
+        truth = view.logits(sample.features[:, head.fc.in_features :], view.output_rows()).softmax(-1)
+    places = torch.arange(len(fused))
+    learn = (places + 2 >= sample.prompt) & (places + 1 < len(fused))
+    wanted = torch.minimum(logits.softmax(-1)[learn], truth[places[learn] + 1]).sum(-1)
+    torch.testing.assert_close(torch.minimum(log_q.exp(), target).sum(-1), wanted)
+    if trainer.precision.fast_dtype is torch.bfloat16:  # `acceptance` itself may round
+        assert trainer.acceptance([sample])[0] == pytest.approx(wanted.mean().item(), abs=0.02)
+
+
+def test_training_ends_after_a_burst_that_does_not_pay(buffer, monkeypatch):
+    monkeypatch.setattr(refresh, "BURST", 4)
+    seen = []
+
+    def worth(before, after):
+        seen.append((before, after))
+        return 1e9 if len(seen) < 3 else 0.0
+
+    stats = trainer_for(policy("llama")).train(buffer, 60.0, worth)
+    assert stats.steps == 3 * 4 and len(seen) == 3
+    assert all(one[1] == two[0] for one, two in pairwise(seen))  # each burst is judged from where the last one ended
+    assert stats.acceptance_before == seen[0][0] and stats.acceptance == seen[-1][1]
+
+
+def test_the_newest_rollouts_come_first_and_what_is_held_out_is_not_learned(buffer):
+    buffer.advance()
+    features = buffer.samples[0].features
+    for token in range(4):
+        buffer.add(torch.full((31,), token), features, 4)
+    held, rest = hold_out(buffer.samples, torch.Generator().manual_seed(0))
+    assert held and all(sample.version == 1 for sample in held)
+    assert len(held) + len(rest) == len(buffer.samples) and sum(len(s.features) for s in held) <= 12 * 30 / 4
+    trainer = trainer_for(policy("llama"))
+    first = next(trainer._batches(rest))
+    newest = {int(sample.tokens[0]) for sample in rest if sample.version == 1}
+    assert {int(t) for t in first.tokens[first.document >= 0]} == newest
+
+
+def test_optimiser_state_continues(buffer):
+    """As in one training that is not cut in two."""
+    whole, half = trainer_for(policy("llama")), trainer_for(policy("llama"))
+    for trainer in (whole, half):
+        for batch in islice(trainer._batches(buffer.samples), 3):
+            trainer._step(batch)
+    other = trainer_for(policy("llama"))
+    other.head.load_state_dict(half.head.state_dict())
+    other.load_state_dict(half.state_dict())
+    for trainer in (whole, other):
+        for batch in islice(trainer._batches(buffer.samples), 3):
+            trainer._step(batch)
+    for (name, one), two in zip(whole.head.named_parameters(), other.head.parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_optimiser_state_of_another_head_is_refused(buffer):
+    trainer = trainer_for(policy("llama"))
+    trainer._step(next(trainer._batches(buffer.samples)))
+    state = trainer.state_dict()
+    for key, value in (("0.0.momentum_buffer", torch.zeros(3, 3)), ("0.99.momentum_buffer", torch.zeros(1))):
+        with pytest.raises(ValueError, match="not this head's"):
+            trainer_for(policy("llama")).load_state_dict(state | {key: value})
 
 
 def test_training_stops_when_its_time_is_spent(buffer):
@@ -60,9 +148,13 @@ def test_the_draft_vocabulary_is_what_the_task_uses(monkeypatch):
     monkeypatch.setattr("spec_rollout.draft.vocabulary.DRAFT_VOCABULARY", 6)
     features = torch.zeros(9, 1)
     samples = [Sample(torch.tensor([90, 91, *[40] * 5, 41, 42, 42]), features, 2, 0)]
-    chosen = choose_vocabulary(samples, 97, None)
+    view = PolicyView(policy("llama"))
+    view.draft_ids = chosen = choose_vocabulary(samples, view)
     assert chosen.tolist() == [0, 40, 41, 42, 90, 91]
-    assert choose_vocabulary(samples, 97, chosen) is chosen  # still covers what is sampled
+    assert choose_vocabulary(samples, view) is chosen  # still covers what is sampled
     samples.append(Sample(torch.tensor([90, 91, *[50] * 8]), features, 2, 1))
-    assert 50 in choose_vocabulary(samples, 97, chosen).tolist()
-    assert choose_vocabulary(samples, 6, None) is None
+    assert 50 in choose_vocabulary(samples, view).tolist()
+    assert choose_vocabulary([], view) is chosen
+    monkeypatch.setattr("spec_rollout.draft.vocabulary.DRAFT_VOCABULARY", VOCAB)
+    view.draft_ids = None
+    assert choose_vocabulary(samples, view) is None

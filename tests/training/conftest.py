@@ -79,8 +79,7 @@ def peeking(monkeypatch) -> type[PeekingBackend]:
 @pytest.fixture
 def eager_head(monkeypatch) -> None:
     """The draft head may train for longer than these short rollouts last."""
-    monkeypatch.setattr("spec_rollout.backends.embedded.COLD_SHARE", 5.0)
-    monkeypatch.setattr("spec_rollout.backends.embedded.SHARE", 1.0)
+    monkeypatch.setattr("spec_rollout.draft.budget.RefreshBudget.seconds", lambda self, remaining: 1.0)
 
 
 @pytest.fixture(scope="session")

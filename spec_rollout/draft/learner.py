@@ -1,0 +1,150 @@
+"""A draft head with everything that its training needs: features, optimiser, vocabulary, budget, version."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+
+import torch
+
+from spec_rollout.config import SpecConfig
+from spec_rollout.draft import ranks
+from spec_rollout.draft.budget import RefreshBudget
+from spec_rollout.draft.checkpoint import load_head, load_optimizer, save_head
+from spec_rollout.draft.eagle import EagleHead, HeadConfig
+from spec_rollout.draft.features import FeatureBuffer
+from spec_rollout.draft.policy_view import PolicyView
+from spec_rollout.draft.refresh import DraftTrainer
+from spec_rollout.draft.vocabulary import choose_vocabulary
+from spec_rollout.gamma.saving import RolloutValue
+from spec_rollout.records import RefreshStats
+
+FIT_SAMPLES = 16
+"""Rollouts that tell a head the magnitude of the features, before its first training step."""
+
+
+class DraftLearner:
+    """Owns `head` (float32) and trains it; the one that decodes is a copy that its owner makes of `head.folded()`.
+
+    With several ranks all methods but `save` are called on each of them, and all hold the same head.
+
+    Attributes:
+        version: trainings so far that changed the head.
+        trained: False until the head has learned something or was loaded.
+        temperature: of the rollouts; acceptance depends on it.
+        acceptance: rates of the first, second … guess on unseen rollouts at the last training; empty if not known.
+        healthy: False from a training that failed until the next one that did not.
+    """
+
+    def __init__(self, view: PolicyView, config: SpecConfig, device: torch.device, seed: int = 0):
+        self.view, self.config, self.device, self.seed = view, config, device, seed
+        self.buffer = FeatureBuffer(config.max_feature_tokens, seed=seed)
+        self.budget = RefreshBudget(config.draft_overhead)
+        self.version = 0
+        self.temperature = 1.0
+        self._take(EagleHead(HeadConfig.for_target(view.config), seed))
+
+    def _take(self, head: EagleHead) -> None:
+        """Start over with `head`."""
+        self.head = head.to(self.device)
+        self.trainer = DraftTrainer(self.head, self.view, self.config.draft_learning_rate, self.seed)
+        self.trained, self.healthy = False, True
+        self.acceptance: list[float] = []
+
+    def refresh(
+        self, seconds: float | None = None, remaining: int | None = None, value: RolloutValue | None = None
+    ) -> RefreshStats:
+        """Train the head on the buffer's rollouts; afterwards they count as an older policy's.
+
+        Args:
+            seconds: how long it may take; by default what the budget allows, and no longer than it pays.
+            remaining: rollouts that the run has still to come, if known.
+            value: what acceptance is worth on rollouts like the last one; None trains for all that the budget allows.
+        """
+        if not all(bool(weight.isfinite().all()) for weight in self.head.parameters()):
+            self._start_over("its weights are not finite")
+        self._prepare()
+
+        def worth(before: list[float], after: list[float]) -> float:
+            gain = sum(b - a for a, b in zip(before, after, strict=True)) / max(1, len(after))
+            return self.budget.worth(gain * value.slope(before), remaining) if after else 0.0
+
+        judge = worth if value is not None and seconds is None else None
+        try:
+            stats = self.trainer.train(self.buffer, self._allowed(seconds, remaining), judge, self.temperature)
+        except FloatingPointError as error:
+            self._start_over(str(error))
+            return RefreshStats(draft_version=self.version)
+        self.buffer.advance()
+        if seconds is None:
+            brought = judge(stats.acceptance_before, stats.acceptance) if judge else math.inf
+            self.budget.spend(stats.seconds, brought)
+        if stats.steps:
+            self._agree()
+            self.version += 1
+            self.trained = self.healthy = True
+            self.acceptance = stats.acceptance
+        stats.draft_version = self.version
+        return stats
+
+    def _allowed(self, seconds: float | None, remaining: int | None) -> float:
+        return self.budget.seconds(remaining) if seconds is None else seconds
+
+    def _prepare(self) -> None:
+        """Vocabulary and scale of the features, the same on every rank."""
+        head = self.head
+        if head.own_output is None:
+            self.view.draft_ids = choose_vocabulary(self.buffer.samples, self.view)
+        if (head.feature_scale == 1).all() and self.buffer.samples:  # not measured yet
+            features = torch.cat([sample.features for sample in self.buffer.samples[:FIT_SAMPLES]])
+            head.fit_scale(features, fresh=not self.trained)
+            ranks.share([*head.state_dict().values(), head.feature_scale])
+
+    def _agree(self) -> None:
+        """After a training every rank must hold the same head; if one does not, all take rank 0's."""
+        if ranks.differ(self.head):
+            warnings.warn("The draft heads of the ranks differ: all take rank 0's.", RuntimeWarning, stacklevel=3)
+            ranks.share(self.head.state_dict().values())
+
+    def _start_over(self, reason: str) -> None:
+        warnings.warn(
+            f"The draft head is off (num_speculative_tokens=0) and learns again from new weights: {reason}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        self._take(EagleHead(HeadConfig.for_target(self.view.config), self.seed))
+        self.healthy = False
+
+    def save(self, folder: str | Path, controller: dict | None = None) -> None:
+        """Write head, optimiser, version, vocabulary, budget and the `controller`'s tables to `folder`.
+
+        The features are not kept: a resumed run collects new ones at its first rollout.
+        """
+        extra = {
+            "draft_version": self.version,
+            "trained": self.trained,
+            "acceptance": self.acceptance,
+            "budget": self.budget.state_dict(),
+            "controller": controller,
+        }
+        rows = self.view.output_rows()
+        save_head(folder, self.head, rows, self.view.draft_ids, extra, self.trainer.state_dict())
+
+    def load(self, folder: str | Path) -> dict | None:
+        """Take up what `save` wrote, or a head from elsewhere; returns the controller's tables.
+
+        Raises:
+            ValueError: nothing there can be read, or it was made for another policy.
+        """
+        head, draft_ids, extra = load_head(folder, HeadConfig.for_target(self.view.config))
+        self._take(head)
+        optimizer = load_optimizer(folder)
+        if optimizer:
+            self.trainer.load_state_dict(optimizer)
+        self.view.draft_ids = None if draft_ids is None else draft_ids.to(self.device)
+        self.version, self.trained = extra.get("draft_version", 0), extra.get("trained", True)
+        self.acceptance = extra.get("acceptance", [])
+        if "budget" in extra:
+            self.budget.load_state_dict(extra["budget"])
+        return extra.get("controller")
