@@ -87,8 +87,9 @@ class PPOTrainer(SpecGRPOTrainer):
             args = PPOConfig(f"{name.split('/')[-1]}-PPO")
         refuse_arguments(args, value_model, reward_funcs)
         super().__init__(model, reward_funcs, args, *others, **options)
-        refuse_launch(self)
-        function = make_value_function(self.model, value_model or args.value_model, args.trust_remote_code)
+        value_model = value_model or args.value_model
+        refuse_launch(self, critic=value_model is not None)
+        function = make_value_function(self.model, value_model, args.trust_remote_code)
         if args.disable_dropout:
             disable_dropout_in_model(function)
         attach_value_function(self.model, function)
@@ -218,7 +219,8 @@ class PPOTrainer(SpecGRPOTrainer):
     def _save(self, output_dir=None, state_dict=None):
         weights = value_weights(self.model.state_dict() if state_dict is None else state_dict)
         super()._save(output_dir, state_dict)
-        self.value_function.save(output_dir or self.args.output_dir, weights)
+        if weights:  # else ZeRO-3 keeps them, and the policy's, in shards alone
+            self.value_function.save(output_dir or self.args.output_dir, weights)
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
@@ -233,7 +235,8 @@ class PPOTrainer(SpecGRPOTrainer):
 
     def _load_best_model(self):
         super()._load_best_model()
-        self.value_function.restore(self.state.best_model_checkpoint)
+        if not self.is_deepspeed_enabled:  # which restores the whole model from its own files
+            self.value_function.restore(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -236,13 +236,14 @@ def refuse_arguments(args: PPOConfig, value_model, reward_funcs) -> None:
         )
 
 
-def refuse_launch(trainer: Trainer) -> None:
+def refuse_launch(trainer: Trainer, critic: bool) -> None:
     """Refuse a way of running that cannot be honoured."""
-    if trainer._dist.is_zero3 or trainer.is_fsdp_enabled:
-        found = "DeepSpeed ZeRO-3" if trainer._dist.is_zero3 else "FSDP"
+    if trainer.is_fsdp_enabled:
+        raise ValueError("PPOTrainer cannot be run with FSDP: use plain data parallelism or DeepSpeed ZeRO.")
+    if critic and trainer._dist.is_zero3:
         raise ValueError(
-            f"PPOTrainer cannot be run with {found}: the value function is added to a policy that is already sharded. "
-            "Use plain data parallelism or ZeRO-1 or -2."
+            "value_model cannot be partitioned by DeepSpeed ZeRO-3: use ZeRO-2, or value_model=None for a value head "
+            "on the policy."
         )
     if trainer.optimizer is not None:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -278,11 +279,19 @@ def test_a_reward_model(make_ppo, tokenizer, peeking, tmp_path):
         make_ppo(arguments={"reward_funcs": reward, "value_model": reward})
 
 
-@pytest.mark.parametrize(("zero3", "fsdp", "found"), [(True, False, "DeepSpeed ZeRO-3"), (False, True, "FSDP")])
-def test_sharded_policies_are_refused(zero3, fsdp, found):
+@pytest.mark.parametrize(
+    ("zero3", "fsdp", "critic", "message"),
+    [
+        (True, False, True, "value_model cannot be partitioned by DeepSpeed ZeRO-3: .*value_model=None"),
+        (False, True, False, "cannot be run with FSDP: .*ZeRO"),
+        (True, False, False, None),
+        (False, False, True, None),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(zero3, fsdp, critic, message):
     run = SimpleNamespace(_dist=SimpleNamespace(is_zero3=zero3), is_fsdp_enabled=fsdp, optimizer=None)
-    with pytest.raises(ValueError, match=f"cannot be run with {found}.*data parallelism"):
-        refuse_launch(run)
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        refuse_launch(run, critic)
 
 
 @pytest.mark.parametrize(("kl_coef", "passes"), [(0.0, 0), (0.1, 2)])

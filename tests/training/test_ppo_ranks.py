@@ -1,4 +1,4 @@
-"""Two processes on the CPU learn one policy and one value function."""
+"""Two processes learn one policy and one value function, under plain data parallelism, ZeRO-2 and ZeRO-3."""
 
 from __future__ import annotations
 
@@ -8,62 +8,49 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from safetensors.torch import load_file
+
 ROOT = Path(__file__).parents[2]
-
-SCRIPT = """
-import json, os, sys
-import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from spec_rollout.training import PPOConfig, PPOTrainer
-
-def first_half(completion_ids, **kwargs):
-    return [sum(token >= 29 for token in ids) / len(ids) for ids in completion_ids]
-
-folder, out, steps = sys.argv[1:]
-args = PPOConfig(
-    out, bf16=False, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1,
-    per_device_train_batch_size=4, num_iterations=2, steps_per_generation=int(steps), max_steps=4 * int(steps),
-    max_completion_length=8, learning_rate=1e-2, kl_coef=0.1, kl_target=0.05, kl_horizon=50,
-    num_speculative_tokens=2, gradient_checkpointing=False, shuffle_dataset=False,
-)
-prompts = Dataset.from_dict({"prompt": ["one", "a", "count", "the fox", "b c d", "zero", "hello", "7 8 9"] * 4})
-trainer = PPOTrainer(folder, first_half, args, train_dataset=prompts)
-whitened = []
-kept = trainer._generate_and_score_completions
-def spy(inputs):
-    batch = kept(inputs)
-    whitened.append((batch["advantages"].sum().item(), batch["loss_mask"].sum().item()))
-    return batch
-trainer._generate_and_score_completions = spy
-trainer.train()
-state = {name: weight.double().sum().item() for name, weight in trainer.model.named_parameters()}
-names = ("kl", "kl_coef", "policy_loss", "explained_variance", "reward", "advantages/std")
-logs = [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history]
-result = {"weights": state, "whitened": whitened, "logs": logs, "coef": trainer.kl_controller.coef,
-          "seeds": trainer.sampler._seed(trainer), "version": trainer.sampler.backend.draft_version}
-with open(f"{out}.{os.environ.get('RANK', 0)}.json", "w") as file:
-    json.dump(result, file)
-"""
+KINDS = {"ddp": [0, 2], "zero2": [2, 2], "zero3": [3, 2]}
+"""ZeRO stage and processes that each of them must really have had."""
 
 
-def test_two_ranks_learn_the_same(make_policy, tokenizer, tmp_path):
+def torchrun(kind: str, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*command, "-m", "tests.training.ppo_ranks", kind, str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def folder(make_policy, tokenizer, tmp_path) -> Path:
     make_policy().save_pretrained(tmp_path / "policy")
     tokenizer.save_pretrained(tmp_path / "policy")
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [*launcher, str(script), str(tmp_path / "policy"), str(tmp_path / "out"), "1"],
-        capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in (0, 1))
-    assert first["weights"] == second["weights"]
-    assert first["weights"]["value_function.weight"] != 0
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_learn_the_same(folder, kind):
+    if kind.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    done = torchrun(kind, folder)
+    assert done.returncode == 0, done.stderr[-6000:]
+    first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["kind"] == second["kind"] == KINDS[kind]
+    assert first["seen"] != second["seen"]
+    assert first["weights"] == second["weights"] and first["weights"]["value_function.weight"] != 0
     assert first["coef"] == second["coef"] != 0.1
-    assert first["seeds"] != second["seeds"]
-    assert first["logs"] == second["logs"] and any("explained_variance" in entry for entry in first["logs"])
+    assert first["log"] == second["log"] and any("explained_variance" in row for row in first["log"])
     for (own, tokens), (other, others) in zip(first["whitened"], second["whitened"], strict=True):
         assert abs(own) > 1e-2 and abs(own + other) < 1e-3 * (tokens + others)  # mean 0 over both, not over each
+    saved = folder / "run" / "checkpoint-8"
+    assert load_file(saved / "value_head.safetensors")["weight"].double().sum() == pytest.approx(
+        first["weights"]["value_function.weight"]
+    )
+    assert not any("value_function" in name for name in load_file(saved / "model.safetensors"))
