@@ -26,6 +26,14 @@ def rloo(argv: Sequence[str]) -> None:
     launch(SpecRLOOTrainer, SpecRLOOConfig, argv)
 
 
+def ppo(argv: Sequence[str]) -> None:
+    """train a policy with PPO: --config FILE.yaml and any option of PPOConfig"""
+    from spec_rollout.training import PPOConfig, PPOTrainer
+    from spec_rollout.training.launch import launch
+
+    launch(PPOTrainer, PPOConfig, argv)
+
+
 def demo(argv: Sequence[str]) -> int | None:
     """train a small policy three ways and compare reward and time"""
     return import_module("spec_rollout.profile.demo").main(argv)

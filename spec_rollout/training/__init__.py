@@ -6,9 +6,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from spec_rollout.training.config import SpecGRPOConfig, SpecRLOOConfig
     from spec_rollout.training.grpo import SpecGRPOTrainer, make_rollout_func
+    from spec_rollout.training.ppo import PPOTrainer
+    from spec_rollout.training.ppo_config import PPOConfig
     from spec_rollout.training.rloo import SpecRLOOTrainer
 
 _HOMES = {
+    "PPOConfig": "ppo_config",
+    "PPOTrainer": "ppo",
     "SpecGRPOConfig": "config",
     "SpecGRPOTrainer": "grpo",
     "SpecRLOOConfig": "config",
@@ -16,7 +20,15 @@ _HOMES = {
     "make_rollout_func": "grpo",
 }
 
-__all__ = ["SpecGRPOConfig", "SpecGRPOTrainer", "SpecRLOOConfig", "SpecRLOOTrainer", "make_rollout_func"]
+__all__ = [
+    "PPOConfig",
+    "PPOTrainer",
+    "SpecGRPOConfig",
+    "SpecGRPOTrainer",
+    "SpecRLOOConfig",
+    "SpecRLOOTrainer",
+    "make_rollout_func",
+]
 
 
 def __getattr__(name: str):

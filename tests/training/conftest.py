@@ -172,3 +172,32 @@ def make_trainer(make_policy, tokenizer, prompts, tmp_path):
         return trainer_class(make_policy(), rewards, args, **given)
 
     return make
+
+
+PPO = {
+    "num_generations": 1,
+    "num_iterations": 2,
+    "per_device_train_batch_size": 4,
+    "steps_per_generation": 2,
+    "max_steps": 8,
+    "kl_coef": 0.1,
+    "value_learning_rate": 1e-2,
+}
+"""Two generations of eight completions, each gone through twice in two minibatches."""
+
+
+@pytest.fixture
+def make_ppo(make_trainer, make_policy, tmp_path):
+    """Builds a `PPOTrainer` on the random policy, which has a folder for its reference to be loaded from."""
+    from spec_rollout.training import PPOConfig, PPOTrainer
+
+    make_policy().save_pretrained(tmp_path / "policy")
+
+    def located(policy, rewards, args, reward_funcs=None, **arguments):
+        policy.config._name_or_path = str(tmp_path / "policy")
+        return PPOTrainer(policy, reward_funcs or rewards, args, **arguments)
+
+    def make(**options):
+        return make_trainer(located, PPOConfig, **(PPO | options))
+
+    return make
