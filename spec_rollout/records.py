@@ -156,10 +156,10 @@ class RefreshStats:
     steps: int = 0
     tokens: int = 0
     loss: float = float("nan")
-    acceptance: list[float] = field(default_factory=list)
-    acceptance_before: list[float] = field(default_factory=list)
     seconds: float = 0.0
     draft_version: int = 0
+    acceptance: list[float] = field(default_factory=list)
+    acceptance_before: list[float] = field(default_factory=list)
 
 
 class Drafter(Protocol):

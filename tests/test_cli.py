@@ -9,7 +9,6 @@ import pytest
 
 from spec_rollout import cli
 
-
 NAMES = ("grpo", "rloo", "ppo", "demo", "bench", "check", "pretrain-draft")
 
 

@@ -25,7 +25,9 @@ class Pack(NamedTuple):
 
 
 def pack(samples: list[Sample], width: int) -> Pack:
-    """Pack `samples` first-fit into rows of `width`; longer rollouts are cut to their last `width` entries."""
+    """Pack `samples` first-fit into rows of at most `width`, a multiple of 64 that takes the longest of them; longer
+    rollouts are cut to their last `width` entries."""
+    width = min(width, -(-max(len(sample.features) for sample in samples) // 64) * 64)
     rows: list[list[Sample]] = []
     room: list[int] = []
     for sample in sorted(samples, key=lambda s: -len(s.features)):

@@ -23,6 +23,7 @@ UNROLLED_STEPS = 3
 STEP_DECAY = 0.8
 """Weight of each further unrolled step in the loss (EAGLE-3)."""
 PACK_WIDTH = 512
+"""Most entries of a packed row; the rows of short rollouts are narrower, as attention grows with the square."""
 BATCH_TOKENS = 1024
 MATRIX_RATE = 0.22
 """Learning rate of the matrices times the root of the hidden size, so that a step changes weights of any width by the
@@ -169,7 +170,7 @@ class DraftTrainer:
     def _shuffled(self, samples: list[Sample]) -> Iterator[Pack]:
         order = torch.randperm(len(samples), generator=self.generator).tolist()
         packed = pack([samples[i] for i in order], PACK_WIDTH)
-        rows = max(1, BATCH_TOKENS // PACK_WIDTH)
+        rows = max(1, BATCH_TOKENS // packed.tokens.shape[1])
         shuffled = torch.randperm(len(packed.tokens), generator=self.generator).to(packed.tokens.device)
         for index in shuffled.split(rows):
             yield Pack(*(x[index].to(self.device) for x in packed))

@@ -32,6 +32,7 @@ def local_sums(
         "refresh_s": refresh.seconds,
         "refresh_tokens": refresh.tokens,
         "refresh_loss": refresh.loss * refresh.tokens if refresh.tokens else 0.0,
+        "draft_acceptance": refresh.acceptance[0] if refresh.acceptance else 0.0,
         "draft_version": version,
         "draft_healthy": float(healthy),
     }
@@ -59,4 +60,5 @@ def metrics(sums: dict[str, float]) -> dict[str, float]:
         figures["acceptance_rate"] = sums["accepted"] / sums["drafted"]
     if sums["refresh_tokens"]:
         figures["draft_loss"] = sums["refresh_loss"] / sums["refresh_tokens"]
+        figures["draft_acceptance"] = sums["draft_acceptance"] / ranks
     return {PREFIX + name: value for name, value in figures.items()}

@@ -89,7 +89,7 @@ class TrainerSampler:
         if self.backend is None:
             return
         with self.gathered(trainer), own_random_stream(trainer), profiling_context(trainer, "spec_rollout.refresh"):
-            self._refreshed = self.backend.refresh()
+            self._refreshed = self.backend.refresh(remaining=_remaining(trainer))
 
     def log(self, trainer: Trainer) -> None:
         """Append the figures of the rollouts since the last call to the trainer's metrics; every rank takes part."""
@@ -176,6 +176,15 @@ def refuse_multimodal(images: Any, fields: dict) -> None:
 
 def _mode(trainer: Trainer) -> str:
     return "train" if trainer.model.training else "eval"
+
+
+def _remaining(trainer: Trainer) -> int | None:
+    """Generation phases that the run has still to come; None where it has no fixed length."""
+    state, args = trainer.state, trainer.args
+    if state.max_steps <= 0:
+        return None
+    passes = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
+    return max(0, -(-passes // (args.steps_per_generation * args.num_iterations)) - 1)
 
 
 def _limits(prompts: Sequence[Sequence[int]], params: SamplingParams, config: Any) -> list[int] | None:

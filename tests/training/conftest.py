@@ -37,7 +37,7 @@ class PeekingBackend:
 
     def __init__(self, model, config, tokenizer=None):
         type(self).made += 1
-        self.config, self.seeds, self.collected = config, [], []
+        self.config, self.seeds, self.collected, self.remaining = config, [], [], []
         self.plain = RolloutEngine(model, config, tokenizer=tokenizer)
         self.engine = RolloutEngine(model, config, tokenizer=tokenizer)
         self.draft_version, self.draft_healthy = 0, True
@@ -51,7 +51,8 @@ class PeekingBackend:
             self.engine.drafter = OracleDrafter(known)
         return self.engine.generate(prompts, params, seed=seed, max_new_tokens=max_new_tokens)
 
-    def refresh(self):
+    def refresh(self, *, remaining=None):
+        self.remaining.append(remaining)
         if self.config.num_speculative_tokens:
             torch.rand(7)
             self.draft_version += 1

@@ -22,8 +22,9 @@ def step(rows: int, gamma: int, emitted: int, accepted: list[int]) -> StepStats:
 
 
 def test_ratios_are_taken_of_sums():
-    first = rank(step(4, 3, 10, [3, 2, 1]), step(4, 0, 4, []), seconds=2.0, refresh=RefreshStats(2, 10, 0.4, 1.5, 3))
-    second = rank(step(1, 1, 1, [0]), seconds=4.0, refresh=RefreshStats(2, 30, 0.8, 0.5, 3))
+    trained = [RefreshStats(2, 10, 0.4, 1.5, 3, [0.6, 0.5]), RefreshStats(2, 30, 0.8, 0.5, 3, [0.6, 0.5])]
+    first = rank(step(4, 3, 10, [3, 2, 1]), step(4, 0, 4, []), seconds=2.0, refresh=trained[0])
+    second = rank(step(1, 1, 1, [0]), seconds=4.0, refresh=trained[1])
     assert metrics(total(first, second)) == pytest.approx(
         {
             "speculative/acceptance_rate": 6 / 13,
@@ -31,6 +32,7 @@ def test_ratios_are_taken_of_sums():
             "speculative/num_speculative_tokens": 4 / 3,
             "speculative/goodput": 15 / 6,
             "speculative/draft_loss": (10 * 0.4 + 30 * 0.8) / 40,
+            "speculative/draft_acceptance": 0.6,
             "speculative/draft_version": 3,
             "speculative/draft_healthy": 1,
             "speculative/rollout_seconds": 3,
