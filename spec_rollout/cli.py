@@ -18,6 +18,14 @@ def grpo(argv: Sequence[str]) -> None:
     launch(SpecGRPOTrainer, SpecGRPOConfig, argv)
 
 
+def rloo(argv: Sequence[str]) -> None:
+    """train a policy with RLOO: --config FILE.yaml and any option of SpecRLOOConfig"""
+    from spec_rollout.training import SpecRLOOConfig, SpecRLOOTrainer
+    from spec_rollout.training.launch import launch
+
+    launch(SpecRLOOTrainer, SpecRLOOConfig, argv)
+
+
 def ppo(argv: Sequence[str]) -> None:
     """train a policy with PPO: --config FILE.yaml and any option of PPOConfig"""
     from spec_rollout.training import PPOConfig, PPOTrainer
@@ -42,7 +50,7 @@ def check(argv: Sequence[str]) -> int | None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
-    command.__name__: command for command in (grpo, ppo, demo, bench, check)
+    command.__name__: command for command in (grpo, rloo, ppo, demo, bench, check)
 }
 
 

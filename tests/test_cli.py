@@ -13,12 +13,12 @@ from spec_rollout import cli
 def test_without_a_command_the_commands_are_listed(capsys):
     assert cli.main([]) == 0
     printed = capsys.readouterr().out
-    assert all(f"\n  {name} " in printed for name in ("grpo", "ppo", "demo", "bench", "check"))
+    assert all(f"\n  {name} " in printed for name in ("grpo", "rloo", "ppo", "demo", "bench", "check"))
 
 
 def test_an_unknown_command(capsys):
     assert cli.main(["grpoo"]) == 2
-    assert "unknown command 'grpoo': choose one of grpo, ppo, demo, bench, check" in capsys.readouterr().err
+    assert "unknown command 'grpoo': choose one of grpo, rloo, ppo, demo, bench, check" in capsys.readouterr().err
 
 
 def test_the_version(capsys):
@@ -55,8 +55,9 @@ def test_listing_the_commands_imports_nothing_heavy():
         (["--use_cpu", "--bf16", "false", "--model_name_or_path", "x", "--max_slots", "0"], "max_slots=0"),
     ],
 )
-def test_grpo_says_what_is_wrong_with_its_options(capsys, line, message):
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_training_says_what_is_wrong_with_its_options(capsys, algorithm, line, message):
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["grpo", *line])
+        cli.main([algorithm, *line])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err

@@ -4,20 +4,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spec_rollout.training.config import SpecGRPOConfig
+    from spec_rollout.training.config import SpecGRPOConfig, SpecRLOOConfig
     from spec_rollout.training.grpo import SpecGRPOTrainer, make_rollout_func
     from spec_rollout.training.ppo import PPOTrainer
     from spec_rollout.training.ppo_config import PPOConfig
+    from spec_rollout.training.rloo import SpecRLOOTrainer
 
 _HOMES = {
     "PPOConfig": "ppo_config",
     "PPOTrainer": "ppo",
     "SpecGRPOConfig": "config",
     "SpecGRPOTrainer": "grpo",
+    "SpecRLOOConfig": "config",
+    "SpecRLOOTrainer": "rloo",
     "make_rollout_func": "grpo",
 }
 
-__all__ = ["PPOConfig", "PPOTrainer", "SpecGRPOConfig", "SpecGRPOTrainer", "make_rollout_func"]
+__all__ = [
+    "PPOConfig",
+    "PPOTrainer",
+    "SpecGRPOConfig",
+    "SpecGRPOTrainer",
+    "SpecRLOOConfig",
+    "SpecRLOOTrainer",
+    "make_rollout_func",
+]
 
 
 def __getattr__(name: str):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from transformers import GenerationConfig, TrainingArguments
-from trl import GRPOConfig
+from trl import GRPOConfig, RLOOConfig
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.training.sampling_params import sampling_params
@@ -23,6 +23,49 @@ class SpecGRPOConfig(SpecConfig, GRPOConfig):
 
         num_speculative_tokens (`int`, *optional*):
             Tokens that the draft guesses per step. If `None`, adapted to the batch size; `0` is plain decoding.
+        importance_sampling_correction (`bool`, *optional*, defaults to `False`):
+            Whether to correct for the difference between the sampler's and the trainer's log-probs, as TRL does for
+            vLLM.
+
+        The others are described beside the fields of [`SpecConfig`]; `--help` prints them all.
+
+    Raises:
+        ValueError: a value out of its range, or an option of TRL that another sampler would have to serve.
+    """
+
+    importance_sampling_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to correct for the difference between the sampler's and the trainer's log-probs, as TRL "
+            "does for vLLM: with its `vllm_importance_sampling_mode`, `_clip_min` and `_clip_max`. Costs one more "
+            "forward pass over the samples."
+        },
+    )
+
+    def __post_init__(self):
+        GRPOConfig.__post_init__(self)
+        SpecConfig.__post_init__(self)
+        refuse_conflicts(self)
+        if self.importance_sampling_correction:
+            _refuse_uncorrectable(self)
+
+    def spec_config(self) -> SpecConfig:
+        """The sampler's options alone."""
+        return spec_config(self)
+
+
+@dataclass
+class SpecRLOOConfig(SpecConfig, RLOOConfig):
+    r"""
+    Configuration class for the [`SpecRLOOTrainer`].
+
+    Every parameter of [`~trl.RLOOConfig`] and of [`SpecConfig`] is a flat key, on the command line and in YAML.
+
+    Parameters:
+        > Parameters that control speculative rollouts
+
+        num_speculative_tokens (`int`, *optional*):
+            Tokens that the draft guesses per step. If `None`, adapted to the batch size; `0` is plain decoding.
 
         The others are described beside the fields of [`SpecConfig`]; `--help` prints them all.
 
@@ -31,7 +74,7 @@ class SpecGRPOConfig(SpecConfig, GRPOConfig):
     """
 
     def __post_init__(self):
-        GRPOConfig.__post_init__(self)
+        RLOOConfig.__post_init__(self)
         SpecConfig.__post_init__(self)
         refuse_conflicts(self)
 
@@ -47,7 +90,7 @@ def spec_config(args: TrainingArguments) -> SpecConfig:
     return SpecConfig(**{option.name: getattr(args, option.name) for option in fields(SpecConfig)})
 
 
-def refuse_conflicts(args: GRPOConfig) -> None:
+def refuse_conflicts(args: GRPOConfig | RLOOConfig) -> None:
     """Refuse what the trainer would have to leave to another sampler, before a model is loaded.
 
     Raises:
@@ -71,3 +114,16 @@ def refuse_conflicts(args: GRPOConfig) -> None:
     if args.generation_kwargs:
         given = {"max_new_tokens": args.max_completion_length, "do_sample": True, **args.generation_kwargs}
         sampling_params(GenerationConfig(**given))
+
+
+def _refuse_uncorrectable(args: GRPOConfig) -> None:
+    if not args.vllm_importance_sampling_correction:
+        raise ValueError(
+            "importance_sampling_correction=True contradicts vllm_importance_sampling_correction=False: give one of "
+            "them up."
+        )
+    if args.loss_type == "vespo" and not args.vllm_importance_sampling_mode.startswith("token_"):
+        raise ValueError(
+            f"vllm_importance_sampling_mode={args.vllm_importance_sampling_mode!r} cannot correct loss_type='vespo': "
+            "set it to 'token_truncate' or 'token_mask'."
+        )

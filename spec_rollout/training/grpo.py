@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
 from spec_rollout.config import SpecConfig
-from spec_rollout.training.config import refuse_conflicts, spec_config
-from spec_rollout.training.sampler import TrainerSampler, trainer_params
+from spec_rollout.training.config import refuse_conflicts
+from spec_rollout.training.gathering import refuse_partitioned
+from spec_rollout.training.mismatch import log_difference
+from spec_rollout.training.rollouts import SpeculativeRollouts
+from spec_rollout.training.sampler import TrainerSampler
 
 
-class SpecGRPOTrainer(GRPOTrainer):
+class SpecGRPOTrainer(SpeculativeRollouts, GRPOTrainer):
     """
     [`~trl.GRPOTrainer`] whose completions come from speculative rollouts: the same distribution, sooner.
 
@@ -51,42 +54,49 @@ class SpecGRPOTrainer(GRPOTrainer):
     def __init__(
         self, model: str | PreTrainedModel, reward_funcs=None, args: GRPOConfig | None = None, *others, **options
     ):
-        if args is not None:
-            refuse_conflicts(args)
         super().__init__(model, reward_funcs, args, *others, **options)
-        if self._is_vlm:
+        self._corrects = getattr(self.args, "importance_sampling_correction", False)
+        if self._corrects and self.rollout_func is not None:
             raise ValueError(
-                f"{type(self.model).__name__} comes with a processor for more than text, but speculative rollouts "
-                "sample text-only policies: pass its tokenizer as processing_class, or use TRL's own trainer."
+                "importance_sampling_correction=True needs the log-probs of this package's sampler, but a "
+                "rollout_func draws the completions: set it to False, or give no rollout_func."
             )
-        self.sampler = TrainerSampler(spec_config(self.args))
-        self._turn = 0
-        trainer_params(self)
-
-    def _generate(self, prompts: list):
-        self._turn = 0
-        output = super()._generate(prompts)
-        if self.model.training:
-            self.sampler.refresh(self)
-        self.sampler.log(self)
-        return output
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        # TRL's tool loop comes back here; near the end of the context it expects a short completion, not an error.
-        later_turn, self._turn = self._turn > 0, self._turn + 1
-        completions = self.sampler.sample(self, prompt_ids, images, multimodal_fields, clip=later_turn)
+        completions = self._sample_turn(prompt_ids, images, multimodal_fields)
         return [c.token_ids for c in completions], [c.logprobs for c in completions]
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            run_folder = self._get_output_dir(trial=trial)
-            self.sampler.save(os.path.join(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+    def _generate(self, prompts: list):
+        with self._use_vllm(False):
+            return super()._generate(prompts)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.sampler.load(checkpoint)
+    def _generate_and_score_completions(self, inputs):
+        with self._use_vllm(self._corrects):
+            output = super()._generate_and_score_completions(inputs)
+        if "old_per_token_logps" in output and "sampling_per_token_logps" in output and not self._corrects:
+            log_difference(self, output["sampling_per_token_logps"], output["old_per_token_logps"], _mask(output))
+        return output
+
+    def _compute_loss(self, model, inputs):
+        # Where TRL has not scored the samples beforehand, the loss is computed on the weights that drew them.
+        if "old_per_token_logps" not in inputs and "sampling_per_token_logps" in inputs:
+            self._to_compare = inputs["sampling_per_token_logps"], _mask(inputs)
+        with self._use_vllm(self._corrects):
+            return super()._compute_loss(model, inputs)
+
+    @contextmanager
+    def _use_vllm(self, value: bool) -> Iterator[None]:
+        """After sampling, TRL reads `use_vllm` only to tell whether it shall correct for the sampler's log-probs."""
+        before, self.use_vllm = self.use_vllm, value
+        try:
+            yield
+        finally:
+            self.use_vllm = before
+
+
+def _mask(batch: dict) -> Tensor:
+    """[B, T]: 1 where the policy drew the token and it counts."""
+    return batch["completion_mask"] * batch.get("tool_mask", 1)
 
 
 def make_rollout_func(config: SpecConfig | None = None) -> Callable[[list, GRPOTrainer], dict[str, list]]:
@@ -115,10 +125,12 @@ def make_rollout_func(config: SpecConfig | None = None) -> Callable[[list, GRPOT
 
     def rollout_func(prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
         refuse_conflicts(trainer.args)
+        refuse_partitioned(trainer)
         prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
-        completions = sampler.sample(trainer, prompt_ids, images, fields)
-        if trainer.model.training:
-            sampler.refresh(trainer)
+        with sampler.gathered(trainer):
+            completions = sampler.sample(trainer, prompt_ids, images, fields)
+            if trainer.model.training:
+                sampler.refresh(trainer)
         sampler.log(trainer)
         return {
             "prompt_ids": prompt_ids,

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from spec_rollout.training import arithmetic
+from spec_rollout.training import arithmetic, gsm8k
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 ARITHMETIC = "arithmetic"
 ARITHMETIC_SPLITS = {"train": "rl", "test": "heldout"}
+GSM8K = "gsm8k"
+REWARDS = {ARITHMETIC: arithmetic.accuracy_reward, GSM8K: gsm8k.accuracy_reward}
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -32,6 +34,8 @@ class ScriptArguments:
             Dataset of the Hub, local folder, local file, or `"arithmetic"`.
         dataset_config (`str`, *optional*):
             Configuration of the dataset.
+        dataset_format (`str`, *optional*):
+            `"gsm8k"` makes prompts and answers of GSM8K's columns.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
             Split to train on.
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
@@ -39,7 +43,7 @@ class ScriptArguments:
         dataset_size (`int`, *optional*):
             Number of rows to use of each split.
         reward_funcs (`list[str]`, *optional*):
-            Reward functions, by dotted path or `"arithmetic"`.
+            Reward functions, by dotted path, `"arithmetic"` or `"gsm8k"`.
     """
 
     dataset_name: str = field(
@@ -50,6 +54,14 @@ class ScriptArguments:
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_format: str | None = field(
+        default=None,
+        metadata={
+            "help": "`gsm8k` makes conversational prompts and plain answers of the columns `question` and `answer`. "
+            "`None` takes the columns as they are.",
+            "choices": [GSM8K],
+        },
+    )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(
         default="test", metadata={"help": "Split to evaluate on, if the trainer evaluates (`eval_strategy`)."}
@@ -62,7 +74,7 @@ class ScriptArguments:
         default=None,
         metadata={
             "help": "Reward functions, by dotted path (`my_module.my_reward`, `trl.rewards.accuracy_reward`) or "
-            "`arithmetic`. `None` is the built-in dataset's own."
+            "`arithmetic`, `gsm8k`. `None` is the one that belongs to the built-in dataset or to `dataset_format`."
         },
     )
 
@@ -126,6 +138,8 @@ def load_split(script: ScriptArguments, split: str) -> Dataset:
         ValueError: it is not there, or has no prompts.
     """
     dataset = _load(script, split)
+    if script.dataset_format == GSM8K:
+        dataset = _gsm8k_prompts(dataset, script.dataset_name)
     if "prompt" not in dataset.column_names:
         raise ValueError(
             f"{script.dataset_name} has the columns {', '.join(dataset.column_names)} but no `prompt`: rename the one "
@@ -133,6 +147,16 @@ def load_split(script: ScriptArguments, split: str) -> Dataset:
         )
     size = script.dataset_size
     return dataset if size is None else dataset.select(range(min(size, len(dataset))))
+
+
+def _gsm8k_prompts(rows: Dataset, name: str) -> Dataset:
+    missing = [column for column in gsm8k.COLUMNS if column not in rows.column_names]
+    if missing:
+        raise ValueError(
+            f"dataset_format=gsm8k needs the columns {', '.join(gsm8k.COLUMNS)}, but {name} has no "
+            f"{' and no '.join(missing)}: rename its columns, or leave dataset_format out."
+        )
+    return rows.map(gsm8k.to_prompt, remove_columns=[c for c in rows.column_names if c != "answer"])
 
 
 def _load(script: ScriptArguments, split: str) -> Dataset:
@@ -163,10 +187,11 @@ def load_reward_funcs(script: ScriptArguments) -> list[Callable]:
     Raises:
         ValueError: there is none, or one cannot be imported.
     """
-    names = script.reward_funcs or ([ARITHMETIC] if script.dataset_name == ARITHMETIC else [])
+    own = script.dataset_format or script.dataset_name
+    names = script.reward_funcs or [own] * (own in REWARDS)
     if not names:
         raise ValueError(f"reward_funcs is missing: {script.dataset_name} has none of its own; give a dotted path.")
-    return [arithmetic.accuracy_reward if name == ARITHMETIC else _import(name) for name in names]
+    return [REWARDS[name] if name in REWARDS else _import(name) for name in names]
 
 
 def _import(dotted: str) -> Callable:
@@ -178,5 +203,5 @@ def _import(dotted: str) -> Callable:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"reward_funcs={dotted} cannot be imported ({error}): give `module.function`, found from the working "
-            f"directory, or `{ARITHMETIC}`."
+            f"directory, or one of {', '.join(REWARDS)}."
         ) from error

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
-from trl import GRPOTrainer
+from transformers import PreTrainedTokenizerBase, Trainer
 from trl.extras.profiling import profiling_context
-from trl.models import unwrap_model_for_generation
 
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
 from spec_rollout.records import Completion, RefreshStats, SamplingParams
+from spec_rollout.training.gathering import gathered_policy, own_random_stream
 from spec_rollout.training.metrics import local_sums, metrics
 from spec_rollout.training.sampling_params import sampling_params
 
@@ -39,13 +38,28 @@ class TrainerSampler:
     def __init__(self, config: SpecConfig):
         self.config = config
         self.backend: EmbeddedBackend | None = None
+        self._policy: nn.Module | None = None
+        """While it is gathered."""
         self._draft_folder: Path | None = None
         self._calls: dict[str, tuple[int, int]] = {}
         self._seconds = 0.0
         self._refreshed = RefreshStats()
 
+    @contextmanager
+    def gathered(self, trainer: Trainer) -> Iterator[nn.Module]:
+        """The unwrapped policy with all its weights. Entered again inside, it is the same one and costs nothing."""
+        if self._policy is not None:
+            yield self._policy
+            return
+        with gathered_policy(trainer) as policy:
+            self._policy = policy
+            try:
+                yield policy
+            finally:
+                self._policy = None
+
     def sample(
-        self, trainer: GRPOTrainer, prompts: Sequence[Sequence[int]], images: Any, fields: dict, *, clip: bool = False
+        self, trainer: Trainer, prompts: Sequence[Sequence[int]], images: Any, fields: dict, *, clip: bool = False
     ) -> list[Completion]:
         """One completion per prompt entry, in order.
 
@@ -56,7 +70,7 @@ class TrainerSampler:
         refuse_multimodal(images, fields)
         params = trainer_params(trainer)
         began = time.perf_counter()
-        with _gathered(trainer) as policy, _own_random_stream(trainer):
+        with self.gathered(trainer) as policy, own_random_stream(trainer):
             if self.backend is None:
                 self._make_backend(policy, trainer._tokenizer)
             with profiling_context(trainer, "spec_rollout.generate"):
@@ -70,14 +84,14 @@ class TrainerSampler:
         self._seconds += time.perf_counter() - began
         return completions
 
-    def refresh(self, trainer: GRPOTrainer) -> None:
+    def refresh(self, trainer: Trainer) -> None:
         """Let the draft learn from the rollouts since the last call."""
         if self.backend is None:
             return
-        with _gathered(trainer), _own_random_stream(trainer), profiling_context(trainer, "spec_rollout.refresh"):
+        with self.gathered(trainer), own_random_stream(trainer), profiling_context(trainer, "spec_rollout.refresh"):
             self._refreshed = self.backend.refresh()
 
-    def log(self, trainer: GRPOTrainer) -> None:
+    def log(self, trainer: Trainer) -> None:
         """Append the figures of the rollouts since the last call to the trainer's metrics; every rank takes part."""
         if self.backend is None:
             return
@@ -90,6 +104,12 @@ class TrainerSampler:
         total = trainer.accelerator.reduce(vector, reduction="sum").tolist()
         for name, value in metrics(dict(zip(sums, total, strict=True))).items():
             trainer._metrics[_mode(trainer)][name].append(value)
+
+    def save_checkpoint(self, trainer: Trainer, checkpoint: str | Path) -> None:
+        """Save beside a trainer's checkpoint; every rank takes part, those that should save write."""
+        with self.gathered(trainer):
+            if trainer.args.should_save:
+                self.save(checkpoint)
 
     def save(self, checkpoint: str | Path) -> None:
         """Write the draft into the folder of a trainer's checkpoint; it appears there only when it is complete."""
@@ -120,7 +140,7 @@ class TrainerSampler:
             backend.load(self._draft_folder)
         self.backend = backend
 
-    def _seed(self, trainer: GRPOTrainer) -> tuple[int, ...]:
+    def _seed(self, trainer: Trainer) -> tuple[int, ...]:
         """Five numbers that no other generation call of the run shares, and that a resumed run finds again."""
         mode, step = _mode(trainer), trainer.state.global_step
         last_step, calls = self._calls.get(mode, (step, 0))
@@ -129,7 +149,7 @@ class TrainerSampler:
         return (trainer.args.seed, int(mode == "train"), trainer.accelerator.process_index, step, call)
 
 
-def trainer_params(trainer: GRPOTrainer) -> SamplingParams:
+def trainer_params(trainer: Trainer) -> SamplingParams:
     """The sampling parameters that a trainer's options come to.
 
     Raises:
@@ -154,7 +174,7 @@ def refuse_multimodal(images: Any, fields: dict) -> None:
         )
 
 
-def _mode(trainer: GRPOTrainer) -> str:
+def _mode(trainer: Trainer) -> str:
     return "train" if trainer.model.training else "eval"
 
 
@@ -163,27 +183,3 @@ def _limits(prompts: Sequence[Sequence[int]], params: SamplingParams, config: An
     if context is None:
         return None
     return [max(1, min(params.max_new_tokens, context - len(prompt))) for prompt in prompts]
-
-
-@contextmanager
-def _gathered(trainer: GRPOTrainer) -> Iterator[nn.Module]:
-    """The unwrapped policy with all its weights, as TRL's own sampling has it."""
-    with (
-        unwrap_model_for_generation(
-            trainer.model_wrapped,
-            trainer.accelerator,
-            gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-        ) as policy,
-        trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
-    ):
-        yield policy
-
-
-@contextmanager
-def _own_random_stream(trainer: GRPOTrainer) -> Iterator[None]:
-    """Restores torch's random state, so that drafting, of whatever kind, cannot reach what is learned."""
-    device = trainer.accelerator.device
-    devices = [] if device.type in ("cpu", "mps") else [device.index or 0]
-    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        yield

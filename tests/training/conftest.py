@@ -82,8 +82,7 @@ def eager_head(monkeypatch) -> None:
     monkeypatch.setattr("spec_rollout.draft.budget.RefreshBudget.seconds", lambda self, remaining: 1.0)
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> PreTrainedTokenizerFast:
     symbols = ["<pad>", "<eos>", "<unk>", *string.ascii_lowercase, *string.digits, " "]
     characters = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="<unk>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -95,26 +94,32 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def build_policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
 @pytest.fixture
 def make_policy(tokenizer):
-    def make() -> LlamaForCausalLM:
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=128,
-            initializer_range=0.2,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-        )
-        return LlamaForCausalLM(config)
-
-    return make
+    return lambda: build_policy(tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -142,6 +147,7 @@ OPTIONS = {
     "num_generations": 4,
     "max_completion_length": 12,
     "learning_rate": 1e-2,
+    "beta": 0.0,  # a reference policy would have to lie in a folder
     "max_steps": 3,
     "logging_steps": 1,
     "report_to": "none",
@@ -154,14 +160,16 @@ OPTIONS = {
 @pytest.fixture
 def make_trainer(make_policy, tokenizer, prompts, tmp_path):
     """Builds a trainer on the random policy; `OPTIONS` and then `options` fill the configuration."""
+    from spec_rollout.config import SpecConfig
     from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
 
     def make(trainer_class=SpecGRPOTrainer, config_class=SpecGRPOConfig, *, arguments=None, **options):
-        if issubclass(config_class, SpecGRPOConfig):
+        if issubclass(config_class, SpecConfig):
             options = {"num_speculative_tokens": 2, "calibration_cache": str(tmp_path / "calibration")} | options
         args = config_class(str(tmp_path / "run"), **(OPTIONS | options))
         given = {"train_dataset": prompts, "processing_class": tokenizer} | (arguments or {})
-        return trainer_class(make_policy(), Digits(), args, **given)
+        rewards = [Digits(), *given.pop("more_rewards", [])]
+        return trainer_class(make_policy(), rewards, args, **given)
 
     return make
 

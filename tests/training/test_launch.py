@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -12,14 +13,17 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM
 
 from spec_rollout import cli
-from spec_rollout.training import SpecGRPOConfig
+from spec_rollout.training import SpecGRPOConfig, SpecRLOOConfig
 from spec_rollout.training.arithmetic import accuracy_reward
 from spec_rollout.training.launch import ScriptArguments, load_reward_funcs, load_split, parse
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*grpo*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+CONFIGS = {"grpo": SpecGRPOConfig, "rloo": SpecRLOOConfig}
+ACCELERATE = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 QUICK = {
     "use_cpu": True,
+    "beta": 0.0,
     "bf16": False,
     "per_device_train_batch_size": 4,
     "num_generations": 2,
@@ -38,8 +42,9 @@ def folder(make_policy, tokenizer, tmp_path) -> Path:
     return tmp_path / "policy"
 
 
+@pytest.mark.parametrize("algorithm", CONFIGS)
 @pytest.mark.parametrize("entry", ["command", "script"])
-def test_a_recipe_trains_and_saves(folder, tmp_path, peeking, monkeypatch, entry):
+def test_a_recipe_trains_and_saves(folder, tmp_path, peeking, monkeypatch, entry, algorithm):
     data = tmp_path / "data.jsonl"
     Dataset.from_dict({"prompt": ["a", "b c", "d"], "answer": [1, 2, 3]}).to_json(data)
     given = {"dataset_name": str(data), "reward_funcs": ["arithmetic"], "model_name_or_path": "nowhere"}
@@ -48,23 +53,50 @@ def test_a_recipe_trains_and_saves(folder, tmp_path, peeking, monkeypatch, entry
     out = tmp_path / "out"
     line = ["--config", str(recipe), "--model_name_or_path", str(folder), "--output_dir", str(out)]
     if entry == "command":
-        assert cli.main(["grpo", *line, "--max_steps", "1"]) == 0
+        assert cli.main([algorithm, *line, "--max_steps", "1"]) == 0
     else:
-        monkeypatch.setattr(sys, "argv", ["grpo.py", *line, "--max_steps", "1"])
-        runpy.run_path(str(ROOT / "trainers" / "grpo.py"), run_name="__main__")
+        monkeypatch.setattr(sys, "argv", [f"{algorithm}.py", *line, "--max_steps", "1"])
+        runpy.run_path(str(ROOT / "trainers" / f"{algorithm}.py"), run_name="__main__")
     AutoModelForCausalLM.from_pretrained(out)
     assert not (tmp_path / "unused").exists()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_the_recipes_are_valid_and_open_with_their_command(recipe):
-    assert RECIPES
-    first = recipe.read_text().splitlines()[0]
-    assert first == f"# accelerate launch trainers/grpo.py --config recipes/{recipe.name}"
-    line = ["--config", str(recipe), "--use_cpu", "--model_name_or_path", "p", "--max_steps", "7", "--output_dir", "o"]
-    script, training, model = parse(SpecGRPOConfig, line)
+    command = recipe.read_text().splitlines()[0]
+    found = re.fullmatch(r"# accelerate launch (?:--config_file (\S+) )?(trainers/(\w+)\.py) --config (\S+)", command)
+    assert found[4] == f"recipes/{recipe.name}"
+    assert all((ROOT / path).is_file() for path in (found[1] or found[2], found[2]))
+    if found[3] not in CONFIGS:
+        pytest.skip(f"{found[3]} has tests of its own")
+    line = ["--config", str(recipe), "--use_cpu", "--bf16", "false", "--model_name_or_path", "p", "--max_steps", "7"]
+    script, training, model = parse(CONFIGS[found[3]], [*line, "--output_dir", "o"])
     assert (model.model_name_or_path, training.max_steps, training.output_dir) == ("p", 7, "o")
     assert load_reward_funcs(script)
+
+
+def test_there_are_recipes():
+    names = {recipe.name for recipe in RECIPES}
+    assert names >= {
+        "arithmetic_grpo.yaml",
+        "arithmetic_rloo.yaml",
+        "gsm8k_grpo_0.5b.yaml",
+        "gsm8k_grpo_7b_zero3.yaml",
+    }
+    assert {config.stem for config in ACCELERATE} == {"single", "ddp", "fsdp2", "zero2", "zero3"}
+
+
+@pytest.mark.parametrize("config", ACCELERATE, ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations(config):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    loaded = load_config_from_file(str(config))
+    assert loaded.num_processes == (1 if config.stem == "single" else 8)
+    assert config.read_text().startswith(
+        f"# accelerate launch --config_file recipes/accelerate/{config.name} trainers/"
+    )
+    kind = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP"}.get(config.stem, "DEEPSPEED")
+    assert str(loaded.distributed_type).endswith(kind)
 
 
 def test_abbreviated_options_are_refused(tmp_path):

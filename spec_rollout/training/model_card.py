@@ -1,0 +1,50 @@
+"""What a trained policy's model card says about its rollouts."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from transformers import Trainer
+
+from spec_rollout.config import SpecConfig
+
+SECTION = """
+## Speculative rollouts
+
+The completions that this model learned from were sampled with [spec-rollout](https://pypi.org/project/spec-rollout)
+{version}. Their distribution is that of plain decoding.
+
+- Drafter: {drafter}
+- Draft training: {refresh}
+- Tokens guessed per step (`num_speculative_tokens`): {gamma}
+"""
+
+
+def append_to_card(trainer: Trainer) -> None:
+    """Add the section on the rollouts to the card that TRL has just written."""
+    card = Path(trainer.args.output_dir, "README.md")
+    with card.open("a", encoding="utf-8") as file:
+        file.write(section(trainer.sampler.config, getattr(trainer.sampler.backend, "draft_version", 0)))
+
+
+def section(config: SpecConfig, draft_version: int) -> str:
+    """The section for a run with `config` whose draft has been trained `draft_version` times."""
+    fixed = config.num_speculative_tokens
+    drafter = f"an EAGLE-3 head that started from `{config.draft_model_path}`"
+    if config.draft_model_path is None:
+        drafter = "an EAGLE-3 head that started from random weights"
+    refresh = f"on the rollouts, after each generation phase; {draft_version} versions so far"
+    return SECTION.format(
+        version=_version(),
+        drafter=drafter if fixed != 0 else "none",
+        refresh=refresh if config.draft_refresh and fixed != 0 else "none",
+        gamma=f"adapted, at most {config.widest}" if fixed is None else fixed,
+    )
+
+
+def _version() -> str:
+    try:
+        return version("spec-rollout")
+    except PackageNotFoundError:
+        return "(not installed)"

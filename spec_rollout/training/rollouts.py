@@ -1,0 +1,81 @@
+"""What the trainers of this package put in the place of TRL's own sampling."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from spec_rollout.records import Completion
+from spec_rollout.training.config import refuse_conflicts, spec_config
+from spec_rollout.training.gathering import refuse_partitioned
+from spec_rollout.training.mismatch import log_difference
+from spec_rollout.training.model_card import append_to_card
+from spec_rollout.training.sampler import TrainerSampler, trainer_params
+
+
+class SpeculativeRollouts:
+    """Stands before one of TRL's trainers in the bases of a class, which then overrides `_generate_single_turn`.
+
+    Raises:
+        ValueError: an option that the sampler cannot honour, or a policy that reads more than text.
+    """
+
+    def __init__(self, model, reward_funcs=None, args=None, *others, **options):
+        if args is not None:
+            refuse_conflicts(args)
+        super().__init__(model, reward_funcs, args, *others, **options)
+        if self._is_vlm:
+            raise ValueError(
+                f"{type(self.model).__name__} comes with a processor for more than text, but speculative rollouts "
+                "sample text-only policies: pass its tokenizer as processing_class, or use TRL's own trainer."
+            )
+        refuse_partitioned(self)
+        trainer_params(self)
+        self.sampler = TrainerSampler(spec_config(self.args))
+        self._turn = 0
+        self._to_compare: tuple[Any, Tensor | None] | None = None
+
+    def _generate(self, prompts: list):
+        self._turn, self._to_compare = 0, None
+        # The policy stays gathered through all turns of a tool loop, of which ranks may take unlike numbers.
+        own = getattr(self, "rollout_func", None) is None
+        with self.sampler.gathered(self) if own else nullcontext():
+            output = super()._generate(prompts)
+            if self.model.training:
+                self.sampler.refresh(self)
+        self.sampler.log(self)
+        return output
+
+    def _sample_turn(self, prompt_ids, images, multimodal_fields) -> list[Completion]:
+        # TRL's tool loop comes back here; near the end of the context it expects a short completion, not an error.
+        later_turn, self._turn = self._turn > 0, self._turn + 1
+        return self.sampler.sample(self, prompt_ids, images, multimodal_fields, clip=later_turn)
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *others, **options):
+        output = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *others, **options
+        )
+        if self._to_compare is not None:
+            (sampled, mask), self._to_compare = self._to_compare, None
+            log_difference(self, sampled, output[0], attention_mask[:, -logits_to_keep:] if mask is None else mask)
+        return output
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        run_folder = self._get_output_dir(trial=trial)
+        checkpoint = os.path.join(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self.sampler.save_checkpoint(self, checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.sampler.load(checkpoint)
+
+    def create_model_card(self, *given, **options):
+        super().create_model_card(*given, **options)
+        if self.is_world_process_zero():
+            append_to_card(self)

@@ -1,0 +1,126 @@
+"""What one of several processes does: trains the tiny policy with and without speculation, and writes what it saw.
+
+torchrun --nproc_per_node 2 -m tests.training.ranks KIND FOLDER
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "DS_BUILD_OPS": "0"}
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+
+from spec_rollout.backends import embedded
+from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
+from tests.training import talking
+from tests.training.conftest import OPTIONS, PROMPTS, Digits, build_policy, build_tokenizer
+from tests.training.test_tools import CHATS, GOOD, TALK, Length, multiply
+
+ZERO = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_allow_untested_optimizer": True,
+}
+KINDS = {
+    "ddp": {"use_cpu": True},
+    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}},
+    "zero2": {"deepspeed": {**ZERO, "zero_optimization": {"stage": 2}}},
+    "zero3": {"deepspeed": ZERO},
+}
+
+
+def main(kind: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    embedded.COLD_SHARE, embedded.SHARE = 5.0, 1.0  # these rollouts are short
+    join(kind)
+    report = {f"gamma {gamma}": plain_run(kind, folder, gamma) for gamma in (0, 2)}
+    if kind in ("fsdp2", "zero3"):
+        report["tools"] = tool_run(kind, folder)
+    Path(folder, f"rank{PartialState().process_index}.json").write_text(json.dumps(report))
+
+
+def join(kind: str) -> None:
+    """Accelerate shards on accelerators only: it is told that there are some, and talks over gloo all the same."""
+    if kind == "ddp":
+        return
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *given: ("gloo", DistributedType.MULTI_GPU)
+    if kind.startswith("zero"):
+        import deepspeed.comm.torch
+
+        deepspeed.comm.torch.build_shm_op = lambda: None  # it would be compiled first, and gloo serves as well
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+
+
+def plain_run(kind: str, folder: Path, gamma: int) -> dict:
+    tokenizer = build_tokenizer()
+    saving = {"save_strategy": "steps", "save_steps": 2} if gamma else {}
+    args = config(kind, folder / f"gamma{gamma}", num_speculative_tokens=gamma, max_steps=2, **saving)
+    rows = Dataset.from_dict({"prompt": PROMPTS})
+    trainer = SpecGRPOTrainer(build_policy(tokenizer), Digits(), args, rows, processing_class=tokenizer)
+    steps = counted_steps(trainer)
+    trainer.train()
+    return report_of(trainer) | {"seen": trainer.reward_funcs[0].seen, "steps": steps}
+
+
+def tool_run(kind: str, folder: Path) -> dict:
+    """The first rank may go on calling tools where the second has to stop: they take unlike numbers of turns."""
+    tokenizer = talking.make_tokenizer(GOOD, TALK)
+    args = config(
+        kind,
+        folder / "tools",
+        num_speculative_tokens=2,
+        max_steps=1,
+        max_completion_length=250,
+        max_tool_calling_iterations=3 if PartialState().process_index == 0 else 1,
+    )
+    policy = talking.make_policy(tokenizer, GOOD, TALK)
+    trainer = SpecGRPOTrainer(policy, Length(), args, CHATS, processing_class=tokenizer, tools=[multiply])
+    steps = counted_steps(trainer)
+    trainer.train()
+    return report_of(trainer) | {"turns": len(steps)}
+
+
+def config(kind: str, folder: Path, **options) -> SpecGRPOConfig:
+    chosen = {name: value for name, value in OPTIONS.items() if name != "use_cpu"} | KINDS[kind] | options
+    return SpecGRPOConfig(str(folder), calibration_cache=str(folder), gradient_checkpointing=False, **chosen)
+
+
+def counted_steps(trainer: SpecGRPOTrainer) -> list[int]:
+    """Fills with the number of decode steps of each call of the sampler."""
+    steps: list[int] = []
+    sample = trainer.sampler.sample
+
+    def counting(*given, **options):
+        before = len(trainer.sampler.backend.stats.steps) if trainer.sampler.backend else 0
+        completions = sample(*given, **options)
+        steps.append(len(trainer.sampler.backend.stats.steps) - before)
+        return completions
+
+    trainer.sampler.sample = counting
+    return steps
+
+
+def report_of(trainer: SpecGRPOTrainer) -> dict:
+    with trainer.sampler.gathered(trainer) as policy:
+        weights = b"".join(bytes(w.detach().clone().view(torch.uint8).numpy()) for w in policy.parameters())
+    return {
+        "weights": hashlib.sha256(weights).hexdigest(),
+        "draft_version": trainer.sampler.backend.draft_version,
+        "log": trainer.state.log_history,
+        "kind": [trainer._dist.zero_stage, trainer._dist.fsdp_version, trainer.accelerator.num_processes],
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

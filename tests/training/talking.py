@@ -1,0 +1,68 @@
+"""A policy that calls tools: what comes next depends on the last token alone, by a table that is written out here."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+import string
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+START, END = "assistant\n", "<|im_end|>"
+SPECIAL = ("<|endoftext|>", "<|im_start|>", END)
+
+
+def make_tokenizer(*scripts: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    """Each piece of `scripts` is one token, longer words elsewhere are unknown; Qwen's chat template."""
+    pieces = sorted({piece for script in scripts for piece in script} - {END} | {START}, key=len, reverse=True)
+    symbols = [*SPECIAL, "<unk>", *pieces, *(c for c in string.printable if c not in pieces)]
+    words = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="<unk>"))
+    pattern = Regex("|".join([*map(re.escape, pieces), r"\w+|\W"]))
+    words.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    words.decoder = decoders.Fuse()
+    words.add_special_tokens([AddedToken(symbol, special=True, normalized=False) for symbol in SPECIAL])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token=SPECIAL[0], eos_token=END, unk_token="<unk>", padding_side="left"
+    )
+    template = importlib.resources.files("trl") / "chat_templates" / "qwen2_5.jinja"
+    tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def make_policy(tokenizer: PreTrainedTokenizerFast, *scripts: tuple[str, ...]) -> LlamaForCausalLM:
+    """Goes through one of `scripts` after each start of its turn, and picks evenly where they part."""
+    size = len(tokenizer)
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=size + size % 2,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    policy = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for layer in policy.model.layers:  # the residual stream keeps the embedding, one entry per token
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        policy.model.embed_tokens.weight.copy_(torch.eye(size, config.hidden_size))
+        policy.lm_head.weight.copy_(table(tokenizer, scripts, config.hidden_size).T / config.hidden_size**0.5)
+    return policy
+
+
+def table(tokenizer: PreTrainedTokenizerFast, scripts, hidden: int) -> torch.Tensor:
+    """Logits [hidden, V] of what follows each token: 20 above the rest where a script goes that way."""
+    ids = tokenizer.convert_tokens_to_ids
+    logits = torch.zeros(hidden, len(tokenizer))
+    for script in scripts:
+        for before, after in zip((START, *script), (*script, END), strict=True):
+            logits[ids(before), ids(after)] = 20.0
+    return logits

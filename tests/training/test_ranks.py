@@ -1,0 +1,92 @@
+"""Two processes on one policy: each samples its share on its own, and what is learned is that of plain decoding."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file
+from trl.distributed import DistributedBackend
+
+from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer, SpecRLOOConfig, SpecRLOOTrainer
+from spec_rollout.training.gathering import refuse_partitioned
+
+ROOT = Path(__file__).parents[2]
+KINDS = {"ddp": [0, None, 2], "fsdp2": [0, 2, 2], "zero2": [2, None, 2], "zero3": [3, None, 2]}
+"""ZeRO stage, FSDP version and processes that each of them must really have had."""
+
+
+def torchrun(kind: str, folder: Path) -> list[dict]:
+    """What each rank reports."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "-m", "tests.training.ranks", kind, str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_learn_what_plain_decoding_learns(tmp_path, kind):
+    if kind.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    first, second = torchrun(kind, tmp_path)
+    plain, speculative = ([rank[f"gamma {gamma}"] for rank in (first, second)] for gamma in (0, 2))
+    assert {tuple(run["kind"]) for run in (*plain, *speculative)} == {tuple(KINDS[kind])}
+    for rank in (0, 1):
+        assert plain[rank]["seen"] == speculative[rank]["seen"]
+    assert plain[0]["seen"] != plain[1]["seen"]
+    assert len({run["weights"] for run in (*plain, *speculative)}) == 1
+    assert speculative[0]["steps"] != speculative[1]["steps"]  # neither waits for the other
+    logged = [entry for entry in speculative[0]["log"] if "speculative/acceptance_rate" in entry]
+    assert logged and max(entry["speculative/mean_acceptance_length"] for entry in logged) > 1
+    assert speculative[0]["draft_version"] == speculative[1]["draft_version"] > 0
+    (head,) = Path(tmp_path, "gamma2", "checkpoint-2", "draft").glob("*.safetensors")
+    assert all(weight.numel() for weight in load_file(head).values())
+    if "tools" in first:
+        assert_unlike_turns(first, second)
+
+
+def assert_unlike_turns(first: dict, second: dict) -> None:
+    """The policy stays whole through a tool loop in which one rank takes more turns than the other."""
+    assert first["tools"]["turns"] > second["tools"]["turns"]
+    assert first["tools"]["log"][0]["tools/call_frequency"] > 0
+
+
+def setup(zero_stage=0, fsdp_version=None, gathers=True):
+    backend = SimpleNamespace(is_zero3=zero_stage == 3, fsdp_version=fsdp_version)
+    return SimpleNamespace(_dist=backend, args=SimpleNamespace(ds3_gather_for_generation=gathers))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [(setup(3, gathers=False), "ds3_gather_for_generation=False"), (setup(fsdp_version=1), "fsdp_version=1")],
+)
+def test_a_policy_in_pieces_is_refused(trainer, message):
+    with pytest.raises(ValueError, match=message):
+        refuse_partitioned(trainer)
+
+
+@pytest.mark.parametrize("trainer", [setup(), setup(2, gathers=False), setup(3), setup(fsdp_version=2)])
+def test_a_whole_policy_is_accepted(trainer):
+    refuse_partitioned(trainer)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "config_class"), [(SpecGRPOTrainer, SpecGRPOConfig), (SpecRLOOTrainer, SpecRLOOConfig)]
+)
+def test_the_trainers_refuse_it_before_they_run(make_trainer, monkeypatch, trainer_class, config_class):
+    monkeypatch.setattr(DistributedBackend, "is_zero3", True)
+    with pytest.raises(ValueError, match="ds3_gather_for_generation=False"):
+        make_trainer(trainer_class, config_class, ds3_gather_for_generation=False)

@@ -1,0 +1,111 @@
+"""The private names of TRL and transformers that the trainer touches: a change shows here first."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from transformers import GenerationConfig, Trainer
+from trl import GRPOTrainer, RLOOTrainer
+from trl.distributed import DistributedBackend
+from trl.models import unwrap_model_for_generation
+
+from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer, SpecRLOOConfig, SpecRLOOTrainer
+
+TRAINERS = [(SpecGRPOTrainer, GRPOTrainer), (SpecRLOOTrainer, RLOOTrainer)]
+SCORING = "self, model, input_ids, attention_mask, logits_to_keep"
+SIGNATURES = {
+    GRPOTrainer._generate: "self, prompts",
+    RLOOTrainer._generate: "self, prompts",
+    GRPOTrainer._generate_single_turn: (
+        "self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images"
+    ),
+    RLOOTrainer._generate_single_turn: "self, prompt_ids, images, multimodal_fields",
+    GRPOTrainer._generate_and_score_completions: "self, inputs",
+    GRPOTrainer._compute_loss: "self, model, inputs",
+    GRPOTrainer._tokenize_prompts: "self, prompts",
+    GRPOTrainer._save_checkpoint: "self, model, trial",
+    RLOOTrainer._save_checkpoint: "self, model, trial",
+    GRPOTrainer._load_optimizer_and_scheduler: "self, checkpoint",
+    Trainer._load_optimizer_and_scheduler: "self, checkpoint",
+    GRPOTrainer.create_model_card: "self, model_name, dataset_name, tags",
+    Trainer._get_output_dir: "self, trial",
+    unwrap_model_for_generation: (
+        "model, accelerator, gather_deepspeed3_params, generation_kwargs, gradient_checkpointing_kwargs"
+    ),
+    DistributedBackend.__init__: "self, accelerator",
+    GenerationConfig._get_default_generation_params: "",
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
+def test_signatures(function):
+    assert ", ".join(inspect.signature(function).parameters) == SIGNATURES[function]
+
+
+@pytest.mark.parametrize("trainer", [GRPOTrainer, RLOOTrainer])
+def test_scoring(trainer):
+    """Its log-probs are the first of what it returns; read where the log-probs of the sampler are compared."""
+    scoring = trainer._get_per_token_logps_and_entropies
+    assert ", ".join(inspect.signature(scoring).parameters).startswith(SCORING)
+    assert "return logps, entropies, aux_loss" in inspect.getsource(inspect.unwrap(scoring))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), TRAINERS)
+def test_overrides_have_the_signatures_of_what_they_override(ours, theirs):
+    for name in ("_generate", "_generate_single_turn", "_save_checkpoint", "_load_optimizer_and_scheduler"):
+        parameters = [inspect.signature(getattr(trainer, name)).parameters.keys() for trainer in (ours, theirs)]
+        assert parameters[0] == parameters[1]
+    assert list(inspect.signature(theirs.__init__).parameters)[1:4] == ["model", "reward_funcs", "args"]
+
+
+def test_after_sampling_use_vllm_tells_only_whether_to_correct():
+    """`SpecGRPOTrainer` sets it there: each line that reads it must be about the correction, or run while sampling."""
+    for scoring in (GRPOTrainer._generate_and_score_completions, GRPOTrainer._compute_loss):
+        lines = inspect.getsource(inspect.unwrap(scoring)).splitlines()
+        readers = [line for line in lines if "self.use_vllm" in line]
+        assert readers and all(
+            "self.use_vllm and self.vllm_importance_sampling_correction" in line for line in readers
+        )
+    for helper in (GRPOTrainer._calculate_rewards, GRPOTrainer._get_per_token_logps_and_entropies):
+        assert "use_vllm" not in inspect.getsource(inspect.unwrap(helper))
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "config_class"), [(SpecGRPOTrainer, SpecGRPOConfig), (SpecRLOOTrainer, SpecRLOOConfig)]
+)
+def test_attributes(make_trainer, trainer_class, config_class):
+    trainer = make_trainer(trainer_class, config_class)
+    for name in ("_dist", "_is_vlm", "_metrics", "_tokenizer", "eos_token_ids", "generation_config", "model_wrapped"):
+        assert hasattr(trainer, name)
+    assert set(trainer._metrics) == {"train", "eval"}
+    assert (trainer._dist.is_zero3, trainer._dist.fsdp_version) == (False, None)
+
+
+def test_trl_restores_and_saves_through_the_overridden_hooks(make_trainer, peeking, monkeypatch):
+    called = []
+    for name in ("save", "load"):
+        monkeypatch.setattr(
+            f"spec_rollout.training.sampler.TrainerSampler.{name}", lambda *a, n=name: called.append(n)
+        )
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(**saving).train()
+    assert called == ["save", "save"]
+    trainer = make_trainer(**saving)
+    trainer.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-1")
+    assert called == ["save", "save", "load", "save"]
+
+
+def test_a_generation_phase_samples_through_the_overridden_method(make_trainer, peeking, monkeypatch):
+    """One call per phase for plain prompts, with the prompts already repeated."""
+    calls = []
+    original = SpecGRPOTrainer._generate_single_turn
+
+    def spy(self, prompt_ids, *others, **named):
+        calls.append(prompt_ids)
+        return original(self, prompt_ids, *others, **named)
+
+    monkeypatch.setattr(SpecGRPOTrainer, "_generate_single_turn", spy)
+    make_trainer(max_steps=1).train()
+    (prompt_ids,) = calls
+    assert len(prompt_ids) == 8 and prompt_ids[0] == prompt_ids[3] != prompt_ids[4]
