@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from spec_rollout import cli
@@ -18,7 +19,9 @@ ROOT = Path(__file__).parents[2]
 def test_the_recipe_trains_and_saves(make_policy, tokenizer, tmp_path, peeking, monkeypatch, entry):
     make_policy().save_pretrained(tmp_path / "policy")
     tokenizer.save_pretrained(tmp_path / "policy")
+    Dataset.from_dict({"prompt": ["a", "b c", "d"] * 8, "answer": [1, 2, 3] * 8}).to_json(tmp_path / "data.jsonl")
     quick = {
+        "dataset_name": str(tmp_path / "data.jsonl"),
         "model_name_or_path": str(tmp_path / "policy"),
         "output_dir": str(tmp_path / "out"),
         "use_cpu": "true",
