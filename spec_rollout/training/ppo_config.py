@@ -19,6 +19,7 @@ REFUSED = {
     "multi_objective_aggregation": "rewards are summed, with reward_weights",
     "top_entropy_quantile": "every token of the policy's own is trained on",
     "off_policy_mask_threshold": "off-policy tokens are clipped, not masked",
+    "importance_sampling_correction": "the ratio is that to the training model's own log-probs of the samples",
     "use_bias_correction_kl": "the KL penalty is in the rewards, not in the loss",
     **dict.fromkeys(
         ("use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
@@ -34,7 +35,7 @@ REFUSED = {
         if option.name.startswith(("sapo_", "vespo_"))
     },
 }
-"""Options of GRPOConfig that mean nothing here, with what to do instead."""
+"""Options of SpecGRPOConfig that mean nothing here, with what to do instead."""
 
 
 @dataclass
@@ -177,7 +178,7 @@ class PPOConfig(SpecGRPOConfig):
             )
 
     def _refuse_options_of_grpo(self) -> None:
-        for option in fields(GRPOConfig):
+        for option in fields(SpecGRPOConfig):
             if option.name not in REFUSED:
                 continue
             value = getattr(self, option.name)
