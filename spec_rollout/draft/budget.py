@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-HORIZON = 20
-"""Rollouts over which a gain in acceptance counts; later the policy has moved on."""
+HORIZON = 100
+"""Most rollouts over which a gain in acceptance counts: later the policy has moved on."""
 UNKNOWN_LENGTH = 100
 """Rollouts that a run is taken to have ahead of it when its trainer does not say."""
 LOAN = 0.5

@@ -251,17 +251,29 @@ class DraftTrainer:
 
 
 def hold_out(samples: list[Sample], generator: torch.Generator) -> tuple[list[Sample], list[Sample]]:
-    """Some rollouts of the newest policy, HELD_OUT_TOKENS of them but never more than a quarter, and all others."""
-    bound = min(HELD_OUT_TOKENS, sum(len(sample.features) for sample in samples) // 4)
+    """Some rollouts of the newest policy, about HELD_OUT_TOKENS, and what may be trained on besides.
+
+    Rollouts of one prompt are much alike, so whole groups are held out and the rest of a large one is left aside; with
+    fewer than four prompts, single rollouts, but never more than a quarter.
+    """
     newest = max((sample.version for sample in samples), default=0)
-    held: set[int] = set()
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, sample in enumerate(samples):
+        if sample.version == newest:
+            groups.setdefault(tuple(sample.tokens[: sample.prompt].tolist()), []).append(index)
+    units = list(groups.values()) if len(groups) >= 4 else [[index] for group in groups.values() for index in group]
+    held: list[int] = []
+    aside: set[int] = set()
     size = 0
-    for index in torch.randperm(len(samples), generator=generator).tolist():
-        tokens = len(samples[index].features)
-        if samples[index].version == newest and size + tokens <= bound:
-            held.add(index)
-            size += tokens
-    return [samples[i] for i in sorted(held)], [sample for i, sample in enumerate(samples) if i not in held]
+    for chosen in torch.randperm(len(units), generator=generator).tolist()[: len(units) // 4]:
+        if size >= HELD_OUT_TOKENS:
+            break
+        aside |= set(units[chosen])
+        for index in units[chosen]:
+            if size < HELD_OUT_TOKENS:
+                held.append(index)
+                size += len(samples[index].features)
+    return [samples[i] for i in held], [sample for i, sample in enumerate(samples) if i not in aside]
 
 
 def _multiplies_bfloat16(device: str) -> bool:

@@ -44,7 +44,7 @@ from spec_rollout.training.arithmetic import accuracy_reward, problems, prompt_d
 GAMMA = 3
 BATCH_SIZE, COMPLETION_TOKENS = 48, 320
 PROBE_PROMPTS = 64
-CEILING_PROMPTS, CEILING_STEPS = 384, 400
+CEILING_PROMPTS, CEILING_STEPS = 256, 300
 """Rollouts of the current policy and optimiser steps on them, after which a head no longer improves on unseen ones."""
 
 

@@ -11,7 +11,7 @@ from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.features import FeatureBuffer, Sample
 from spec_rollout.draft.packing import pack
 from spec_rollout.draft.policy_view import PolicyView
-from spec_rollout.draft.refresh import MAX_EPOCHS, PACK_WIDTH, UNROLLED_STEPS, DraftTrainer, hold_out
+from spec_rollout.draft.refresh import HELD_OUT_TOKENS, MAX_EPOCHS, PACK_WIDTH, UNROLLED_STEPS, DraftTrainer, hold_out
 from spec_rollout.draft.vocabulary import choose_vocabulary
 from tests.tiny import VOCAB, policy
 
@@ -88,18 +88,38 @@ def test_training_ends_after_a_burst_that_does_not_pay(buffer, monkeypatch):
     assert stats.acceptance_before == seen[0][0] and stats.acceptance == seen[-1][1]
 
 
-def test_the_newest_rollouts_come_first_and_what_is_held_out_is_not_learned(buffer):
+def test_the_newest_rollouts_come_first(buffer):
     buffer.advance()
-    features = buffer.samples[0].features
     for token in range(4):
-        buffer.add(torch.full((31,), token), features, 4)
-    held, rest = hold_out(buffer.samples, torch.Generator().manual_seed(0))
-    assert held and all(sample.version == 1 for sample in held)
-    assert len(held) + len(rest) == len(buffer.samples) and sum(len(s.features) for s in held) <= 12 * 30 / 4
+        buffer.add(torch.full((31,), token), buffer.samples[0].features, 4)
     trainer = trainer_for(policy("llama"))
-    first = next(trainer._batches(rest))
-    newest = {int(sample.tokens[0]) for sample in rest if sample.version == 1}
-    assert {int(t) for t in first.tokens[first.document >= 0]} == newest
+    first = next(trainer._batches(buffer.samples))
+    assert {int(t) for t in first.tokens[first.document >= 0]} == {0, 1, 2, 3}
+
+
+def group(prompt, count, version, size=100):
+    tokens = torch.full((size + 1,), prompt)
+    return [Sample(tokens, torch.zeros(size, 1), 4, version) for _ in range(count)]
+
+
+def prompts_of(samples):
+    return {int(sample.tokens[0]) for sample in samples}
+
+
+def test_whole_groups_of_the_newest_policy_are_held_out():
+    """Siblings of a held-out rollout would tell the head what it says."""
+    samples = [sample for prompt in range(12) for sample in group(prompt, 4, 1)] + group(50, 4, 0)
+    held, rest = hold_out(samples, torch.Generator().manual_seed(0))
+    assert HELD_OUT_TOKENS <= sum(len(s.features) for s in held) < HELD_OUT_TOKENS + 100
+    assert len(prompts_of(held)) == 2 and not prompts_of(held) & prompts_of(rest)
+    assert 50 in prompts_of(rest)
+
+
+def test_of_few_prompts_single_rollouts_are_held_out():
+    held, rest = hold_out(group(1, 8, 0), torch.Generator().manual_seed(0))
+    assert len(held) == 2 and len(rest) == 6
+    assert len(hold_out(group(1, 3, 0), torch.Generator())[1]) == 3
+    assert hold_out([], torch.Generator()) == ([], [])
 
 
 def test_optimiser_state_continues(buffer):
