@@ -128,8 +128,7 @@ class EmbeddedBackend:
         if self.learner is None or not self.config.draft_refresh or self._step_began is None:
             return RefreshStats(draft_version=self.draft_version)
         now = time.perf_counter()
-        self.learner.budget.earn(now - self._step_began)
-        self._step_began = now
+        self.learner.budget.earn(now - self._step_began)  # without the training, which would pay for itself
         value = None
         if self.config.num_speculative_tokens is None and seconds is None:
             self._calibrate()
@@ -141,6 +140,7 @@ class EmbeddedBackend:
             self._take_head()
         elif stats.steps:
             self._publish()
+        self._step_began = time.perf_counter()
         return stats
 
     def save(self, folder: str | Path) -> None:

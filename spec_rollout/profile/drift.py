@@ -184,7 +184,7 @@ class Observer(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.step_seconds += time.perf_counter() - self.began - self.trainer.beside
-        if state.global_step % self.every == 0 or state.global_step in (1, 5):
+        if state.global_step % self.every == 0 or state.global_step in (5, 10):
             began = time.perf_counter()
             self._look(state.global_step)
             self.trainer.leave_out(time.perf_counter() - began)
@@ -287,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--policy", required=True, help="folder of the reference policy")
     parser.add_argument("--out", type=Path, default=Path("drift"), metavar="DIR")
     parser.add_argument("--steps", type=positive, default=100, metavar="N", help="GRPO steps")
-    parser.add_argument("--every", type=positive, default=20, metavar="N", help="steps between two probes")
+    parser.add_argument("--every", type=positive, default=25, metavar="N", help="steps between two probes")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here; DIR/drift.json otherwise")

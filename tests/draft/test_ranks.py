@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
-from spec_rollout.draft import ranks
+from spec_rollout.draft import ranks, refresh
 from spec_rollout.records import SamplingParams
 from tests.tiny import PROMPTS, make_policy
 
@@ -78,6 +78,7 @@ TASKS = (trains_as_one, notices_a_difference, a_bad_gradient_on_one_rank_stops_b
 
 def _run(rank, meeting):
     torch.set_num_threads(1)
+    refresh.MAX_EPOCHS = 20
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     for task in TASKS:  # in one pair of processes: starting it takes longer than they do
         task(rank)
