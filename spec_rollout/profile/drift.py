@@ -158,7 +158,7 @@ class DriftTrainer(SpecGRPOTrainer):
         budget = self.double.budget
         budget.elapsed, budget.step_seconds = own.budget.elapsed, own.budget.step_seconds
         with torch.random.fork_rng(devices=[]):
-            self.double.refresh(budget.seconds(self.state.max_steps - self.state.global_step - 1))
+            self.double.refresh(remaining=self.state.max_steps - self.state.global_step - 1)
 
     def leave_out(self, seconds: float) -> None:
         """Seconds that no training run would have had: they earn the draft nothing and count in no share."""
