@@ -65,7 +65,7 @@ def join(kind: str) -> None:
 def plain_run(kind: str, folder: Path, gamma: int) -> dict:
     tokenizer = build_tokenizer()
     saving = {"save_strategy": "steps", "save_steps": 2} if gamma else {}
-    args = config(kind, folder / f"gamma{gamma}", num_speculative_tokens=gamma, max_steps=2, **saving)
+    args = config(kind, folder / f"gamma{gamma}", num_speculative_tokens=gamma, max_slots=3, max_steps=2, **saving)
     rows = Dataset.from_dict({"prompt": PROMPTS})
     trainer = SpecGRPOTrainer(build_policy(tokenizer), Digits(), args, rows, processing_class=tokenizer)
     steps = counted_steps(trainer)

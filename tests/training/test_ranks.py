@@ -24,7 +24,9 @@ KINDS = {"ddp": [0, None, 2], "fsdp2": [0, 2, 2], "zero2": [2, None, 2], "zero3"
 def torchrun(kind: str, folder: Path) -> list[dict]:
     """What each rank reports."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    left_behind = ("ACCELERATE_", "FSDP_")  # by trainers of other tests in this process
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(left_behind)}
+    environment = inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "-m", "tests.training.ranks", kind, str(folder)],
         capture_output=True,
@@ -48,7 +50,7 @@ def test_two_ranks_learn_what_plain_decoding_learns(tmp_path, kind):
         assert plain[rank]["seen"] == speculative[rank]["seen"]
     assert plain[0]["seen"] != plain[1]["seen"]
     assert len({run["weights"] for run in (*plain, *speculative)}) == 1
-    assert speculative[0]["steps"] != speculative[1]["steps"]  # neither waits for the other
+    assert plain[0]["steps"] != plain[1]["steps"]  # rows leave three slots at unlike times, and no rank waits
     logged = [entry for entry in speculative[0]["log"] if "speculative/acceptance_rate" in entry]
     assert logged and max(entry["speculative/mean_acceptance_length"] for entry in logged) > 1
     assert speculative[0]["draft_version"] == speculative[1]["draft_version"] > 0
