@@ -18,6 +18,7 @@ from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from spec_rollout.training.advantages import generalized_advantages, is_open_ended, token_rewards, whiten
 from spec_rollout.training.grpo import SpecGRPOTrainer
+from spec_rollout.training.mismatch import log_difference
 from spec_rollout.training.ppo_config import PPOConfig, refuse_arguments, refuse_launch
 from spec_rollout.training.ppo_loss import KLController, policy_loss, value_loss
 from spec_rollout.training.ppo_metrics import rollout_metrics, token_means
@@ -107,9 +108,10 @@ class PPOTrainer(SpecGRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         with self._scored_here():
             batch = super()._generate_and_score_completions(inputs)
-        mask = batch["completion_mask"] * batch.get("tool_mask", 1) * ~self._scores.isnan()[:, None]
-        mask = mask.to(torch.float32)  # [B, T], 1 at the tokens that are trained on
+        own = batch["completion_mask"] * batch.get("tool_mask", 1)  # [B, T], 1 at the policy's tokens
+        mask = (own * ~self._scores.isnan()[:, None]).to(torch.float32)  # 1 at those that are trained on
         logprobs, values = self._score_tokens(batch)
+        log_difference(self, batch["sampling_per_token_logps"], logprobs, own)
         reference = batch.pop("ref_per_token_logps", logprobs)
         kl = (logprobs - reference) * mask
         scores = self._scores.nan_to_num()

@@ -18,7 +18,8 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 
-from spec_rollout.backends import embedded
+from spec_rollout.draft import learner, refresh
+from spec_rollout.draft.budget import RefreshBudget
 from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
 from tests.training import talking
 from tests.training.conftest import OPTIONS, PROMPTS, Digits, build_policy, build_tokenizer
@@ -41,7 +42,8 @@ KINDS = {
 
 def main(kind: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    embedded.COLD_SHARE, embedded.SHARE = 5.0, 1.0  # these rollouts are short
+    learner.COLD_PHASES, refresh.MAX_EPOCHS = 0, 8  # these rollouts are short
+    RefreshBudget.seconds = lambda self, remaining: 1e9
     join(kind)
     report = {f"gamma {gamma}": plain_run(kind, folder, gamma) for gamma in (0, 2)}
     if kind in ("fsdp2", "zero3"):
@@ -113,13 +115,20 @@ def counted_steps(trainer: SpecGRPOTrainer) -> list[int]:
 
 def report_of(trainer: SpecGRPOTrainer) -> dict:
     with trainer.sampler.gathered(trainer) as policy:
-        weights = b"".join(bytes(w.detach().clone().view(torch.uint8).numpy()) for w in policy.parameters())
+        weights = digest(policy)
+    learner = trainer.sampler.backend.learner
     return {
-        "weights": hashlib.sha256(weights).hexdigest(),
+        "weights": weights,
+        "draft": digest(learner.head) if learner else None,
         "draft_version": trainer.sampler.backend.draft_version,
         "log": trainer.state.log_history,
         "kind": [trainer._dist.zero_stage, trainer._dist.fsdp_version, trainer.accelerator.num_processes],
     }
+
+
+def digest(module: torch.nn.Module) -> str:
+    weights = b"".join(bytes(w.detach().clone().view(torch.uint8).numpy()) for w in module.parameters())
+    return hashlib.sha256(weights).hexdigest()
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ def test_speculation_leaves_training_as_it_is(make_ppo, peeking, variation):
     speculative = trained(make_ppo(num_speculative_tokens=3, **variation))
     assert_same(plain, speculative)
     assert all(length > 2 for length in logged(speculative, "speculative/mean_acceptance_length"))
+    differences = logged(speculative, "sampling/sampling_logp_difference/max")
+    assert differences and (max(differences) < 1e-4 or "top_k" in variation)
     assert any(weight.any() for name, weight in weights(plain).items() if "value_function" in name)
 
 
