@@ -117,9 +117,10 @@ class DraftLearner:
         head = self.trainer.head
         if head.own_output is None:
             self.view.draft_ids = choose_vocabulary(self.buffer.samples, self.view)
-        if (head.feature_scale == 1).all() and self.buffer.samples:  # not measured yet
-            features = torch.cat([sample.features for sample in self.buffer.samples[:FIT_SAMPLES]])
-            head.fit_scale(features.to(self.device), fresh=not self.trained)
+        if (head.feature_scale == 1).all():  # not measured yet
+            if self.buffer.samples:
+                features = torch.cat([sample.features for sample in self.buffer.samples[:FIT_SAMPLES]])
+                head.fit_scale(features.to(self.device), fresh=not self.trained)
             ranks.share([*head.state_dict().values(), head.feature_scale])
             self.trainer.average = copy.deepcopy(head).requires_grad_(False)
 

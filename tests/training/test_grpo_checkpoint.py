@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,38 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_trainer, eager_head, gamma)
     checkpoint = Path(whole.args.output_dir, "checkpoint-2")
     assert (checkpoint / "draft").is_dir() == (gamma > 0)
     resumed = trained(make_trainer(num_speculative_tokens=gamma, **SAVING), resume_from_checkpoint=str(checkpoint))
+    whole.reward_funcs[0].seen = whole.reward_funcs[0].seen[2:]
+    assert_same(whole, resumed)
+
+
+KILLED = """
+import os, signal, sys
+from datasets import Dataset
+from transformers import TrainerCallback
+from tests.training.conftest import OPTIONS, PROMPTS, Digits, build_policy, build_tokenizer
+from tests.training.test_grpo_checkpoint import SAVING
+from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+tokenizer = build_tokenizer()
+args = SpecGRPOConfig(sys.argv[1], num_speculative_tokens=2, calibration_cache=sys.argv[1], **(OPTIONS | SAVING))
+rows = Dataset.from_dict({"prompt": PROMPTS})
+policy = build_policy(tokenizer)
+SpecGRPOTrainer(policy, Digits(), args, rows, processing_class=tokenizer, callbacks=[Kill()]).train()
+"""
+
+
+def test_kill_9_in_mid_training_and_resume(make_trainer, eager_head, tmp_path):
+    whole = trained(make_trainer(**SAVING))
+    run = tmp_path / "killed"
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(run)], cwd=Path(__file__).parents[2])
+    assert ended.returncode == -signal.SIGKILL
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    resumed = trained(make_trainer(**SAVING), resume_from_checkpoint=str(run / "checkpoint-2"))
     whole.reward_funcs[0].seen = whole.reward_funcs[0].seen[2:]
     assert_same(whole, resumed)
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import trl
 import yaml
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM
@@ -40,6 +41,41 @@ def folder(make_policy, tokenizer, tmp_path) -> Path:
     make_policy().save_pretrained(tmp_path / "policy")
     tokenizer.save_pretrained(tmp_path / "policy")
     return tmp_path / "policy"
+
+
+TWO_LINES = {
+    "    from trl import GRPOTrainer, get_dataset": (
+        "    from spec_rollout.training import SpecGRPOTrainer as GRPOTrainer; from trl import get_dataset"
+    ),
+    "    from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig": (
+        "    from spec_rollout.training import SpecGRPOConfig as GRPOConfig; from trl import DatasetMixtureConfig, ModelConfig"
+    ),
+}
+
+
+def test_two_changed_lines_in_trls_own_script(folder, tmp_path, peeking, monkeypatch):
+    source = Path(trl.__file__).parent.joinpath("scripts", "grpo.py").read_text()
+    for line, ours in TWO_LINES.items():
+        assert source.count(line) == 1
+        source = source.replace(line, ours)
+    script = tmp_path / "grpo.py"
+    script.write_text(source)
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict({"prompt": ["a", "b c", "d"]}).to_json(tmp_path / "data" / "train.jsonl")
+    options = QUICK | {
+        "model_name_or_path": folder,
+        "dataset_name": tmp_path / "data",
+        "reward_funcs": "get_soft_overlong_punishment",
+        "output_dir": tmp_path / "out",
+        "num_speculative_tokens": 2,
+    }
+    monkeypatch.setattr(
+        sys, "argv", ["grpo.py", *(str(x) for name, value in options.items() for x in (f"--{name}", value))]
+    )
+    made = peeking.made
+    runpy.run_path(str(script), run_name="__main__")
+    assert peeking.made == made + 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("algorithm", CONFIGS)
