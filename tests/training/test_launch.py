@@ -48,7 +48,8 @@ TWO_LINES = {
         "    from spec_rollout.training import SpecGRPOTrainer as GRPOTrainer; from trl import get_dataset"
     ),
     "    from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig": (
-        "    from spec_rollout.training import SpecGRPOConfig as GRPOConfig; from trl import DatasetMixtureConfig, ModelConfig"
+        "    from spec_rollout.training import SpecGRPOConfig as GRPOConfig; "
+        "from trl import DatasetMixtureConfig, ModelConfig"
     ),
 }
 
