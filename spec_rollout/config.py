@@ -61,6 +61,11 @@ class SpecConfig:
                 f"num_speculative_tokens={gamma} is negative: give 0 for plain decoding, a positive number to fix it, "
                 "or None to adapt it."
             )
+        if gamma != 0 and not self.draft_refresh and self.draft_model_path is None:
+            raise ValueError(
+                "draft_refresh=False without draft_model_path leaves nothing that could guess: give a head, let it "
+                "learn, or ask for plain decoding with num_speculative_tokens=0."
+            )
         bounds = (
             ("max_num_speculative_tokens", self.max_num_speculative_tokens >= 1, "at least 1"),
             ("max_slots", self.max_slots >= 1, "at least 1"),

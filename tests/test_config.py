@@ -17,11 +17,19 @@ from spec_rollout import SamplingParams, SpecConfig
         ("draft_learning_rate", 0.0, "above 0"),
         ("draft_learning_rate", float("nan"), "above 0"),
         ("max_feature_tokens", -1, "0 or more"),
+        ("draft_overhead", 0.0, "above 0"),
     ],
 )
 def test_config_out_of_range(option, value, remedy):
     with pytest.raises(ValueError, match=rf"{option}={value}.*{remedy}"):
         SpecConfig(**{option: value})
+
+
+def test_a_head_that_never_learns_must_come_from_somewhere():
+    with pytest.raises(ValueError, match="draft_refresh=False without draft_model_path"):
+        SpecConfig(draft_refresh=False)
+    SpecConfig(draft_refresh=False, draft_model_path="head")
+    SpecConfig(draft_refresh=False, num_speculative_tokens=0)
 
 
 @pytest.mark.parametrize("option", ["gamma", "num_speculative_token", "verification_mode"])

@@ -28,7 +28,7 @@ def measured_cost(engine: RolloutEngine, slots: int, widest: int, folder: str | 
         try:
             return CostModel([Measurement(**m) for m in json.loads(path.read_text())])
         except (ValueError, TypeError):
-            path.unlink()  # written by another version
+            path.unlink(missing_ok=True)  # written by another version
     measurements = measure(engine, slots, widest)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_suffix(f".{os.getpid()}")

@@ -61,7 +61,7 @@ class EmbeddedBackend:
             self.learner = DraftLearner(PolicyView(model), self.config, self.engine.target.device, seed)
             self._take_head()
             if self.config.draft_model_path:
-                self.load(self.config.draft_model_path)
+                self.load(self.config.draft_model_path, resume=False)
 
     @property
     def drafter(self) -> EagleDrafter | None:
@@ -149,10 +149,11 @@ class EmbeddedBackend:
             state = self._controller_state if self.controller is None else self.controller.state_dict()
             self.learner.save(folder, state)
 
-    def load(self, folder: str | Path) -> None:
-        """Take the head and the tables that `save` wrote, or an EAGLE-3 head from elsewhere."""
+    def load(self, folder: str | Path, resume: bool = True) -> None:
+        """Take the head and the tables that `save` wrote, or an EAGLE-3 head from elsewhere; only the head with
+        `resume=False`."""
         if self.learner is not None:
-            self._controller_state = self.learner.load(folder)
+            self._controller_state = self.learner.load(folder, resume)
             if self.config.num_speculative_tokens is None:
                 self.controller = self.engine.controller = None
             self._take_head()

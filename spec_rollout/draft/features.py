@@ -57,5 +57,10 @@ class FeatureBuffer:
             if self.version - self.samples[index].version >= self.max_age:
                 self._drop(index)
 
+    def clear(self) -> None:
+        """Forget all rollouts."""
+        self.samples.clear()
+        self.tokens = 0
+
     def _drop(self, index: int) -> None:
         self.tokens -= len(self.samples.pop(index).features)

@@ -40,12 +40,20 @@ class RolloutValue:
         rates = [rates[min(i, len(rates) - 1)] for i in range(self.max_gamma)]
         return float((self._drawn / (self._rates * expected_curve(rates)).max(axis=1)).sum())
 
+    def hope(self, rates: Sequence[float]) -> float:
+        """Seconds saved by going on from `rates` to what trained heads usually reach, or a little beyond."""
+        step = _step(rates)
+        better = [max(rate, min(rate + step, BEST_RATE)) for rate in rates]
+        return self.seconds(rates) - self.seconds(better)
+
     def slope(self, rates: Sequence[float]) -> float:
         """Seconds saved per unit of acceptance rate, all positions moving alike.
 
         Below some rate speculation does not pay and a small gain saves nothing, though it leads to where it does. So
-        this is the chord from `rates` to what trained heads usually reach, and a short one beyond that.
+        this is the chord from `rates` to where `hope` looks.
         """
-        step = max(PRIOR_RATE - rates[0], LEAST_STEP)
-        better = [max(rate, min(rate + step, BEST_RATE)) for rate in rates]
-        return (self.seconds(rates) - self.seconds(better)) / step
+        return self.hope(rates) / _step(rates)
+
+
+def _step(rates: Sequence[float]) -> float:
+    return max(PRIOR_RATE - rates[0], LEAST_STEP)

@@ -80,7 +80,7 @@ class Probe:
 
     def acceptance_length(self, head: EagleHead) -> tuple[float, list[Completion]]:
         """Of `head` (float32, still scaled) guessing GAMMA tokens, and what was drawn."""
-        running = EagleHead(head.config)
+        running = EagleHead(head.config).to(self.policy.model.device)
         running.load_state_dict(head.folded())
         drafter = EagleDrafter(running, PolicyView(self.policy.model))
         drafter.ready = True
@@ -92,9 +92,10 @@ class Probe:
     def ceiling(self) -> EagleHead:
         """A head trained from new weights on the current policy until it no longer improves."""
         view = PolicyView(self.policy.model)
-        head = EagleHead(HeadConfig.for_target(view.config), self.seed)
+        device = self.policy.model.device
+        head = EagleHead(HeadConfig.for_target(view.config), self.seed).to(device)
         buffer = FeatureBuffer(10**9)
-        drafter = EagleDrafter(EagleHead(head.config), view, buffer)
+        drafter = EagleDrafter(EagleHead(head.config).to(device), view, buffer)
         engine = RolloutEngine(self.policy.model, SpecConfig(), drafter=drafter, controller=FixedGamma(0))
         prompts = arithmetic_prompts(self.policy.tokenizer, CEILING_PROMPTS, self.seed + 1)
         engine.generate(prompts, self.policy.params, seed=(self.seed, 1))
@@ -121,9 +122,9 @@ class Probe:
         model.load_state_dict(self.first)
         differences = []
         for prompt, completion in zip(self.prompts, drawn, strict=True):
-            ids = torch.tensor([*prompt, *completion.token_ids])
+            ids = torch.tensor([*prompt, *completion.token_ids], device=model.device)
             log_probs = model(ids[None, :-1]).logits[0, len(prompt) - 1 :].log_softmax(-1)
-            old = log_probs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            old = log_probs.gather(1, ids[len(prompt) :, None])[:, 0].cpu()
             differences += (torch.tensor(completion.logprobs) - old).tolist()
         model.load_state_dict(now)
         return statistics.mean(differences)
@@ -154,7 +155,7 @@ class DriftTrainer(SpecGRPOTrainer):
             config = SpecConfig(draft_overhead=2 * own.config.draft_overhead)
             self.double = DraftLearner(PolicyView(self.model), config, own.device, own.seed)
         self.double.buffer.samples = list(own.buffer.samples)
-        self.double.buffer.version = own.buffer.version - 1
+        self.double.buffer.tokens, self.double.buffer.version = own.buffer.tokens, own.buffer.version - 1
         budget = self.double.budget
         budget.elapsed, budget.step_seconds = own.budget.elapsed, own.budget.step_seconds
         with torch.random.fork_rng(devices=[]):

@@ -31,8 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise SystemExit(f"--prompts: {error}") from error
     prompts = [prompt_ids(tokenizer, prompt) for prompt in rows]
+    if not prompts or min(args.rollouts, args.batch_size, args.max_new_tokens) < 1:
+        raise SystemExit(
+            f"--rollouts {args.rollouts}, --batch-size {args.batch_size} and --max-new-tokens {args.max_new_tokens} "
+            f"must be at least 1, and --prompts must hold at least 1 prompt, not {len(prompts)}."
+        )
+    eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     wanted = GenerationConfig(max_new_tokens=args.max_new_tokens, do_sample=True, temperature=args.temperature)
-    params = sampling_params(wanted, model.generation_config, [tokenizer.eos_token_id])
+    params = sampling_params(wanted, model.generation_config, eos_ids)
     backend = EmbeddedBackend(model, SpecConfig(max_feature_tokens=args.max_feature_tokens), tokenizer)
     stats = pretrain(backend, prompts, params, args.rollouts, args.batch_size, args.out)
     rates = ", ".join(f"{rate:.2f}" for rate in stats.acceptance)

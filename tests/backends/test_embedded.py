@@ -7,6 +7,7 @@ from spec_rollout.backends import calibration
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft import learner, refresh
+from spec_rollout.draft.budget import RefreshBudget
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.refresh import BURST, DraftTrainer
 from spec_rollout.engine.engine import RolloutEngine
@@ -23,6 +24,7 @@ def generous(monkeypatch):
     """Whatever a training gains, it pays; and it comes after the first rollout."""
     monkeypatch.setattr(learner, "COLD_PHASES", 0)
     monkeypatch.setattr(refresh, "MAX_EPOCHS", 20)
+    monkeypatch.setattr(RolloutValue, "hope", lambda self, rates: 1e9)
     monkeypatch.setattr(RolloutValue, "slope", lambda self, rates: 1e9)
 
 
@@ -177,12 +179,38 @@ def test_a_draft_that_was_lost_is_noticed_and_learned_again(gamma, tmp_path):
     assert backend.draft_healthy
 
 
-def test_a_gain_that_is_worth_nothing_ends_the_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(RolloutValue, "slope", lambda self, rates: 0.0)
+@pytest.mark.parametrize("young_or_old", ["hope", "slope"])
+def test_a_gain_that_is_worth_nothing_ends_the_training(tmp_path, monkeypatch, young_or_old):
+    monkeypatch.setattr(RolloutValue, young_or_old, lambda self, rates: 0.0)
+    monkeypatch.setattr(learner, "YOUNG_STEPS", 1000 if young_or_old == "hope" else 0)
     backend = backend_for("llama", tmp_path, gamma=None)
     backend.generate(PROMPTS * 4, PARAMS)
     assert backend.refresh().steps == BURST
     assert backend.learner.budget.wish == 0
+
+
+def test_a_head_that_did_not_pay_is_trained_again_once_it_has_saved_enough(tmp_path):
+    backend = learned("llama", tmp_path, draft_overhead=0.05)
+    budget = backend.learner.budget
+    budget.elapsed, budget.spent, budget.wish = 1000.0, 0.0, 0.0  # funds enough, but the last one did not pay
+    budget.earn = lambda seconds: RefreshBudget.earn(budget, 10.0)
+    steps = []
+    for turn in range(6):
+        backend.learner.trainer._step_seconds = 0.2  # more than the least share of one phase, 0.0625 s
+        backend.generate(PROMPTS, PARAMS, seed=(turn,))
+        steps.append(backend.refresh().steps)
+    assert steps[:2] == [0, 0] and any(steps)
+
+
+def test_a_head_from_another_run_brings_no_budget_and_no_tables(tmp_path):
+    backend = learned("llama", tmp_path, gamma=None)
+    backend.generate(PROMPTS, PARAMS)
+    backend.save(tmp_path / "draft")
+    other = backend_for("llama", tmp_path, None, draft_model_path=str(tmp_path / "draft"))
+    assert other.learner.budget.spent == 0 and other._controller_state is None
+    assert other.learner.trained and other.learner.fitted
+    other.load(tmp_path / "draft")
+    assert other.learner.budget.spent > 0 and other._controller_state is not None
 
 
 def test_a_resumed_head_trains_on_as_one_that_went_on(tmp_path):

@@ -36,6 +36,12 @@ def test_a_gain_has_a_value_below_the_rate_at_which_speculation_pays():
     assert 0 < value.slope([0.1, 0.1]) < value.slope([0.5, 0.5])
 
 
+def test_hope_is_what_a_trained_head_would_save():
+    value = RolloutValue(flat(), [step(4)] * 10, 3)
+    assert value.hope([0.0, 0.0, 0.0]) == pytest.approx(value.seconds([0.0]) - value.seconds([0.7]))
+    assert 0 < value.hope([0.9, 0.9, 0.9]) < value.hope([0.5, 0.5, 0.5])
+
+
 def test_nothing_is_worth_nothing_where_guesses_cannot_pay():
     hopeless = CostModel([Measurement("verify", 4, t, 10, 2.0**t) for t in range(1, 5)])
     assert RolloutValue(hopeless, [step(4)] * 10, 3).slope([0.3, 0.3, 0.3]) == 0

@@ -73,7 +73,7 @@ def test_the_card_names_drafter_and_versions(make_trainer, peeking):
     [
         (SpecConfig(num_speculative_tokens=0), ["Drafter: none", "training: none", "`num_speculative_tokens`): 0"]),
         (SpecConfig(draft_model_path="heads/a"), ["started from `heads/a`", "adapted, at most 7"]),
-        (SpecConfig(draft_refresh=False), ["Draft training: none"]),
+        (SpecConfig(draft_refresh=False, draft_model_path="head"), ["Draft training: none"]),
     ],
 )
 def test_the_card_says_what_ran(config, found):

@@ -33,6 +33,7 @@ def test_the_command_line_wins_over_yaml(tmp_path):
     recipe.write_text("output_dir: a\nuse_cpu: true\nbf16: false\nmax_slots: 5\ndraft_learning_rate: 2e-4\n")
     parser = TrlParser(SpecGRPOConfig)
     line = ["--config", str(recipe), "--max_slots", "6", "--draft_refresh", "false", "--num_speculative_tokens", "2"]
+    line += ["--draft_model_path", "head"]
     (args,) = parser.parse_args_and_config(line)
     assert (args.max_slots, args.draft_learning_rate, args.draft_refresh) == (6, 2e-4, False)
     assert args.num_speculative_tokens == 2 and args.output_dir == "a"

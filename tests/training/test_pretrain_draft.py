@@ -32,6 +32,14 @@ def test_the_head_is_made_and_taken_up(folder, make_policy, capsys):
     assert backend.stats.drafted > 0
 
 
+def test_nothing_to_do_is_refused(folder):
+    line = (
+        f"pretrain-draft --policy {folder}/policy --prompts {folder}/prompts.jsonl --out {folder}/draft --rollouts 0"
+    )
+    with pytest.raises(SystemExit, match="--rollouts 0"):
+        cli.main(line.split())
+
+
 def test_prompts_that_are_not_there(folder):
     line = f"pretrain-draft --policy {folder}/policy --prompts {folder}/none.jsonl --out {folder}/draft"
     with pytest.raises(SystemExit, match=r"none\.jsonl does not exist"):
