@@ -185,7 +185,7 @@ class Observer(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.step_seconds += time.perf_counter() - self.began - self.trainer.beside
-        if state.global_step % self.every == 0 or state.global_step in (5, 10):
+        if state.global_step % self.every == 0 or state.global_step == 5:
             began = time.perf_counter()
             self._look(state.global_step)
             self.trainer.leave_out(time.perf_counter() - began)
