@@ -74,10 +74,11 @@ class EmbeddedBackend:
 
     @property
     def draft_healthy(self) -> bool:
-        """False while the draft is off because it broke or its acceptance has fallen to chance."""
+        """False while the draft is off because it broke or its acceptance has fallen to chance, and where it broke
+        within a rollout since `take_stats` was last called."""
         watchman = self.engine.controller
         alarm = watchman.alarm if isinstance(watchman, Watchman) else None
-        return alarm is None and (self.learner is None or self.learner.healthy)
+        return alarm is None and not self.stats.drafter_failures and (self.learner is None or self.learner.healthy)
 
     @property
     def stats(self) -> RolloutStats:
@@ -150,8 +151,8 @@ class EmbeddedBackend:
             self.learner.save(folder, state)
 
     def load(self, folder: str | Path, resume: bool = True) -> None:
-        """Take the head and the tables that `save` wrote, or an EAGLE-3 head from elsewhere; only the head with
-        `resume=False`."""
+        """Take the head and the tables that `save` wrote, or an EAGLE-3 head from elsewhere; with `resume=False`
+        neither the training's budget nor the controller's tables (`DraftLearner.load`)."""
         if self.learner is not None:
             self._controller_state = self.learner.load(folder, resume)
             if self.config.num_speculative_tokens is None:
@@ -187,4 +188,4 @@ class EmbeddedBackend:
     def _stand_watch(self) -> None:
         self.controller.draft_ready = self.drafter.ready
         expected = self.learner.acceptance[0] if self.learner.acceptance else None
-        self.engine.controller = Watchman(self.controller, self.drafter.head, expected)
+        self.engine.controller = Watchman(self.controller, self.drafter.head, expected, self.config.draft_refresh)

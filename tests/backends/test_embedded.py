@@ -163,6 +163,35 @@ def test_a_training_that_fails_starts_over_and_decodes_plainly(tmp_path, monkeyp
     assert not backend.stats.drafted
 
 
+def test_a_drafter_that_breaks_in_a_rollout_is_not_healthy(tmp_path, monkeypatch):
+    backend = learned("llama", tmp_path)
+    with monkeypatch.context() as broken, pytest.warns(RuntimeWarning, match="The drafter broke"):
+        broken.setattr(backend.drafter, "propose", lambda *given: 1 / 0)
+        assert_same(backend.generate(PROMPTS * 4, PARAMS, seed=(1,)), plain("llama", (1,)))
+    assert not backend.draft_healthy
+    backend.take_stats()
+    assert_same(backend.generate(PROMPTS * 4, PARAMS, seed=(2,)), plain("llama", (2,)))
+    assert backend.draft_healthy and backend.stats.mean_acceptance_length > 1
+
+
+def test_a_training_without_memory_goes_on_in_smaller_batches(tmp_path, monkeypatch):
+    backend = learned("llama", tmp_path)
+    loss, before = DraftTrainer.loss, backend.draft_version
+
+    def fits_only_half(self, batch):
+        if batch.tokens.numel() > refresh.BATCH_TOKENS // 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(self, batch)
+
+    monkeypatch.setattr(DraftTrainer, "loss", fits_only_half)
+    with pytest.warns(RuntimeWarning, match=f"batches of {refresh.BATCH_TOKENS // 2} tokens"):
+        backend.generate(PROMPTS * 12, PARAMS)
+        assert backend.refresh().steps == 0
+    assert backend.draft_healthy and backend.draft_version == before
+    backend.generate(PROMPTS * 12, PARAMS)
+    assert backend.refresh().steps > 0
+
+
 @pytest.mark.parametrize("gamma", [3, None])
 def test_a_draft_that_was_lost_is_noticed_and_learned_again(gamma, tmp_path):
     """As after a sync that went wrong: off within a few steps, on again after the next training."""
