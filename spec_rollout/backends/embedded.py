@@ -53,7 +53,8 @@ class EmbeddedBackend:
         self.controller: GammaController | FixedGamma | None = FixedGamma(fixed) if fixed else None
         self.learner: DraftLearner | None = None
         self._controller_state: dict | None = None
-        self._slots = 1
+        self._slots, self._calibrated = 1, 0
+        """Rows that the rollouts had so far, and that costs were measured for."""
         self._trace: list[StepStats] = []
         """Steps of the rollouts since the last training."""
         self._step_began: float | None = None
@@ -107,7 +108,8 @@ class EmbeddedBackend:
         collect = collect and self.learner is not None and self.config.draft_refresh
         if self.learner is not None:
             self.drafter.buffer = self.learner.buffer if collect else None
-            self._slots = max(self._slots, min(self.config.max_slots, len(prompts)))
+            power = 1 << (len(prompts) - 1).bit_length()  # a few prompts more or less are nothing new to measure
+            self._slots = max(self._slots, min(self.config.max_slots, power))
             if self.drafter.ready:
                 self._calibrate()
         before = len(self.engine.stats.steps)
@@ -157,6 +159,7 @@ class EmbeddedBackend:
             self._controller_state = self.learner.load(folder, resume)
             if self.config.num_speculative_tokens is None:
                 self.controller = self.engine.controller = None
+                self._calibrated = 0
             self._take_head()
 
     def _take_head(self) -> None:
@@ -176,10 +179,14 @@ class EmbeddedBackend:
             self._stand_watch()
 
     def _calibrate(self) -> None:
-        """Measure what steps cost, once; from then on the controller chooses."""
-        if self.controller is not None:
+        """Measure what steps cost, once and again when there are more rows; from then on the controller chooses."""
+        if self._slots <= self._calibrated or isinstance(self.controller, FixedGamma):
             return
         cost = measured_cost(self.engine, self._slots, self.config.widest, self.config.calibration_cache)
+        self._calibrated = self._slots
+        if self.controller is not None:
+            self.controller.cost = self.controller.cost.remeasured(cost)
+            return
         self.controller = GammaController(cost, self.config.widest)
         if "cost" in (self._controller_state or {}):
             self.controller.load_state_dict(self._controller_state)

@@ -85,6 +85,7 @@ class RolloutEngine:
             clock = [time.perf_counter()]
             gamma = self._choose(rollout)
             noise = rollout.noise(gamma + 1)
+            clock.append(time.perf_counter())
             guesses = rollout.propose(gamma, noise)
             clock.append(time.perf_counter())
             logits, hidden = rollout.forward(guesses)
@@ -109,7 +110,8 @@ class RolloutEngine:
         return gamma
 
     def _account(self, step: StepStats, clock: list[float]) -> None:
-        step.draft_s, step.verify_s, step.host_s = (b - a for a, b in pairwise(clock))
+        before, step.draft_s, step.verify_s, after = (b - a for a, b in pairwise(clock))
+        step.host_s = before + after
         self.stats.steps.append(step)
         if self.controller is not None:
             self.controller.observe(step)

@@ -70,7 +70,7 @@ def test_adaptive_changes_no_token_and_calibrates_once(tmp_path):
 def test_a_calibration_of_another_version_is_measured_again(tmp_path):
     backend = backend_for("llama", tmp_path, gamma=None)
     backend.generate(PROMPTS * 4, PARAMS)
-    path = calibration._cache_path(backend.engine, 28, 7, str(tmp_path))
+    path = calibration._cache_path(backend.engine, 7, str(tmp_path))
     path.write_text('[{"kind": "verify", "unknown": 1}]')
     backend.refresh()
     assert "unknown" not in path.read_text()
@@ -117,6 +117,17 @@ def test_nothing_is_drafted_or_trained_at_zero(tmp_path):
     assert backend.refresh().steps == 0 and backend.drafter is None
     backend.save(tmp_path / "draft")
     assert not (tmp_path / "draft").exists()
+
+
+def test_more_rows_than_were_measured_are_measured_and_the_correction_stays(tmp_path):
+    backend = learned("llama", tmp_path, gamma=None)
+    few = backend.controller.cost
+    backend.generate(PROMPTS * 12, PARAMS, seed=(1,))
+    cost = backend.controller.cost
+    assert {m.rows for m in cost._measurements} - {m.rows for m in few._measurements} == {64}
+    assert cost._correction is few._correction
+    backend.generate(PROMPTS * 10, PARAMS, seed=(2,))
+    assert backend.controller.cost is cost
 
 
 @pytest.mark.parametrize("gamma", [3, None])
