@@ -63,6 +63,11 @@ class Rollout:
         return self.scheduler.done
 
     @property
+    def unfinished(self) -> int:
+        """Requests that wait or are active."""
+        return len(self.scheduler.waiting) + len(self.scheduler.active)
+
+    @property
     def longest(self) -> int:
         """Committed tokens of the longest active row."""
         return int(self.rows.lengths[: self.rows.count].max())

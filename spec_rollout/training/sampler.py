@@ -21,6 +21,7 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.records import Completion, RefreshStats, SamplingParams
 from spec_rollout.training.gathering import gathered_policy, own_random_stream
 from spec_rollout.training.metrics import local_sums, metrics
+from spec_rollout.training.progress import rollout_bar
 from spec_rollout.training.sampling_params import sampling_params
 
 DRAFT_FOLDER = "draft"
@@ -73,7 +74,8 @@ class TrainerSampler:
         with self.gathered(trainer) as policy, own_random_stream(trainer):
             if self.backend is None:
                 self._make_backend(policy, trainer._tokenizer)
-            with profiling_context(trainer, "spec_rollout.generate"):
+            shown = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
+            with profiling_context(trainer, "spec_rollout.generate"), rollout_bar(self.backend, len(prompts), shown):
                 completions = self.backend.generate(
                     prompts,
                     params,
