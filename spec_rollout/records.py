@@ -171,9 +171,9 @@ class Drafter(Protocol):
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
         """Guesses [B, gamma] int64 for the B = rows.count active rows.
 
-        `noise` [B, gamma + 1, V] is the Gumbel noise of the positions to be guessed (None when greedy); a drafter
-        that adds it to its own scores makes the guesses that the target is most likely to draw. `temperature` is the
-        rollout's (1 when greedy).
+        `noise` [B, gamma + 1, N] is the Gumbel noise of the positions to be guessed (None when greedy); a drafter that
+        draws from its own scores with it, as the target will (`gumbel_max.draw`), makes the guesses that the target is
+        most likely to draw. `temperature` is the rollout's (1 when greedy).
         """
 
     def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.features import FeatureBuffer
 from spec_rollout.draft.policy_view import PolicyView
+from spec_rollout.engine.gumbel_max import draw_among
 from spec_rollout.engine.kv_cache import SlotCache, causal_mask
 from spec_rollout.engine.rows import Rows
 
@@ -112,9 +113,9 @@ class EagleDrafter:
     def _guess(self, hidden: Tensor, noise: Tensor | None, index: int, temperature: float) -> Tensor:
         """Guesses [B, 1]: the head's own Gumbel-max sample under the target's noise."""
         scores = F.linear(self.head.norm(hidden[:, 0]), self.output_rows).float() / temperature
-        if noise is not None:
-            scores = scores + self.view.noise(noise[:, index])
-        return self.view.to_target(scores.argmax(-1))[:, None]
+        noise = None if noise is None else noise[:, index]
+        chosen = draw_among(scores, noise, self.view.draft_ids, self.view.config.vocab_size)
+        return self.view.to_target(chosen)[:, None]
 
     def _extent(self, rows: Rows, ahead: int) -> int:
         longest = int(rows.lengths[: rows.count].max()) + ahead

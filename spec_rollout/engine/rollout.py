@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spec_rollout.engine.gumbel_max import draw
 from spec_rollout.engine.rows import Rows
-from spec_rollout.engine.sampling import Sampler, draw, log_probs
+from spec_rollout.engine.sampling import Sampler
 from spec_rollout.engine.scheduler import Admission, Scheduler
 from spec_rollout.engine.stops import Stops
 from spec_rollout.engine.verify import Verdict, verify
@@ -108,7 +109,7 @@ class Rollout:
             self._guarded(lambda: self.drafter.admit(self.rows, admitted))
 
     def noise(self, width: int) -> Tensor | None:
-        """Gumbel noise [B, width, V] of the next `width` samples of each row; drawn once for draft and target."""
+        """Gumbel noise [B, width, N] of the next `width` samples of each row; drawn once for draft and target."""
         return self.sampler.noise(self.rows, width)
 
     def propose(self, gamma: int, noise: Tensor | None) -> Tensor:
@@ -143,7 +144,7 @@ class Rollout:
         seen = self.sampler.seen_along(self.rows, self.inputs)
         z = self.sampler.process(logits, seen)
         noise = None if noise is None else noise[:, : z.shape[1]]
-        samples, margin = draw(z, noise)
+        samples, margin, normaliser = draw(z, noise)
         verdict = self._judge(guesses, samples)
         close = margin < self.near_tie
         close &= torch.arange(close.shape[1], device=close.device) < verdict.emitted[:, None]
@@ -157,7 +158,7 @@ class Rollout:
             verdict = self._judge(guesses, samples)
             report = torch.stack(verdict).cpu().numpy()
         self.report = Verdict(*report[:4])
-        self.scores = log_probs(z, samples)
+        self.scores = z.gather(-1, samples[..., None])[..., 0] - normaliser
         return samples, verdict
 
     def _judge(self, guesses: Tensor, samples: Tensor) -> Verdict:

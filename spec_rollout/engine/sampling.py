@@ -1,4 +1,4 @@
-"""The target's sample: processed logits plus keyed noise."""
+"""What the target's samples are drawn from: processed logits and keyed noise."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from spec_rollout.records import SamplingParams
 
 
 class Sampler:
-    """Draws token(r, t) = argmax_v z[v] + G(key of r, t, v): an exact sample of softmax(z) (Gumbel-max) that depends
-    on nothing but the processed logits z, the request's key and the position. Greedy is the same with G = 0."""
+    """Processed logits z, and noise that is a pure function of the request's key and the position: all that a sample
+    depends on (`gumbel_max.draw`). Greedy is the same without noise."""
 
     def __init__(self, params: SamplingParams, rows: Rows):
         self.params = params
@@ -35,7 +35,8 @@ class Sampler:
         return self.params.temperature or 1.0
 
     def noise(self, rows: Rows, width: int) -> Tensor | None:
-        """Gumbel noise [B, width, V] of the positions that the active rows sample next; None when greedy."""
+        """Gumbel noise [B, width, N] of the positions that the active rows sample next, N = noise_width(V) numbers for
+        each; None when greedy."""
         return None if self.window is None else self.window.take(rows, width)
 
     def process(self, logits: Tensor, seen: Tensor | None) -> Tensor:
@@ -79,19 +80,6 @@ class Sampler:
             self.window.copy(source, target)
         if self.seen is not None:
             self.seen[target] = self.seen[source]
-
-
-def draw(z: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The sample [...] int64 and the score by which it beat the runner-up [...], of processed logits [..., V]. Of two
-    equal scores the lower token id wins, as in transformers' argmax."""
-    best, token = (z if noise is None else z + noise).topk(2, dim=-1)
-    margin = best[..., 0] - best[..., 1]
-    return torch.where(margin == 0, token.amin(-1), token[..., 0]), margin
-
-
-def log_probs(z: Tensor, tokens: Tensor) -> Tensor:
-    """log softmax(z)[token] [...] float32 of processed logits [..., V]."""
-    return z.gather(-1, tokens[..., None])[..., 0] - z.logsumexp(-1)
 
 
 def _warpers(params: SamplingParams) -> LogitsProcessorList:

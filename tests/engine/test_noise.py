@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from spec_rollout.engine.gumbel_max import noise_width
 from spec_rollout.engine.noise import NoiseWindow, gumbel, request_keys, threefry
 from spec_rollout.engine.rows import Rows
 from spec_rollout.records import Request
@@ -148,7 +149,7 @@ def test_window(ahead, monkeypatch):
         for _ in range(int(generator.integers(1, 6))):
             width = int(generator.integers(1, 9))
             steps = rows.progress()[:, None] + torch.arange(width)
-            assert torch.equal(window.take(rows, width), gumbel(rows.key[: rows.count], steps, 7))
+            assert torch.equal(window.take(rows, width), gumbel(rows.key[: rows.count], steps, noise_width(7)))
             emitted = generator.integers(1, width + 1, rows.count)
             rows.lengths[: rows.count] += emitted
             rows.length[: rows.count] += torch.from_numpy(emitted)
