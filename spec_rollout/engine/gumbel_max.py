@@ -16,6 +16,10 @@ import math
 import torch
 from torch import Tensor
 
+FLOOR = -80.0
+"""A score this far below the best cannot win, with noise between -3.2 and 22.2; its weight counts as exp(FLOOR), since
+exponentials of less can take ten times as long."""
+
 
 def block_size(vocab_size: int) -> int:
     """Tokens of a block; the last one may have fewer."""
@@ -63,8 +67,7 @@ def draw_among(z: Tensor, noise: Tensor | None, ids: Tensor | None, vocab_size: 
         return draw(z, noise)[0]
     size, count = block_size(vocab_size), num_blocks(vocab_size)
     block_of = ids // size
-    best = z.amax(-1, keepdim=True)
-    sums = z.new_zeros(len(z), count).index_add_(1, block_of, (z - best).exp_())
+    sums = z.new_zeros(len(z), count).index_add_(1, block_of, _weights(z)[0])
     block = (sums.log_() + noise[:, :count]).argmax(-1, keepdim=True)
     inside = z + noise[:, count:].index_select(1, ids % size)
     return inside.masked_fill_(block_of != block, -torch.inf).argmax(-1)
@@ -80,12 +83,16 @@ def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _block_sums(z: Tensor, size: int) -> Tensor:
-    """logsumexp [..., blocks] of z [..., V] over blocks of `size`; -inf where it lies 87 or more below the best score,
-    from where noise between -3.2 and 22.2 cannot make it win."""
-    best = z.amax(-1, keepdim=True)
-    weights = (z - best).exp_()
+    """logsumexp [..., blocks] of z [..., V] over blocks of `size`, where it is not far below the best score."""
+    weights, best = _weights(z)
     whole = z.shape[-1] // size * size
     sums = weights[..., :whole].unflatten(-1, (-1, size)).sum(-1)
     if whole < z.shape[-1]:
         sums = torch.cat([sums, weights[..., whole:].sum(-1, keepdim=True)], -1)
     return sums.log_().add_(best)
+
+
+def _weights(z: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(z - best) [..., V], and best [..., 1]."""
+    best = z.amax(-1, keepdim=True)
+    return (z - best).clamp_(min=FLOOR).exp_(), best
