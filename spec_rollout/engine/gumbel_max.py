@@ -35,22 +35,22 @@ def noise_width(vocab_size: int) -> int:
     return num_blocks(vocab_size) + block_size(vocab_size)
 
 
-def draw(z: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def draw(z: Tensor, noise: Tensor | None, room: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """A sample of softmax(z), the best score if there is no noise.
 
     Args:
-        z: [..., V] float32.
-        noise: [..., noise_width(V)], or None.
+        z: [..., V], of any precision.
+        noise: [..., noise_width(V)] float32, or None.
+        room: [..., V] float32 to compute in; new memory takes a CPU longer than the arithmetic.
 
     Returns:
-        the sample [...] int64; the least score by which it won in either stage [...]; logsumexp(z) [...]. Of two
-        equal scores the lower id wins, as in transformers' argmax.
+        the sample [...] int64; the least score by which it won in either stage [...]; logsumexp(z) [...] float32. Of
+        two equal scores the lower id wins, as in transformers' argmax.
     """
-    if noise is None:
-        token, margin = _best(z)
-        return token, margin, z.logsumexp(-1)
     size, count = block_size(z.shape[-1]), num_blocks(z.shape[-1])
-    sums = _block_sums(z, size)
+    sums = _block_sums(z, size, room)
+    if noise is None:
+        return *_best(z), sums.logsumexp(-1)
     block, won = _best(sums + noise[..., :count])
     ids = block[..., None] * size + torch.arange(size, device=z.device)
     inside = z.gather(-1, ids.clamp(max=z.shape[-1] - 1)).masked_fill(ids >= z.shape[-1], -torch.inf)
@@ -78,13 +78,13 @@ def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
     if scores.shape[-1] == 1:
         return torch.zeros_like(scores[..., 0], dtype=torch.int64), torch.full_like(scores[..., 0], torch.inf)
     best, index = scores.topk(2, dim=-1)
-    margin = best[..., 0] - best[..., 1]
+    margin = best[..., 0].float() - best[..., 1].float()
     return torch.where(margin == 0, index.amin(-1), index[..., 0]), margin
 
 
-def _block_sums(z: Tensor, size: int) -> Tensor:
+def _block_sums(z: Tensor, size: int, room: Tensor | None = None) -> Tensor:
     """logsumexp [..., blocks] of z [..., V] over blocks of `size`, where it is not far below the best score."""
-    weights, best = _weights(z)
+    weights, best = _weights(z, room)
     whole = z.shape[-1] // size * size
     sums = weights[..., :whole].unflatten(-1, (-1, size)).sum(-1)
     if whole < z.shape[-1]:
@@ -92,7 +92,8 @@ def _block_sums(z: Tensor, size: int) -> Tensor:
     return sums.log_().add_(best)
 
 
-def _weights(z: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(z - best) [..., V], and best [..., 1]."""
-    best = z.amax(-1, keepdim=True)
-    return (z - best).clamp_(min=FLOOR).exp_(), best
+def _weights(z: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """exp(z - best) [..., V], and best [..., 1]; float32 both."""
+    weights = z.to(torch.float32, copy=True) if room is None else room.copy_(z)
+    best = weights.amax(-1, keepdim=True)
+    return weights.sub_(best).clamp_(min=FLOOR).exp_(), best

@@ -144,7 +144,7 @@ class Rollout:
         seen = self.sampler.seen_along(self.rows, self.inputs)
         z = self.sampler.process(logits, seen)
         noise = None if noise is None else noise[:, : z.shape[1]]
-        samples, margin, normaliser = draw(z, noise)
+        samples, margin, normaliser = draw(z, noise, self.sampler.room(z))
         verdict = self._judge(guesses, samples)
         close = margin < self.near_tie
         close &= torch.arange(close.shape[1], device=close.device) < verdict.emitted[:, None]
@@ -158,7 +158,7 @@ class Rollout:
             verdict = self._judge(guesses, samples)
             report = torch.stack(verdict).cpu().numpy()
         self.report = Verdict(*report[:4])
-        self.scores = z.gather(-1, samples[..., None])[..., 0] - normaliser
+        self.scores = z.gather(-1, samples[..., None])[..., 0].float() - normaliser
         return samples, verdict
 
     def _judge(self, guesses: Tensor, samples: Tensor) -> Verdict:

@@ -26,6 +26,7 @@ class Sampler:
         self.warpers = _warpers(params)
         self.window = None if params.greedy else NoiseWindow(rows)
         self.seen = None
+        self._room = torch.empty(0, device=rows.device)
         if params.repetition_penalty != 1:
             self.seen = torch.zeros(rows.slots, rows.vocab_size, dtype=torch.bool, device=rows.device)
 
@@ -40,14 +41,21 @@ class Sampler:
         return None if self.window is None else self.window.take(rows, width)
 
     def process(self, logits: Tensor, seen: Tensor | None) -> Tensor:
-        """Processed logits [..., V] float32, in transformers' order: penalty, temperature, top-k, top-p, min-p."""
+        """Processed logits [..., V], in transformers' order: penalty, temperature, top-k, top-p, min-p. They are
+        float32, or the logits themselves where nothing is to be done."""
+        if seen is None and not self.warpers:
+            return logits
         z = logits.float()
         if seen is not None:
             penalty = self.params.repetition_penalty
             z = torch.where(seen, torch.where(z < 0, z * penalty, z / penalty), z)
-        if not self.warpers:
-            return z
         return self.warpers(None, z.reshape(-1, z.shape[-1])).view(z.shape)
+
+    def room(self, z: Tensor) -> Tensor:
+        """Memory of the shape of `z`, float32; the same in every step."""
+        if self._room.numel() < z.numel():
+            self._room = z.new_empty(z.numel(), dtype=torch.float32)
+        return self._room[: z.numel()].view(z.shape)
 
     def admit(self, rows: Rows, first: int, prompts: list) -> None:
         """Slots first.. start with the tokens of their `prompts` seen."""
