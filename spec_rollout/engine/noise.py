@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spec_rollout.engine.gumbel_max import noise_width
 from spec_rollout.engine.rows import Rows
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -69,10 +68,10 @@ def gumbel(keys: Tensor, positions: Tensor, width: int) -> Tensor:
 
 class NoiseWindow:
     """The noise of the rows' coming positions, drawn for many positions at once: every step would otherwise pay the
-    fixed cost of the generator's hundred small operations."""
+    fixed cost of the generator's hundred small operations. There are `numbers` of them, N, per position."""
 
-    def __init__(self, rows: Rows):
-        self.numbers = noise_width(rows.vocab_size)
+    def __init__(self, rows: Rows, numbers: int):
+        self.numbers = numbers
         self.ahead = min(AHEAD, AHEAD_NUMBERS // (rows.slots * self.numbers))
         self.first = np.full(rows.slots, -(2**31))  # completion position of each slot's first column
         self.window = torch.zeros(rows.slots, self.ahead, self.numbers, device=rows.device)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spec_rollout.engine.gumbel_max import draw
+from spec_rollout.engine.gumbel_max import draw, noise_width
+from spec_rollout.engine.rejection import draw_by_rejection, numbers
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.sampling import Sampler
 from spec_rollout.engine.scheduler import Admission, Scheduler
@@ -46,7 +47,9 @@ class Rollout:
         self.cache.allocate(slots, capacity, (self.target.dtype, device))
         self.rows = Rows(slots, capacity, self.target.vocab_size, device)
         self.scheduler = Scheduler(requests, slots)
-        self.sampler = Sampler(params, self.rows)
+        self.rejection = engine.config.verification == "rejection" and not params.greedy
+        self.noise_width = noise_width(self.target.vocab_size)
+        self.sampler = Sampler(params, self.rows, numbers(self.target.vocab_size) if self.rejection else None)
         self.invalid = torch.zeros(
             slots, dtype=torch.bool, device=device
         )  # active rows whose guesses were no token ids
@@ -124,6 +127,7 @@ class Rollout:
         return valid
 
     def _proposal(self, gamma: int, noise: Tensor | None) -> Tensor:
+        noise = None if noise is None else noise[..., : self.noise_width]
         guesses = self.drafter.propose(self.rows, gamma, noise, self.sampler.temperature)
         fits = guesses.dim() == 2 and len(guesses) == self.rows.count and guesses.shape[1] <= gamma
         if not fits or guesses.dtype != torch.int64:
@@ -144,7 +148,13 @@ class Rollout:
         seen = self.sampler.seen_along(self.rows, self.inputs)
         z = self.sampler.process(logits, seen)
         noise = None if noise is None else noise[:, : z.shape[1]]
-        samples, margin, normaliser = draw(z, noise, self.sampler.room(z))
+        if self.rejection:
+            proposal = self.drafter.proposal() if guesses.numel() and self.drafter is not None else None
+            theirs = noise[..., self.noise_width :]
+            samples, normaliser = draw_by_rejection(z, theirs, guesses, proposal, self.sampler.room(z))
+            margin = torch.full_like(normaliser, torch.inf)  # nothing to settle: it is another sample at another γ
+        else:
+            samples, margin, normaliser = draw(z, noise, self.sampler.room(z))
         verdict = self._judge(guesses, samples)
         close = margin < self.near_tie
         close &= torch.arange(close.shape[1], device=close.device) < verdict.emitted[:, None]

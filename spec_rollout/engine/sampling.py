@@ -12,6 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from spec_rollout.engine.gumbel_max import noise_width
 from spec_rollout.engine.noise import NoiseWindow
 from spec_rollout.engine.rows import Rows
 from spec_rollout.records import SamplingParams
@@ -21,10 +22,11 @@ class Sampler:
     """Processed logits z, and noise that is a pure function of the request's key and the position: all that a sample
     depends on (`gumbel_max.draw`). Greedy is the same without noise."""
 
-    def __init__(self, params: SamplingParams, rows: Rows):
+    def __init__(self, params: SamplingParams, rows: Rows, numbers: int | None = None):
+        """`numbers` of noise per position; by default what one sample takes."""
         self.params = params
         self.warpers = _warpers(params)
-        self.window = None if params.greedy else NoiseWindow(rows)
+        self.window = None if params.greedy else NoiseWindow(rows, numbers or noise_width(rows.vocab_size))
         self.seen = None
         self._room = torch.empty(0, device=rows.device)
         if params.repetition_penalty != 1:
@@ -36,8 +38,8 @@ class Sampler:
         return self.params.temperature or 1.0
 
     def noise(self, rows: Rows, width: int) -> Tensor | None:
-        """Gumbel noise [B, width, N] of the positions that the active rows sample next, N = noise_width(V) numbers for
-        each; None when greedy."""
+        """Gumbel noise [B, width, N] of the positions that the active rows sample next, N numbers for each; None
+        when greedy."""
         return None if self.window is None else self.window.take(rows, width)
 
     def process(self, logits: Tensor, seen: Tensor | None) -> Tensor:
