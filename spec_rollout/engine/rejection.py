@@ -20,8 +20,8 @@ LEAST = 1e-38
 
 
 class Proposal(NamedTuple):
-    """What guesses were drawn from: `scores` [B, γ, N] of the tokens `ids` [N], whose softmax is q; None is the whole
-    vocabulary."""
+    """What guesses were drawn from: `scores` [B, γ, N] of the tokens `ids` [N], ascending, whose softmax is q; None is
+    the whole vocabulary."""
 
     scores: Tensor
     ids: Tensor | None

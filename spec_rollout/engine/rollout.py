@@ -148,13 +148,7 @@ class Rollout:
         seen = self.sampler.seen_along(self.rows, self.inputs)
         z = self.sampler.process(logits, seen)
         noise = None if noise is None else noise[:, : z.shape[1]]
-        if self.rejection:
-            proposal = self.drafter.proposal() if guesses.numel() and self.drafter is not None else None
-            theirs = noise[..., self.noise_width :]
-            samples, normaliser = draw_by_rejection(z, theirs, guesses, proposal, self.sampler.room(z))
-            margin = torch.full_like(normaliser, torch.inf)  # nothing to settle: it is another sample at another γ
-        else:
-            samples, margin, normaliser = draw(z, noise, self.sampler.room(z))
+        samples, margin, normaliser = self._draw(z, noise, guesses)
         verdict = self._judge(guesses, samples)
         close = margin < self.near_tie
         close &= torch.arange(close.shape[1], device=close.device) < verdict.emitted[:, None]
@@ -170,6 +164,17 @@ class Rollout:
         self.report = Verdict(*report[:4])
         self.scores = z.gather(-1, samples[..., None])[..., 0].float() - normaliser
         return samples, verdict
+
+    def _draw(self, z: Tensor, noise: Tensor | None, guesses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples, the margins by which they won, and logsumexp(z), each [B, γ + 1]."""
+        room = self.sampler.room(z)
+        if not self.rejection:
+            return draw(z, noise, room)
+        proposal = None
+        if guesses.numel() and self.drafter is not None:
+            proposal = self._guarded(self.drafter.proposal)  # without it the guesses are taken as given: the same law
+        samples, normaliser = draw_by_rejection(z, noise[..., self.noise_width :], guesses, proposal, room)
+        return samples, torch.full_like(normaliser, torch.inf), normaliser  # another γ draws another sample anyway
 
     def _judge(self, guesses: Tensor, samples: Tensor) -> Verdict:
         rows = self.rows
