@@ -51,7 +51,7 @@ def check(argv: Sequence[str]) -> int | None:
 
 def pretrain_draft(argv: Sequence[str]) -> int | None:
     """train a draft head ahead of a run: --policy DIR --prompts FILE --out DIR"""
-    return import_module("spec_rollout.training.pretrain_draft").main(argv)
+    return import_module("spec_rollout.profile.pretrain").main(argv)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {

@@ -24,6 +24,8 @@ MAX_AGE = 8
 young head from learning the newest prompts by heart."""
 HOST_BYTES = 2**29
 """A buffer that may grow beyond this is kept in host memory."""
+HELD_OUT_TOKENS = 512
+"""About so many of the freshest rollouts are kept from training, to see acceptance on what the head has not seen."""
 
 
 class FeatureBuffer:
@@ -64,3 +66,29 @@ class FeatureBuffer:
 
     def _drop(self, index: int) -> None:
         self.tokens -= len(self.samples.pop(index).features)
+
+
+def hold_out(samples: list[Sample], generator: torch.Generator) -> tuple[list[Sample], list[Sample]]:
+    """Some rollouts of the newest policy, about HELD_OUT_TOKENS, and what may be trained on besides.
+
+    Rollouts of one prompt are much alike, so whole groups are held out and the rest of a large one is left aside; with
+    fewer than four prompts, single rollouts, but never more than a quarter.
+    """
+    newest = max((sample.version for sample in samples), default=0)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, sample in enumerate(samples):
+        if sample.version == newest:
+            groups.setdefault(tuple(sample.tokens[: sample.prompt].tolist()), []).append(index)
+    units = list(groups.values()) if len(groups) >= 4 else [[index] for group in groups.values() for index in group]
+    held: list[int] = []
+    aside: set[int] = set()
+    size = 0
+    for chosen in torch.randperm(len(units), generator=generator).tolist()[: len(units) // 4]:
+        if size >= HELD_OUT_TOKENS:
+            break
+        aside |= set(units[chosen])
+        for index in units[chosen]:
+            if size < HELD_OUT_TOKENS:
+                held.append(index)
+                size += len(samples[index].features)
+    return [samples[i] for i in held], [sample for i, sample in enumerate(samples) if i not in aside]

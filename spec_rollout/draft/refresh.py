@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spec_rollout.draft import ranks
 from spec_rollout.draft.eagle import EagleHead
-from spec_rollout.draft.features import FeatureBuffer, Sample
+from spec_rollout.draft.features import FeatureBuffer, Sample, hold_out
 from spec_rollout.draft.packing import Pack, pack
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.unroll import unroll
@@ -36,8 +36,6 @@ WARM_UP_STEPS = 3
 AVERAGE_SPAN, MOST_AVERAGED = 8, 25
 """Decoding with averaged weights raised the acceptance length at 3 guesses by 0.1 after 150 steps."""
 MAX_EPOCHS = 4
-HELD_OUT_TOKENS = 512
-"""Of the freshest rollouts: enough to see a gain of a hundredth, as before and after are compared on the same."""
 BURST = 16
 """Steps between two looks at whether training still pays."""
 
@@ -53,6 +51,7 @@ class DraftTrainer:
     its own rollouts, the gradients are averaged, and all ranks end with the same head.
 
     Attributes:
+        batch_tokens: tokens of one optimiser step.
         average: a head of `head`'s weights averaged over the last steps, which guesses better than they do singly; the
             one to decode with.
     """
@@ -71,7 +70,7 @@ class DraftTrainer:
         )
         self.rates = (rate, SCALE_RATE)
         self.generator = torch.Generator().manual_seed(seed)
-        self.steps = 0
+        self.steps, self.batch_tokens = 0, BATCH_TOKENS
         self._step_seconds = 0.0
         self.device = head.fc.weight.device
         kind = self.device.type
@@ -91,7 +90,7 @@ class DraftTrainer:
         began = time.perf_counter()
         stats, losses = RefreshStats(), []
         unseen, seen = hold_out(buffer.samples, self.generator)
-        batches = self._batches(seen)
+        batches = self.batches(seen)
         if ranks.agree(bool(seen) and self._step_seconds <= seconds, self.device):
             stats.acceptance_before = stats.acceptance = self.acceptance(unseen, temperature)
             paying = True
@@ -156,11 +155,12 @@ class DraftTrainer:
             batch = next(batches, None)
             if not ranks.agree(batch is not None and now + self._step_seconds <= deadline, self.device):
                 break
-            losses.append(torch.stack([self._step(batch), batch.learn.sum()]))
+            losses.append(torch.stack([self.step(batch), batch.learn.sum()]))
         return losses
 
-    def _batches(self, samples: list[Sample]) -> Iterator[Pack]:
-        """Packed rows of BATCH_TOKENS in all; each pass takes the newest policy's rollouts first, in random order."""
+    def batches(self, samples: list[Sample]) -> Iterator[Pack]:
+        """Packed rows of `batch_tokens` in all; each pass takes the newest policy's rollouts first, else in random
+        order."""
         for _ in range(MAX_EPOCHS):
             for version in sorted({sample.version for sample in samples}, reverse=True):
                 yield from self._shuffled([sample for sample in samples if sample.version == version])
@@ -168,18 +168,23 @@ class DraftTrainer:
     def _shuffled(self, samples: list[Sample]) -> Iterator[Pack]:
         order = torch.randperm(len(samples), generator=self.generator).tolist()
         packed = pack([samples[i] for i in order], PACK_WIDTH)
-        rows = max(1, BATCH_TOKENS // packed.tokens.shape[1])
+        rows = max(1, self.batch_tokens // packed.tokens.shape[1])
         shuffled = torch.randperm(len(packed.tokens), generator=self.generator).to(packed.tokens.device)
         for index in shuffled.split(rows):
             yield Pack(*(x[index].to(self.device) for x in packed))
 
     @torch.enable_grad()
-    def _step(self, batch: Pack) -> Tensor:
+    def step(self, batch: Pack) -> Tensor:
+        """One optimiser step on `batch`, with gradients averaged over the ranks; returns the mean loss, a scalar.
+
+        Raises:
+            FloatingPointError: the loss is not finite, on any rank.
+        """
         with self.precision:
             loss = self.loss(batch)
         self.head.zero_grad(set_to_none=True)
         loss.backward()
-        loss = self._average(loss.detach())
+        loss = ranks.average([p.grad for p in self.head.parameters()], loss.detach())
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"The draft's loss is {loss.item()}.")
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
@@ -196,17 +201,6 @@ class DraftTrainer:
         share = max(1 / MOST_AVERAGED, AVERAGE_SPAN / (self.steps + 2 * AVERAGE_SPAN))
         for mean, weight in zip(self.average.parameters(), self.head.parameters(), strict=True):
             mean.lerp_(weight, share)
-
-    def _average(self, loss: Tensor) -> Tensor:
-        """Average the gradients over the ranks; returns the mean loss."""
-        if ranks.count() == 1:
-            return loss
-        gradients = [p.grad for p in self.head.parameters()]
-        flat = torch.cat([*(g.flatten() for g in gradients), loss.float()[None]])
-        flat = ranks.total(flat) / ranks.count()
-        for gradient, mean in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
-        return flat[-1]
 
     def loss(self, batch: Pack) -> Tensor:
         """Mean Kullback-Leibler divergence, whose gradient is that of soft cross-entropy, over entries and unrolled
@@ -246,32 +240,6 @@ class DraftTrainer:
         for hidden, valid in unroll(head, embeds, batch, UNROLLED_STEPS):
             use = batch.learn & valid
             yield F.linear(hidden[use], rows).float().log_softmax(-1), target[everywhere[use]]
-
-
-def hold_out(samples: list[Sample], generator: torch.Generator) -> tuple[list[Sample], list[Sample]]:
-    """Some rollouts of the newest policy, about HELD_OUT_TOKENS, and what may be trained on besides.
-
-    Rollouts of one prompt are much alike, so whole groups are held out and the rest of a large one is left aside; with
-    fewer than four prompts, single rollouts, but never more than a quarter.
-    """
-    newest = max((sample.version for sample in samples), default=0)
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, sample in enumerate(samples):
-        if sample.version == newest:
-            groups.setdefault(tuple(sample.tokens[: sample.prompt].tolist()), []).append(index)
-    units = list(groups.values()) if len(groups) >= 4 else [[index] for group in groups.values() for index in group]
-    held: list[int] = []
-    aside: set[int] = set()
-    size = 0
-    for chosen in torch.randperm(len(units), generator=generator).tolist()[: len(units) // 4]:
-        if size >= HELD_OUT_TOKENS:
-            break
-        aside |= set(units[chosen])
-        for index in units[chosen]:
-            if size < HELD_OUT_TOKENS:
-                held.append(index)
-                size += len(samples[index].features)
-    return [samples[i] for i in held], [sample for i, sample in enumerate(samples) if i not in aside]
 
 
 def _multiplies_bfloat16(device: str) -> bool:

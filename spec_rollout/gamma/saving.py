@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,25 +21,27 @@ class RolloutValue:
         cost: predicts the seconds of a step.
         steps: of a rollout; what it drew at each number of active rows is drawn again, at the best γ there.
         max_gamma: the most guesses per step.
+        bound: seconds that the rollout takes at most, with another draft.
     """
 
-    def __init__(self, cost: CostModel, steps: Sequence[StepStats], max_gamma: int):
-        self.max_gamma = max_gamma
+    def __init__(self, cost: CostModel, steps: Sequence[StepStats], max_gamma: int, bound: float = math.inf):
+        self.max_gamma, self.bound = max_gamma, bound
         emitted: dict[int, int] = {}
         context: dict[int, int] = {}
         for step in steps:
             emitted[step.rows] = emitted.get(step.rows, 0) + step.emitted
             context[step.rows] = max(context.get(step.rows, 0), step.context)
         self._drawn = np.array(list(emitted.values()), dtype=float)  # [N] tokens
-        self._rates = np.array(
+        self._speeds = np.array(
             [rows / cost.step_seconds(rows, max_gamma, context[rows])[0] for rows in emitted]
         ).reshape(-1, max_gamma + 1)  # [N, max_gamma + 1], tokens per second if no guess came true
 
     def seconds(self, rates: Sequence[float]) -> float:
-        """Seconds of the rollout under conditional acceptance `rates` (the last one goes on): never more than those of
-        plain decoding."""
-        rates = [rates[min(i, len(rates) - 1)] for i in range(self.max_gamma)]
-        return float((self._drawn / (self._rates * expected_curve(rates)).max(axis=1)).sum())
+        """Seconds of the rollout under conditional acceptance `rates` (the last one goes on; none: plain
+        decoding), never more than those of plain decoding or `bound`."""
+        rates = [rates[min(i, len(rates) - 1)] if rates else 0.0 for i in range(self.max_gamma)]
+        seconds = float((self._drawn / (self._speeds * expected_curve(rates)).max(axis=1)).sum())
+        return min(seconds, self.bound)
 
     def hope(self, rates: Sequence[float]) -> float:
         """Seconds saved by going on from `rates` to what trained heads usually reach, or a little beyond."""

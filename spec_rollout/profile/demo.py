@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOTrainer
 
 from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.profile import arithmetic_run
 from spec_rollout.profile.pictures import draw_demo
 from spec_rollout.profile.workload import (
     Policy,
@@ -30,12 +28,11 @@ from spec_rollout.profile.workload import (
     write_json,
 )
 from spec_rollout.records import RolloutStats, StepStats
-from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
-from spec_rollout.training.arithmetic import accuracy_reward, problems, prompt_dataset
+from spec_rollout.training import SpecGRPOTrainer
 from spec_rollout.training.reference_policy import make_reference_policy
 
-BATCH_SIZE, COMPLETION_TOKENS = 48, 320
 HELDOUT_PROBLEMS = 256
+LEARNING_RATE = 1e-4
 SKIPPED_STEPS = 1
 """The first step warms up caches and, in our sampler, decodes without a draft; it counts in no speed-up but its draft
 training is charged like any other."""
@@ -79,11 +76,12 @@ class Speculative(Recorded, SpecGRPOTrainer):
         return output
 
 
-class Clock(TrainerCallback):
-    """Step times, rewards and one progress bar."""
+class Clock(arithmetic_run.Progress):
+    """Step times and rewards of a `run`."""
 
-    def __init__(self, run: Run, name: str, steps: int):
-        self.run, self.bar = run, tqdm(total=steps, desc=name, unit="step", file=sys.stderr)
+    def __init__(self, run: Run, name: str):
+        super().__init__(name)
+        self.run = run
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.began = time.perf_counter()
@@ -91,14 +89,8 @@ class Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.run.step_seconds.append(time.perf_counter() - self.began)
 
-    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs):
-        if logs and "reward" in logs:
-            self.run.rewards.append(logs["reward"])
-            self.bar.set_postfix(reward=f"{logs['reward']:.2f}")
-            self.bar.update()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+    def step_logged(self, logs: dict[str, Any]) -> None:
+        self.run.rewards.append(logs["reward"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plain = train("ours, plain decoding", Speculative, policy, args, num_speculative_tokens=0)
     ours = train("ours, speculative", Speculative, policy, args)
     figures = compare(baseline, plain, ours)
-    judged = load_policy(str(policy), "float32", COMPLETION_TOKENS)
+    judged = load_policy(str(policy), "float32", arithmetic_run.COMPLETION_TOKENS)
     figures["heldout_accuracy_first"] = heldout_accuracy(judged)
     with torch.no_grad():
         for name, weight in judged.model.named_parameters():
@@ -126,35 +118,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(name: str, trainer_class: type, policy: Path, args: argparse.Namespace, **options) -> Run:
     """One GRPO run from the same weights, seed and prompts."""
     run = Run()
-    config = SpecGRPOConfig(
-        output_dir=str(args.out / "runs" / name.replace(" ", "-").replace(",", "").replace("'", "")),
-        max_steps=args.steps,
+    trainer = arithmetic_run.make_trainer(
+        trainer_class,
+        policy,
+        args.out / "runs" / name.replace(" ", "-").replace(",", "").replace("'", ""),
+        Clock(run, name),
+        steps=args.steps,
+        learning_rate=LEARNING_RATE,
         seed=args.seed,
-        per_device_train_batch_size=BATCH_SIZE,
-        num_generations=8,
-        max_completion_length=COMPLETION_TOKENS,
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        beta=0.0,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         **options,
     )
-    trainer = trainer_class(
-        model=str(policy),
-        reward_funcs=accuracy_reward,
-        args=config,
-        train_dataset=prompt_dataset("rl", 2000, args.seed),
-        callbacks=[Clock(run, name, args.steps)],
-    )
     trainer.run = run
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
     trainer.train()
     run.weights = {n: p.detach().cpu().clone() for n, p in trainer.model.named_parameters()}
     return run
@@ -166,9 +140,7 @@ def heldout_accuracy(policy: Policy) -> float:
     The prompts of a GRPO step are few and of uneven difficulty; this compares two policies on the same problems.
     """
     prompts = arithmetic_prompts(policy.tokenizer, HELDOUT_PROBLEMS)
-    completions = RolloutEngine(policy.model).generate(prompts, policy.params)
-    texts = [policy.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
-    return statistics.mean(accuracy_reward(texts, [p.answer for p in problems("heldout", HELDOUT_PROBLEMS)]))
+    return arithmetic_run.accuracy(policy, RolloutEngine(policy.model).generate(prompts, policy.params))
 
 
 def compare(baseline: Run, plain: Run, ours: Run) -> dict:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
-import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,39 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from spec_rollout.config import SpecConfig
-from spec_rollout.draft.drafter import EagleDrafter
-from spec_rollout.draft.eagle import EagleHead, HeadConfig
-from spec_rollout.draft.features import FeatureBuffer
 from spec_rollout.draft.learner import DraftLearner
 from spec_rollout.draft.policy_view import PolicyView
-from spec_rollout.draft.refresh import DraftTrainer
-from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.gamma import FixedGamma
+from spec_rollout.profile import arithmetic_run
 from spec_rollout.profile.pictures import draw_drift
-from spec_rollout.profile.workload import (
-    Policy,
-    arithmetic_prompts,
-    hardware,
-    load_policy,
-    positive,
-    table,
-    write_json,
-)
-from spec_rollout.records import Completion
-from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
-from spec_rollout.training.arithmetic import accuracy_reward, problems, prompt_dataset
-
-GAMMA = 3
-BATCH_SIZE, COMPLETION_TOKENS = 48, 320
-PROBE_PROMPTS = 64
-CEILING_PROMPTS, CEILING_STEPS = 256, 300
-"""Rollouts of the current policy and optimiser steps on them, after which a head no longer improves on unseen ones."""
+from spec_rollout.profile.probe import GAMMA, Probe
+from spec_rollout.profile.workload import Policy, hardware, load_policy, positive, table, write_json
+from spec_rollout.training import SpecGRPOTrainer
 
 
 @dataclass
@@ -68,66 +42,6 @@ class Drift:
     """Of every step's rollout, at the numbers of guesses that the controller chose."""
     refresh_time_share: float = 0.0
     """Draft training's share of the time of all steps, the first one's included."""
-
-
-class Probe:
-    """Measures heads on the policy as it is now; its rollouts reach neither training nor the random streams."""
-
-    def __init__(self, policy: Policy, seed: int):
-        self.policy, self.seed = policy, seed
-        self.prompts = arithmetic_prompts(policy.tokenizer, PROBE_PROMPTS, seed)
-        self.first = copy.deepcopy(policy.model.state_dict())
-
-    def acceptance_length(self, head: EagleHead) -> tuple[float, list[Completion]]:
-        """Of `head` (float32, still scaled) guessing GAMMA tokens, and what was drawn."""
-        running = EagleHead(head.config).to(self.policy.model.device)
-        running.load_state_dict(head.folded())
-        drafter = EagleDrafter(running, PolicyView(self.policy.model))
-        drafter.ready = True
-        config = SpecConfig(num_speculative_tokens=GAMMA)
-        engine = RolloutEngine(self.policy.model, config, drafter=drafter, controller=FixedGamma(GAMMA))
-        drawn = engine.generate(self.prompts, self.policy.params, seed=(self.seed,))
-        return engine.stats.mean_acceptance_length, drawn
-
-    def ceiling(self) -> EagleHead:
-        """A head trained from new weights on the current policy until it no longer improves."""
-        view = PolicyView(self.policy.model)
-        device = self.policy.model.device
-        head = EagleHead(HeadConfig.for_target(view.config), self.seed).to(device)
-        buffer = FeatureBuffer(10**9)
-        drafter = EagleDrafter(EagleHead(head.config).to(device), view, buffer)
-        engine = RolloutEngine(self.policy.model, SpecConfig(), drafter=drafter, controller=FixedGamma(0))
-        prompts = arithmetic_prompts(self.policy.tokenizer, CEILING_PROMPTS, self.seed + 1)
-        engine.generate(prompts, self.policy.params, seed=(self.seed, 1))
-        head.fit_scale(torch.cat([s.features for s in buffer.samples[:16]]), fresh=True)
-        trainer = DraftTrainer(head, view, seed=self.seed)
-        batches = (batch for _ in iter(int, 1) for batch in trainer._batches(buffer.samples))
-        rates = trainer.rates
-        for step in tqdm(range(CEILING_STEPS), desc="ceiling", unit="step", file=sys.stderr, leave=False):
-            trainer.rates = tuple(rate * min(1.0, 2 * (1 - step / CEILING_STEPS)) for rate in rates)
-            trainer._step(next(batches))
-        return head
-
-    def accuracy(self, drawn: Sequence[Completion]) -> float:
-        """Share of the prompts that were answered right."""
-        texts = [self.policy.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in drawn]
-        answers = [p.answer for p in problems("heldout", PROBE_PROMPTS, self.seed)]
-        return statistics.mean(accuracy_reward(texts, answers))
-
-    @torch.no_grad()
-    def policy_kl(self, drawn: Sequence[Completion]) -> float:
-        """Mean of log π − log π₀ over the tokens `drawn` from the current policy π at T = 1."""
-        model = self.policy.model
-        now = copy.deepcopy(model.state_dict())
-        model.load_state_dict(self.first)
-        differences = []
-        for prompt, completion in zip(self.prompts, drawn, strict=True):
-            ids = torch.tensor([*prompt, *completion.token_ids], device=model.device)
-            log_probs = model(ids[None, :-1]).logits[0, len(prompt) - 1 :].log_softmax(-1)
-            old = log_probs.gather(1, ids[len(prompt) :, None])[:, 0].cpu()
-            differences += (torch.tensor(completion.logprobs) - old).tolist()
-        model.load_state_dict(now)
-        return statistics.mean(differences)
 
 
 class DriftTrainer(SpecGRPOTrainer):
@@ -167,10 +81,11 @@ class DriftTrainer(SpecGRPOTrainer):
         self.sampler.backend._step_began += seconds
 
 
-class Observer(TrainerCallback):
+class Observer(arithmetic_run.Progress):
     """Probes every `every` steps, and adds up where the time of the run went."""
 
     def __init__(self, policy: Policy, every: int, seed: int):
+        super().__init__("GRPO")
         self.policy, self.every, self.seed = policy, every, seed
         self.trainer: DriftTrainer | None = None
         self.refresh_seconds = self.step_seconds = 0.0
@@ -178,7 +93,7 @@ class Observer(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.probe = Probe(self.policy._replace(model=model), self.seed)
         self.frozen = self.probe.ceiling()
-        self.bar = tqdm(total=state.max_steps, desc="GRPO", unit="step", file=sys.stderr)
+        super().on_train_begin(args, state, control)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.began, self.trainer.beside = time.perf_counter(), 0.0
@@ -190,17 +105,14 @@ class Observer(TrainerCallback):
             self._look(state.global_step)
             self.trainer.leave_out(time.perf_counter() - began)
 
-    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs):
-        if logs and "reward" in logs:
-            drift = self.trainer.drift
-            drift.reward.append(logs["reward"])
-            drift.acceptance_length.append(logs["speculative/mean_acceptance_length"])
-            self.refresh_seconds += logs["speculative/refresh_seconds"]
-            self.bar.set_postfix(reward=f"{logs['reward']:.2f}")
-            self.bar.update()
+    def step_logged(self, logs: dict[str, Any]) -> None:
+        drift = self.trainer.drift
+        drift.reward.append(logs["reward"])
+        drift.acceptance_length.append(logs["speculative/mean_acceptance_length"])
+        self.refresh_seconds += logs["speculative/refresh_seconds"]
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+        super().on_train_end(args, state, control)
         self.trainer.drift.refresh_time_share = self.refresh_seconds / self.step_seconds
 
     def _look(self, step: int) -> None:
@@ -213,7 +125,7 @@ class Observer(TrainerCallback):
                 length, drawn = self.probe.acceptance_length(head)
                 series.append(length)
             drift.policy_kl.append(self.probe.policy_kl(drawn))
-            drift.accuracy.append(self.probe.accuracy(drawn))
+            drift.accuracy.append(arithmetic_run.accuracy(self.policy, drawn, self.seed))
         drift.steps.append(step)
         model.train(training)
 
@@ -224,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     drift = run(args)
     figures = asdict(drift) | {
         "hardware": hardware(),
-        "setup": {"gamma": GAMMA, "batch_size": BATCH_SIZE, "learning_rate": args.learning_rate},
+        "setup": {"gamma": GAMMA, "batch_size": arithmetic_run.BATCH_SIZE, "learning_rate": args.learning_rate},
     }
     write_json(args.json or args.out / "drift.json", figures)
     draw_drift(args.out / "drift.png", drift)
@@ -250,35 +162,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> Drift:
     """One GRPO run with probes."""
-    observer = Observer(load_policy(args.policy, "float32", COMPLETION_TOKENS), args.every, args.seed)
-    config = SpecGRPOConfig(
-        output_dir=str(args.out / "run"),
-        max_steps=args.steps,
-        seed=args.seed,
-        per_device_train_batch_size=BATCH_SIZE,
-        num_generations=8,
-        max_completion_length=COMPLETION_TOKENS,
+    policy = load_policy(args.policy, "float32", arithmetic_run.COMPLETION_TOKENS)
+    observer = Observer(policy, args.every, args.seed)
+    trainer = arithmetic_run.make_trainer(
+        DriftTrainer,
+        args.policy,
+        args.out / "run",
+        observer,
+        steps=args.steps,
         learning_rate=args.learning_rate,
-        lr_scheduler_type="constant",
-        beta=0.0,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = DriftTrainer(
-        model=args.policy,
-        reward_funcs=accuracy_reward,
-        args=config,
-        train_dataset=prompt_dataset("rl", 2000, args.seed),
-        callbacks=[observer],
+        seed=args.seed,
     )
     trainer.drift, observer.trainer = Drift(), trainer
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
     trainer.train()
     return trainer.drift
 

@@ -6,7 +6,8 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
-from spec_rollout.records import SamplingParams
+from spec_rollout.records import RefreshStats, SamplingParams
 from spec_rollout.training.arithmetic import problems
+from spec_rollout.training.launch import ScriptArguments, load_split
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WARM_UP_PROMPTS, WARM_UP_ROUNDS = 64, 5
@@ -71,15 +73,46 @@ def arithmetic_prompts(tokenizer: PreTrainedTokenizerBase, count: int, seed: int
     return [tokenizer(p.prompt)["input_ids"] for p in problems("heldout", count, seed)]
 
 
+def load_prompts(tokenizer: PreTrainedTokenizerBase, name: str) -> list[list[int]]:
+    """Token ids of the prompts in a file or dataset with a column `prompt`, as TRL's trainers tokenize them.
+
+    Raises:
+        SystemExit: it is not there, cannot be read, or holds no prompts.
+    """
+    try:
+        rows = load_split(ScriptArguments(dataset_name=name), "train")["prompt"]
+    except ValueError as error:
+        raise SystemExit(f"--prompts: {error}") from error
+    return [_prompt_ids(tokenizer, prompt) for prompt in rows]
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+
+
 def warm_backend(policy: Policy, config: SpecConfig) -> EmbeddedBackend:
     """A backend whose head has learned, from no checkpoint, on a few rollouts, as it would have after as many steps of
     a training run in which it may learn for as long as the rollouts take."""
-    backend = EmbeddedBackend(policy.model, config, policy.tokenizer)
-    for turn in tqdm(range(WARM_UP_ROUNDS), desc="warming the draft up", unit="rollout", file=sys.stderr):
-        prompts = arithmetic_prompts(policy.tokenizer, WARM_UP_PROMPTS, seed=1000 + turn)
-        backend.generate(prompts, policy.params, seed=(turn,))
-        backend.refresh(backend.take_stats().seconds)
+    backend = EmbeddedBackend(policy.model, replace(config, draft_ngrams=False), policy.tokenizer)
+    batches = [arithmetic_prompts(policy.tokenizer, WARM_UP_PROMPTS, 1000 + turn) for turn in range(WARM_UP_ROUNDS)]
+    list(warm_up(backend, batches, policy.params))
     return backend
+
+
+def warm_up(
+    backend: EmbeddedBackend, batches: Sequence[Sequence[Sequence[int]]], params: SamplingParams
+) -> Iterator[RefreshStats]:
+    """Roll out each of `batches` and let the head learn for as long as that took; yields each training's figures."""
+    with tqdm(batches, desc="training the draft", unit="rollout", file=sys.stderr) as bar:
+        for turn, prompts in enumerate(bar):
+            backend.generate(prompts, params, seed=(turn,))
+            stats = backend.refresh(backend.take_stats().seconds)
+            bar.set_postfix(loss=f"{stats.loss:.2f}", acceptance=f"{(stats.acceptance or [0.0])[0]:.2f}")
+            yield stats
 
 
 def hardware() -> dict:

@@ -49,10 +49,6 @@ class SpecGRPOConfig(SpecConfig, GRPOConfig):
         if self.importance_sampling_correction:
             _refuse_uncorrectable(self)
 
-    def spec_config(self) -> SpecConfig:
-        """The sampler's options alone."""
-        return spec_config(self)
-
 
 @dataclass
 class SpecRLOOConfig(SpecConfig, RLOOConfig):
@@ -77,10 +73,6 @@ class SpecRLOOConfig(SpecConfig, RLOOConfig):
         RLOOConfig.__post_init__(self)
         SpecConfig.__post_init__(self)
         refuse_conflicts(self)
-
-    def spec_config(self) -> SpecConfig:
-        """The sampler's options alone."""
-        return spec_config(self)
 
 
 def spec_config(args: TrainingArguments) -> SpecConfig:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from spec_rollout.training import arithmetic, gsm8k
@@ -166,9 +167,7 @@ def _load(script: ScriptArguments, split: str) -> Dataset:
             raise ValueError(f"{name} has no split {split!r}: choose one of {', '.join(ARITHMETIC_SPLITS)}.")
         return arithmetic.prompt_dataset(ARITHMETIC_SPLITS[split], script.dataset_size or 2000)
     if path.is_file():
-        if path.suffix not in FILE_FORMATS:
-            raise ValueError(f"{name} is none of {', '.join(FILE_FORMATS)}: convert it to one of them.")
-        return load_dataset(FILE_FORMATS[path.suffix], data_files={split: str(path)}, split=split)
+        return _load_file(path, split)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():  # written by `save_to_disk`
         saved = load_from_disk(name)
         if not isinstance(saved, DatasetDict):
@@ -179,6 +178,17 @@ def _load(script: ScriptArguments, split: str) -> Dataset:
     if not path.exists() and (path.is_absolute() or path.suffix in FILE_FORMATS or name.startswith(".")):
         raise ValueError(f"dataset_name={name} does not exist: give a dataset of the Hub, a folder or a file.")
     return load_dataset(name, script.dataset_config, split=split)
+
+
+def _load_file(path: Path, split: str) -> Dataset:
+    if path.suffix not in FILE_FORMATS:
+        raise ValueError(f"{path} is none of {', '.join(FILE_FORMATS)}: convert it to one of them.")
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty: it must hold at least 1 row.")
+    try:
+        return load_dataset(FILE_FORMATS[path.suffix], data_files={split: str(path)}, split=split)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error.__cause__ or error}") from error
 
 
 def load_reward_funcs(script: ScriptArguments) -> list[Callable]:

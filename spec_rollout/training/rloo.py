@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from transformers import PreTrainedModel
-from trl import RLOOConfig, RLOOTrainer
+from trl import RLOOTrainer
 
 from spec_rollout.training.rollouts import SpeculativeRollouts
 
@@ -42,9 +41,6 @@ class SpecRLOOTrainer(SpeculativeRollouts, RLOOTrainer):
     """
 
     _tag_names: ClassVar[list[str]] = [*RLOOTrainer._tag_names, "spec-rollout"]
-
-    def __init__(self, model: str | PreTrainedModel, reward_funcs, args: RLOOConfig | None = None, *others, **options):
-        super().__init__(model, reward_funcs, args, *others, **options)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
         completions = self._sample_turn(prompt_ids, images, multimodal_fields)

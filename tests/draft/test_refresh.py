@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from spec_rollout.draft import refresh
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
-from spec_rollout.draft.features import FeatureBuffer, Sample
+from spec_rollout.draft.features import HELD_OUT_TOKENS, FeatureBuffer, Sample, hold_out
 from spec_rollout.draft.packing import pack
 from spec_rollout.draft.policy_view import PolicyView
-from spec_rollout.draft.refresh import HELD_OUT_TOKENS, MAX_EPOCHS, PACK_WIDTH, UNROLLED_STEPS, DraftTrainer, hold_out
+from spec_rollout.draft.refresh import MAX_EPOCHS, PACK_WIDTH, UNROLLED_STEPS, DraftTrainer
 from spec_rollout.draft.vocabulary import choose_vocabulary
 from tests.tiny import VOCAB, policy
 
@@ -39,7 +39,7 @@ def test_training_lowers_the_loss_and_leaves_policy_and_random_stream_alone(buff
     before, weights = torch.get_rng_state(), {n: p.clone() for n, p in model.named_parameters()}
     trainer = trainer_for(model)
     monkeypatch.setattr(refresh, "MAX_EPOCHS", 20)
-    losses = [trainer._step(batch).item() for batch in islice(trainer._batches(buffer.samples), 15)]
+    losses = [trainer.step(batch).item() for batch in islice(trainer.batches(buffer.samples), 15)]
     assert losses[-1] < 0.8 * losses[0]
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(p, weights[n]) and p.grad is None for n, p in model.named_parameters())
@@ -95,7 +95,7 @@ def test_the_newest_rollouts_come_first(buffer):
     for token in range(4):
         buffer.add(torch.full((31,), token), buffer.samples[0].features, 4)
     trainer = trainer_for(policy("llama"))
-    first = next(trainer._batches(buffer.samples))
+    first = next(trainer.batches(buffer.samples))
     assert {int(t) for t in first.tokens[first.document >= 0]} == {0, 1, 2, 3}
 
 
@@ -128,14 +128,14 @@ def test_optimiser_state_continues(buffer):
     """As in one training that is not cut in two."""
     whole, half = trainer_for(policy("llama")), trainer_for(policy("llama"))
     for trainer in (whole, half):
-        for batch in islice(trainer._batches(buffer.samples), 3):
-            trainer._step(batch)
+        for batch in islice(trainer.batches(buffer.samples), 3):
+            trainer.step(batch)
     other = trainer_for(policy("llama"))
     other.head.load_state_dict(half.head.state_dict())
     other.load_state_dict(half.state_dict())
     for trainer in (whole, other):
-        for batch in islice(trainer._batches(buffer.samples), 3):
-            trainer._step(batch)
+        for batch in islice(trainer.batches(buffer.samples), 3):
+            trainer.step(batch)
     for (name, one), two in zip(whole.head.named_parameters(), other.head.parameters(), strict=True):
         assert torch.equal(one, two), name
 
@@ -143,8 +143,8 @@ def test_optimiser_state_continues(buffer):
 def test_the_average_follows_the_weights(buffer):
     trainer = trainer_for(policy("llama"))
     seen = []
-    for batch in islice(trainer._batches(buffer.samples), 4):
-        trainer._step(batch)
+    for batch in islice(trainer.batches(buffer.samples), 4):
+        trainer.step(batch)
         seen.append(trainer.head.fc.weight.detach().clone())
     low, high = torch.stack(seen).amin(0), torch.stack(seen).amax(0)
     first = trainer_for(policy("llama")).head.fc.weight
@@ -156,7 +156,7 @@ def test_the_average_follows_the_weights(buffer):
 
 def test_optimiser_state_of_another_head_is_refused(buffer):
     trainer = trainer_for(policy("llama"))
-    trainer._step(next(trainer._batches(buffer.samples)))
+    trainer.step(next(trainer.batches(buffer.samples)))
     state = trainer.state_dict()
     for key, value in (("0.0.momentum_buffer", torch.zeros(3, 3)), ("0.99.momentum_buffer", torch.zeros(1))):
         with pytest.raises(ValueError, match="not this head's"):

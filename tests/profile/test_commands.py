@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from spec_rollout import cli
+from spec_rollout.draft import learner
+from spec_rollout.draft.budget import RefreshBudget
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.profile import bench, check, demo, memory, workload
+from spec_rollout.profile import arithmetic_run, bench, check, demo, drift, memory, probe, workload
 from spec_rollout.profile.peers import Measured, Sampler
 from spec_rollout.records import RolloutStats, StepStats
 from spec_rollout.training.reference_policy import Recipe, make_model, make_tokenizer
@@ -108,9 +110,15 @@ def test_the_peak_of_memory_is_of_the_last_reset():
     assert memory.peak_memory_gib() - before < 0.05
 
 
+@pytest.fixture
+def short_runs(monkeypatch):
+    monkeypatch.setattr(arithmetic_run, "BATCH_SIZE", 8)
+    monkeypatch.setattr(arithmetic_run, "COMPLETION_TOKENS", 12)
+    monkeypatch.setattr(arithmetic_run, "PROBLEMS", 16)
+
+
+@pytest.mark.usefixtures("short_runs")
 def test_demo_compares_three_runs(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "BATCH_SIZE", 8)
-    monkeypatch.setattr(demo, "COMPLETION_TOKENS", 12)
     monkeypatch.setattr(demo, "HELDOUT_PROBLEMS", 8)
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "policy").symlink_to(folder)
@@ -128,6 +136,24 @@ def test_demo_compares_three_runs(folder, tmp_path, monkeypatch, capsys):
     } <= figures.keys()
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
     assert "identical" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("short_runs")
+def test_drift_follows_four_heads(folder, tmp_path, monkeypatch, capsys):
+    for name, size in (("PROBE_PROMPTS", 4), ("CEILING_PROMPTS", 8), ("CEILING_STEPS", 3)):
+        monkeypatch.setattr(probe, name, size)
+    monkeypatch.setattr(learner, "COLD_PHASES", 0)
+    monkeypatch.setattr(RefreshBudget, "seconds", lambda self, remaining: 5.0 * self.overhead)
+    line = ["--policy", str(folder), "--out", str(tmp_path), "--steps", "4", "--every", "2"]
+    assert drift.main(line) == 0
+    figures = json.loads((tmp_path / "drift.json").read_text())
+    assert figures["steps"] == [2, 4] and len(figures["reward"]) == len(figures["tokens_per_second"]) == 4
+    for name in ("frozen", "refreshed", "double", "ceiling"):
+        assert len(figures[name]) == 2 and all(1 <= length <= probe.GAMMA + 1 for length in figures[name])
+    assert len(figures["policy_kl"]) == len(figures["accuracy"]) == 2
+    assert 0 < figures["refresh_time_share"] < 1
+    assert (tmp_path / "drift.png").stat().st_size > 10_000
+    assert "Draft training took" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

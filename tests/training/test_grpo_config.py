@@ -10,6 +10,7 @@ from trl import GRPOConfig, TrlParser
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.training import SpecGRPOConfig
+from spec_rollout.training.config import spec_config
 from spec_rollout.training.sampling_params import sampling_params
 
 CPU = {"bf16": False, "use_cpu": True}
@@ -25,7 +26,7 @@ def test_the_options_of_both_are_flat_fields_with_help():
 
 def test_spec_config_takes_its_share(tmp_path):
     args = SpecGRPOConfig(str(tmp_path), num_speculative_tokens=4, max_slots=3, learning_rate=0.5, **CPU)
-    assert args.spec_config() == SpecConfig(num_speculative_tokens=4, max_slots=3)
+    assert spec_config(args) == SpecConfig(num_speculative_tokens=4, max_slots=3)
 
 
 def test_the_command_line_wins_over_yaml(tmp_path):

@@ -11,6 +11,7 @@ from trl import RLOOConfig
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.training import SpecRLOOConfig, SpecRLOOTrainer
+from spec_rollout.training.config import spec_config
 from tests.training.test_grpo import assert_same, trained
 
 VARIATIONS = {
@@ -80,7 +81,7 @@ def test_conflicts_are_refused(tmp_path, options, message):
 
 def test_spec_config_takes_its_share(tmp_path):
     args = SpecRLOOConfig(str(tmp_path), num_speculative_tokens=4, learning_rate=0.5, bf16=False, use_cpu=True)
-    assert args.spec_config() == SpecConfig(num_speculative_tokens=4)
+    assert spec_config(args) == SpecConfig(num_speculative_tokens=4)
 
 
 def test_more_than_text_is_refused(make_rloo, peeking):

@@ -8,11 +8,13 @@ from spec_rollout import cli
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
 from spec_rollout.records import SamplingParams
+from tests.training.conftest import build_policy, build_tokenizer
 
 
 @pytest.fixture
-def folder(make_policy, tokenizer, tmp_path):
-    make_policy().save_pretrained(tmp_path / "policy")
+def folder(tmp_path):
+    tokenizer = build_tokenizer()
+    build_policy(tokenizer).save_pretrained(tmp_path / "policy")
     tokenizer.save_pretrained(tmp_path / "policy")
     chat = [{"role": "user", "content": "count"}]
     prompts = [{"prompt": prompt} for prompt in ([{"role": "user", "content": "a b"}], chat)]
@@ -20,11 +22,11 @@ def folder(make_policy, tokenizer, tmp_path):
     return tmp_path
 
 
-def test_the_head_is_made_and_taken_up(folder, make_policy, capsys):
+def test_the_head_is_made_and_taken_up(folder, capsys):
     line = f"pretrain-draft --policy {folder}/policy --prompts {folder}/prompts.jsonl --out {folder}/draft"
     assert cli.main([*line.split(), "--rollouts", "2", "--batch-size", "3", "--max-new-tokens", "12"]) == 0
     assert "acceptance by position" in capsys.readouterr().out
-    backend = EmbeddedBackend(make_policy(), SpecConfig(draft_model_path=str(folder / "draft")))
+    backend = EmbeddedBackend(build_policy(build_tokenizer()), SpecConfig(draft_model_path=str(folder / "draft")))
     assert backend.drafter.ready and backend.draft_version >= 1
     backend.engine.controller = None
     backend.engine.config = SpecConfig(num_speculative_tokens=2)
@@ -32,12 +34,22 @@ def test_the_head_is_made_and_taken_up(folder, make_policy, capsys):
     assert backend.stats.drafted > 0
 
 
-def test_nothing_to_do_is_refused(folder):
-    line = (
-        f"pretrain-draft --policy {folder}/policy --prompts {folder}/prompts.jsonl --out {folder}/draft --rollouts 0"
-    )
-    with pytest.raises(SystemExit, match="--rollouts 0"):
-        cli.main(line.split())
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--rollouts 0", "--rollouts: 0 is out of range"),
+        ("--temperature -1", "temperature=-1.0 is out of range"),
+        ("--prompts {}/empty.jsonl", "empty.jsonl is empty"),
+        ("--prompts {}/torn.jsonl", "torn.jsonl cannot be read as jsonl"),
+    ],
+)
+def test_nothing_to_do_is_refused(folder, capsys, options, message):
+    (folder / "empty.jsonl").write_text("")
+    (folder / "torn.jsonl").write_text('{"prompt": "a b"}\n{"pro')
+    line = f"pretrain-draft --policy {folder}/policy --prompts {folder}/prompts.jsonl --out {folder}/draft {options}"
+    with pytest.raises(SystemExit) as stop:
+        cli.main(line.format(folder).split())
+    assert message in f"{stop.value}{capsys.readouterr().err}"
 
 
 def test_prompts_that_are_not_there(folder):
