@@ -59,18 +59,17 @@ def draw(z: Tensor, noise: Tensor | None, room: Tensor | None = None) -> tuple[T
 
 
 def draw_among(z: Tensor, noise: Tensor | None, ids: Tensor | None, vocab_size: int) -> Tensor:
-    """A sample by the noise [B, noise_width(vocab_size)] of columns z [B, N] that stand for the tokens `ids` [N] alone
-    (None is the whole vocabulary): indices [B] into them."""
+    """A sample by the noise [B, noise_width(vocab_size)] of columns z [B, N] that stand for the tokens `ids`, [N] or
+    [B, N], alone (None is the whole vocabulary): indices [B] into them."""
     if noise is None:
         return z.argmax(-1)
     if ids is None:
         return draw(z, noise)[0]
     size, count = block_size(vocab_size), num_blocks(vocab_size)
-    block_of = ids // size
-    sums = z.new_zeros(len(z), count).index_add_(1, block_of, _weights(z)[0])
+    block_of, place = (index.expand_as(z) for index in (ids // size, ids % size + count))
+    sums = z.new_zeros(len(z), count).scatter_add_(1, block_of, _weights(z)[0])
     block = (sums.log_() + noise[:, :count]).argmax(-1, keepdim=True)
-    inside = z + noise[:, count:].index_select(1, ids % size)
-    return inside.masked_fill_(block_of != block, -torch.inf).argmax(-1)
+    return (z + noise.gather(1, place)).masked_fill_(block_of != block, -torch.inf).argmax(-1)
 
 
 def _best(scores: Tensor) -> tuple[Tensor, Tensor]:

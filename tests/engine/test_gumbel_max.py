@@ -98,8 +98,10 @@ def test_among_all_tokens_it_is_the_same_sample(vocab_size):
     assert torch.equal(draw_among(z, None, None, vocab_size), z.argmax(-1))
 
 
-def test_among_some_tokens_it_is_their_law():
+@pytest.mark.parametrize("per_row", [False, True])
+def test_among_some_tokens_it_is_their_law(per_row):
     ids = torch.tensor([2, 3, 17, 40, 41, 42, 96])
+    ids = ids.expand(DRAWS, -1) if per_row else ids
     z = scores(7)
     chosen = draw_among(z.repeat(DRAWS, 1), noise(DRAWS, 97), ids, 97)
     assert fits(chosen, z) > FALSE_ALARM
