@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+VERIFICATIONS = ["coupled", "rejection"]
+
 
 @dataclass
 class SpecConfig:
@@ -23,6 +25,14 @@ class SpecConfig:
     )
     max_num_speculative_tokens: int = field(
         default=7, metadata={"help": "Upper bound of the adapted number of guessed tokens."}
+    )
+    verification: str = field(
+        default="coupled",
+        metadata={
+            "help": "How guesses are judged: `coupled` compares them with the target's own samples, the same at any "
+            "number of guesses; `rejection` is classical rejection sampling, lossless in law only.",
+            "choices": VERIFICATIONS,
+        },
     )
     max_slots: int = field(
         default=64,
@@ -72,6 +82,11 @@ class SpecConfig:
             raise ValueError(
                 "draft_refresh=False with draft_ngrams=False and without draft_model_path leaves nothing that could "
                 "guess: give a head, let it learn, or ask for plain decoding with num_speculative_tokens=0."
+            )
+        if self.verification not in VERIFICATIONS:
+            raise ValueError(
+                f"verification={self.verification!r} is unknown: give 'coupled' (the same tokens as plain decoding) "
+                "or 'rejection' (the same law)."
             )
         bounds = (
             ("max_num_speculative_tokens", self.max_num_speculative_tokens >= 1, "at least 1"),

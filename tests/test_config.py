@@ -25,6 +25,11 @@ def test_config_out_of_range(option, value, remedy):
         SpecConfig(**{option: value})
 
 
+def test_an_unknown_verification():
+    with pytest.raises(ValueError, match="verification='strict' is unknown: give 'coupled'"):
+        SpecConfig(verification="strict")
+
+
 def test_a_head_that_never_learns_must_come_from_somewhere():
     with pytest.raises(ValueError, match="draft_refresh=False with draft_ngrams=False and without"):
         SpecConfig(draft_refresh=False, draft_ngrams=False)
