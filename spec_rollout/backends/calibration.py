@@ -37,10 +37,10 @@ def measured_cost(engine: RolloutEngine, slots: int, widest: int, folder: str | 
     return CostModel(measurements)
 
 
-def measure(engine: RolloutEngine, slots: int, widest: int) -> list[Measurement]:
-    """Time the decode loop's own verbs on made-up rows, smallest batches first."""
+def measure(engine: RolloutEngine, slots: int, widest: int, context: int = PROMPT) -> list[Measurement]:
+    """Time the decode loop's own verbs on made-up rows of `context` tokens, smallest batches first."""
     params = SamplingParams(max_new_tokens=widest + 2)
-    prompt = [i % engine.target.vocab_size for i in range(PROMPT)]
+    prompt = [i % engine.target.vocab_size for i in range(context)]
     requests = [Request(i, prompt, (i, 0), params.max_new_tokens) for i in range(slots)]
     measurements: list[Measurement] = []
     began = time.perf_counter()
@@ -50,14 +50,16 @@ def measure(engine: RolloutEngine, slots: int, widest: int) -> list[Measurement]
         rollout.admit()
         for rows in _grid(slots):
             rollout.rows.count = rows
-            measurements += _measure_rows(engine, rollout, rows, widest)
+            measurements += _measure_rows(engine, rollout, rows, widest, context)
             if time.perf_counter() - began > BUDGET_S and rows >= slots // 4:
                 break
     engine.stats = stats
     return measurements
 
 
-def _measure_rows(engine: RolloutEngine, rollout: Rollout, rows: int, widest: int) -> list[Measurement]:
+def _measure_rows(
+    engine: RolloutEngine, rollout: Rollout, rows: int, widest: int, context: int
+) -> list[Measurement]:
     found = []
     for tokens in sorted({1, 2, 3, *(t for t in (4, 6, 8, 12) if t <= widest), widest + 1}):
         guesses = rollout.rows.tokens[:rows, : tokens - 1]
@@ -67,7 +69,7 @@ def _measure_rows(engine: RolloutEngine, rollout: Rollout, rows: int, widest: in
             logits, _ = rollout.forward(guesses)
             rollout.sample_and_verify(logits, noise, guesses)
 
-        found.append(Measurement("verify", rows, tokens, PROMPT, _seconds(verify, engine.target.device)))
+        found.append(Measurement("verify", rows, tokens, context, _seconds(verify, engine.target.device)))
     if engine.drafter is not None:
         noise = rollout.noise(widest + 1)
         for gamma in sorted({1, min(2, widest), widest}):
@@ -75,7 +77,7 @@ def _measure_rows(engine: RolloutEngine, rollout: Rollout, rows: int, widest: in
             def draft(gamma=gamma):
                 engine.drafter.propose(rollout.rows, gamma, noise, 1.0)
 
-            found.append(Measurement("draft", rows, gamma, PROMPT, _seconds(draft, engine.target.device)))
+            found.append(Measurement("draft", rows, gamma, context, _seconds(draft, engine.target.device)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""`spec-rollout simulate`: recorded rollouts under other slots, batch sizes, ranks and costs, with and without guesses."""
+"""`spec-rollout simulate`: recorded rollouts under other slots, batch sizes, ranks and costs."""
 
 from __future__ import annotations
 
