@@ -57,9 +57,7 @@ def measure(engine: RolloutEngine, slots: int, widest: int, context: int = PROMP
     return measurements
 
 
-def _measure_rows(
-    engine: RolloutEngine, rollout: Rollout, rows: int, widest: int, context: int
-) -> list[Measurement]:
+def _measure_rows(engine: RolloutEngine, rollout: Rollout, rows: int, widest: int, context: int) -> list[Measurement]:
     found = []
     for tokens in sorted({1, 2, 3, *(t for t in (4, 6, 8, 12) if t <= widest), widest + 1}):
         guesses = rollout.rows.tokens[:rows, : tokens - 1]

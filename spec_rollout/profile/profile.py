@@ -1,0 +1,264 @@
+"""`spec-rollout profile`: what speculation does for a policy and its prompts at every batch size, as one page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from spec_rollout.backends.trace import RolloutTrace, read_traces
+from spec_rollout.config import SpecConfig
+from spec_rollout.draft.learner import DraftLearner
+from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.gamma import AcceptanceModel, CostModel, GammaController
+from spec_rollout.profile import figures as worked_out
+from spec_rollout.profile.advice import advise
+from spec_rollout.profile.charts import profile_charts
+from spec_rollout.profile.cost_file import Limits, costs_to_json
+from spec_rollout.profile.limits import device_limits, memory
+from spec_rollout.profile.measuring import (
+    WIDEST,
+    Measuring,
+    OutOfTime,
+    Sampler,
+    Timed,
+    batches,
+    calibrate,
+    measured_engine,
+    warm_backend,
+)
+from spec_rollout.profile.page import number, write_page
+from spec_rollout.profile.replay import Costs, acceptance, position_rates
+from spec_rollout.profile.workload import (
+    Policy,
+    add_policy_arguments,
+    hardware,
+    load_policy,
+    load_prompts,
+    positive,
+    positives,
+    table,
+    write_json,
+)
+
+VERSION = 1
+"""Of profile.json; docs/profile.md describes it."""
+TRACE_TOKENS = 32
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
+
+
+@dataclass
+class Found:
+    """What the measurement leaves besides the recorded rollouts; whatever it did not get to is None."""
+
+    limits: Limits | None = None
+    cost: CostModel | None = None
+    engine: RolloutEngine | None = None
+    learner: DraftLearner | None = None
+    draft_rollouts: int = 0
+    interrupted: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    trace_file = _claim(args.out)
+    policy = load_policy(args.policy, args.dtype, args.max_new_tokens)
+    prompts = load_prompts(policy.tokenizer, args.prompts)
+    found = Found()
+    try:
+        _measure(args, policy, prompts, trace_file, found)
+    except OutOfTime:
+        pass  # a turn more or less
+    except KeyboardInterrupt:
+        found.interrupted = True
+    except ValueError as error:
+        raise SystemExit(f"spec-rollout profile: {error}") from error
+    traces = read_traces([trace_file]).rollouts
+    if not traces:
+        print(
+            "spec-rollout profile: no rollout had ended, so there is nothing to report: give --seconds more than "
+            f"{args.seconds}, or --max-new-tokens fewer than {args.max_new_tokens}.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED if found.interrupted else 1
+    _report(args, found, traces)
+    return INTERRUPTED if found.interrupted else 0
+
+
+def _claim(out: Path) -> Path:
+    """An empty trace file in the folder, so that it is known to be writable before anything is measured."""
+    path = out / "trace.jsonl"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    except OSError as error:
+        raise SystemExit(f"--out {out} cannot be written: {error.strerror}; give another folder.") from error
+    return path
+
+
+def _measure(
+    args: argparse.Namespace, policy: Policy, prompts: list[list[int]], trace_file: Path, found: Found
+) -> None:
+    deadline = time.perf_counter() + args.seconds
+    slots = max(args.batch_sizes)
+    draft = None if args.draft_model is None else str(args.draft_model)
+    config = SpecConfig(num_speculative_tokens=3, max_slots=slots, draft_model_path=draft, draft_refresh=draft is None)
+    backend, found.draft_rollouts = warm_backend(policy, prompts, config, deadline)
+    found.learner = backend.learner
+    found.engine = measured_engine(policy, backend, slots)
+    found.limits = device_limits(policy.model, backend.drafter.head)
+    found.cost = calibrate(found.engine, slots)
+    recorder = Timed(slots, trace_file, deadline)
+    recorder.cost(found.cost)
+    measuring = Measuring(policy, found.engine, found.cost, recorder)
+    if args.trace:
+        _torch_trace(args.out / "torch_trace.json", measuring, batches(prompts, slots, 0)[0])
+    measuring.run(prompts, args.batch_sizes, args.fixed_gammas, args.turns)
+
+
+def _torch_trace(path: Path, measuring: Measuring, batch: list[list[int]]) -> None:
+    """The first tokens of a rollout with guesses under torch's profiler, for chrome://tracing or Perfetto."""
+    measuring.use(Sampler("fixed", 3))
+    with torch.profiler.profile() as profile:
+        measuring.engine.generate(batch, measuring.policy.params, max_new_tokens=[TRACE_TOKENS] * len(batch))
+    profile.export_chrome_trace(str(path))
+
+
+def _report(args: argparse.Namespace, found: Found, traces: list[RolloutTrace]) -> None:
+    figures, costs = profile_figures(found, traces)
+    wanted = len(args.batch_sizes) * (len(args.fixed_gammas) + 2)
+    figures = {"version": VERSION, "complete": len(figures["throughput"]) == wanted} | _setup(args, found) | figures
+    write_json(args.out / "profile.json", figures)
+    write_json(args.out / "cost.json", costs_to_json(costs))
+    write_json(args.json, figures)
+    charts = profile_charts(figures, args.out)
+    missing = None
+    if not figures["complete"]:
+        missing = f"{'Interrupted' if found.interrupted else 'The time was over'} before every sampler had run at "
+        missing += "every batch size: what is here was measured until then."
+    write_page(args.out / "report.html", "Rollout profile", _meta(figures), charts, warning=missing, **_page(figures))
+    keys = ("batch_size", "sampler", "gamma", "tokens_per_s", "speedup_vs_plain", "mean_acceptance_length")
+    header = ("rows", "sampler", "guessed", "tokens/s", "× plain", "acceptance length")
+    table(header, [[row[key] for key in keys] for row in figures["throughput"]])
+    for item in figures["advice"]:
+        print(f"- {item['text']}")
+    print(missing or f"Page: {args.out / 'report.html'}")
+
+
+def profile_figures(found: Found, traces: list[RolloutTrace]) -> tuple[dict, Costs]:
+    """The measured part of profile.json, and the costs that its predictions rest on: the calibration, corrected by the
+    adaptive rollouts as the controller corrects it."""
+    adaptive = [t for t in traces if t.labels["sampler"] == "adaptive"]
+    costs = Costs.fitted(found.cost, adaptive or traces)
+    steps = [s for t in traces for s in t.steps]
+    guessed = any(s.gamma for s in steps)
+    rates = position_rates(steps, WIDEST) if guessed else [0.0] * WIDEST
+    draft = acceptance(adaptive or traces)
+    slots, longest = max(t.slots for t in traces), max(s.context for s in steps)
+    last = max(adaptive, key=lambda t: (t.slots, t.labels["turn"]), default=None)
+    figures = {
+        "throughput": worked_out.throughput(traces, costs, rates, draft),
+        "gamma_map": worked_out.gamma_map(costs, draft, WIDEST, slots, longest) if guessed else None,
+        "vllm_schedule": _vllm_schedule(costs, draft, slots, int(statistics.median(s.context for s in steps))),
+        "rollout": worked_out.one_rollout(last, costs) if last else None,
+        "acceptance": worked_out.acceptance(traces, WIDEST),
+        "time_split": worked_out.time_split(traces),
+        "limits": asdict(found.limits) | {"passes": worked_out.against_limits(steps, found.limits)},
+        "memory": memory(found.engine, found.learner),
+    }
+    figures["advice"] = advise(figures, traces, costs, rates, draft)
+    return figures, costs
+
+
+def _vllm_schedule(costs: Costs, draft: AcceptanceModel, slots: int, context: int) -> dict:
+    """The controller's table in the form of vLLM's speculative_config."""
+    ranges = GammaController(costs.steps, WIDEST, draft).schedule(slots, context)
+    return {
+        "num_speculative_tokens": max(gamma for _, _, gamma in ranges),
+        "num_speculative_tokens_per_batch_size": [list(entry) for entry in ranges],
+    }
+
+
+def _setup(args: argparse.Namespace, found: Found) -> dict:
+    try:
+        installed = version("spec-rollout")
+    except PackageNotFoundError:
+        installed = None
+    setup = {
+        "policy": args.policy,
+        "prompts": args.prompts,
+        "draft_model": None if args.draft_model is None else str(args.draft_model),
+        "draft_rollouts": found.draft_rollouts,
+        "dtype": args.dtype,
+        "max_new_tokens": args.max_new_tokens,
+        "date": time.strftime("%Y-%m-%d"),
+        "spec_rollout": installed,
+    }
+    return {"interrupted": found.interrupted, "setup": setup, "hardware": hardware()}
+
+
+def _meta(figures: dict) -> str:
+    setup, device = figures["setup"], figures["hardware"]
+    draft = setup["draft_model"] or f"a draft that learned from {setup['draft_rollouts']} rollouts"
+    return (
+        f"{setup['policy']} · {setup['dtype']} · prompts: {setup['prompts']} · {draft} · {device['device']}, "
+        f"{device['threads']} threads · torch {device['torch']} · {setup['date']}"
+    )
+
+
+def _page(figures: dict) -> dict:
+    adaptive = [row for row in figures["throughput"] if row["sampler"] == "adaptive"]
+    tiles = [
+        (f"{number(row['speedup_vs_plain'])} ×", f"plain decoding at {row['batch_size']} rows")
+        for row in adaptive
+        if row["speedup_vs_plain"]
+    ]
+    if adaptive:
+        best = max(adaptive, key=lambda row: row["tokens_per_s"])
+        tiles.append((number(best["tokens_per_s"]), f"tokens per second at {best['batch_size']} rows"))
+        tiles.append((number(best["mean_acceptance_length"]), "tokens per row and pass with guesses"))
+    columns = {
+        "rows": "batch_size",
+        "sampler": "sampler",
+        "guessed": "gamma",
+        "tokens/s": "tokens_per_s",
+        "least": "tokens_per_s_min",
+        "most": "tokens_per_s_max",
+        "predicted": "predicted_tokens_per_s",
+        "× plain": "speedup_vs_plain",
+        "acceptance length": "mean_acceptance_length",
+        "turns": "turns",
+    }
+    rows = [[row[key] for key in columns.values()] for row in figures["throughput"]]
+    schedule = json.dumps(figures["vllm_schedule"], indent=None)
+    return {
+        "tiles": tiles,
+        "advice": [item["text"] for item in figures["advice"]],
+        "tables": [("Every sampler at every batch size", list(columns), rows)],
+        "code": [("The schedule for vLLM's speculative_config", schedule)],
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="spec-rollout profile", description=__doc__)
+    add_policy_arguments(parser)
+    parser.add_argument(
+        "--prompts", default="arithmetic", help="file or dataset with a column `prompt`; the demo's problems otherwise"
+    )
+    parser.add_argument("--draft-model", type=Path, metavar="DIR", help="a draft head; one learns here otherwise")
+    parser.add_argument("--batch-sizes", type=positives, default=[1, 4, 16, 48], metavar="1,8,32")
+    parser.add_argument("--fixed-gammas", type=positives, default=[1, 3, 5], metavar="1,3,5")
+    parser.add_argument("--turns", type=positive, default=3, metavar="N", help="how often each sampler runs")
+    parser.add_argument("--seconds", type=positive, default=200, metavar="N", help="end the rollouts after so long")
+    parser.add_argument("--out", type=Path, default=Path("profile"), metavar="DIR")
+    parser.add_argument("--trace", action="store_true", help="also a torch.profiler trace of a few steps")
+    return parser
