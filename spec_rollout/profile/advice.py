@@ -33,14 +33,18 @@ def _item(text: str, **figures: float) -> dict:
     return {"text": text, "figures": figures}
 
 
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
+
+
 def _speed(adaptive: list[dict]) -> dict | None:
     if not adaptive:
         return None
     best = max(adaptive, key=lambda row: row["speedup_vs_plain"])
     last = adaptive[-1]
     text = (
-        f"Speculation pays most at {best['batch_size']} rows: {best['speedup_vs_plain']:.2f} × plain decoding; at "
-        f"{last['batch_size']} rows, the largest batch, {last['speedup_vs_plain']:.2f} ×."
+        f"Speculation pays most at {_rows(best['batch_size'])}: {best['speedup_vs_plain']:.2f} × plain decoding; at "
+        f"{_rows(last['batch_size'])}, the largest batch, {last['speedup_vs_plain']:.2f} ×."
     )
     if last["speedup_vs_plain"] < 1 and best["speedup_vs_plain"] > 1 + WORTH:
         text += f" Fewer slots (max_slots: {best['batch_size']}) keep more of the rollout where it pays."
@@ -53,16 +57,16 @@ def _where(rollout: dict | None) -> dict | None:
         return None
     guessing = [rows for rows, gamma in zip(rollout["rows"], rollout["gamma"], strict=True) if gamma]
     share = len(guessing) / len(rollout["rows"])
-    if share > 1 - WORTH:
+    if guessing and max(guessing) == rollout["batch_size"]:
         return None
     if not guessing:
         return _item(
-            f"At {rollout['batch_size']} rows no step carried a guess: the draft does not pay yet. Let it learn "
+            f"At {_rows(rollout['batch_size'])} no step carried a guess: the draft does not pay yet. Let it learn "
             "longer (draft_overhead), or give one made ahead (spec-rollout pretrain-draft).",
             share=0.0,
         )
     return _item(
-        f"At {rollout['batch_size']} rows speculation ran in {share:.0%} of the steps, at {max(guessing)} rows or "
+        f"At {_rows(rollout['batch_size'])} speculation ran in {share:.0%} of the steps, at {_rows(max(guessing))} or "
         "fewer: the larger the batch, the less spare arithmetic there is.",
         share=share,
         rows=max(guessing),
@@ -76,10 +80,10 @@ def _fixed(throughput: list[dict]) -> dict | None:
         if row["sampler"] != "adaptive" or not rivals:
             continue
         best = max(rivals, key=lambda r: r["tokens_per_s"])
-        if best["tokens_per_s_min"] > row["tokens_per_s_max"]:
+        if row["turns"] > 1 and best["tokens_per_s_min"] > row["tokens_per_s_max"]:
             gain = best["tokens_per_s"] / row["tokens_per_s"] - 1
             return _item(
-                f"At {row['batch_size']} rows num_speculative_tokens: {best['gamma']} drew {gain:.0%} more tokens per "
+                f"At {_rows(row['batch_size'])} num_speculative_tokens: {best['gamma']} drew {gain:.0%} more tokens per "
                 "second than the adaptive number. Measure longer (--seconds) before you fix it: it then holds for "
                 "every batch size.",
                 gain=gain,
@@ -128,7 +132,7 @@ def _split(rows: list[dict]) -> dict | None:
     name = max(parts, key=parts.get)
     if parts[name] < LARGE_SHARE:
         return _item(
-            f"At {last['batch_size']} rows {last['verify']:.0%} of the time goes to the policy itself; "
+            f"At {_rows(last['batch_size'])} {last['verify']:.0%} of the time goes to the policy itself; "
             f"{name} comes next with {parts[name]:.0%}.",
             verify=last["verify"],
             share=parts[name],
@@ -139,7 +143,7 @@ def _split(rows: list[dict]) -> dict | None:
         "sampling": "it grows with the vocabulary and the number of guesses",
         "host": "larger batches spread it over more tokens",
     }[name]
-    text = f"At {last['batch_size']} rows {name} takes {parts[name]:.0%} of the time: {remedy}."
+    text = f"At {_rows(last['batch_size'])} {name} takes {parts[name]:.0%} of the time: {remedy}."
     return _item(text, share=parts[name])
 
 
@@ -150,7 +154,7 @@ def _limit(limits: dict) -> dict | None:
     first, last = rows[0], rows[-1]
     return _item(
         f"The policy's passes reach {last['share']:.0%} of what this device's bandwidth and arithmetic allow at "
-        f"{last['rows']} rows, {first['share']:.0%} at {first['rows']}; the rest is overhead of many small "
+        f"{_rows(last['rows'])}, {first['share']:.0%} at {first['rows']}; the rest is overhead of many small "
         "operations.",
         share_largest=last["share"],
         share_smallest=first["share"],

@@ -69,6 +69,7 @@ def draw(
     import matplotlib.pyplot as plt
 
     style = {
+        "axes.axisbelow": True,
         "axes.edgecolor": MUTED,
         "axes.grid": True,
         "axes.labelcolor": MUTED,

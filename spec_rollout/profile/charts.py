@@ -249,18 +249,22 @@ def _time_split(figure: Figure, data: list[dict]) -> None:
 
 def _limits(figure: Figure, data: list[dict]) -> None:
     axis = figure.add_subplot()
-    gammas = sorted({row["gamma"] for row in data})
-    shown = sorted({0, gammas[len(gammas) // 2], gammas[-1]} & set(gammas))
-    for gamma, colour in zip(shown, (PLAIN, FIXED[0], OURS), strict=False):
-        rows = [row for row in data if row["gamma"] == gamma]
+    curves = {gamma: [row for row in data if row["gamma"] == gamma] for gamma in {row["gamma"] for row in data}}
+    widest = max(curves, key=lambda gamma: (len(curves[gamma]), gamma))  # with the most points
+    for gamma, colour in ((0, PLAIN), (widest, OURS)):
+        rows = curves.get(gamma, [])
         x = [row["rows"] for row in rows]
-        axis.plot(x, [1e3 * row["verify_s"] for row in rows], color=colour, marker="o", markersize=4)
+        label = f"{gamma + 1} token{'s' * (gamma > 0)} per row"
+        axis.plot(x, [1e3 * row["verify_s"] for row in rows], color=colour, marker="o", markersize=4, label=label)
         axis.plot(x, [1e3 * row["limit_s"] for row in rows], ":", color=colour, linewidth=1.6)
-        axis.plot([], [], color=colour, label=f"{gamma + 1} tokens per row")
+        if not widest:
+            break
     axis.plot([], [], ":", color=INK, label="limit")
     _rows_axis(axis, [row["rows"] for row in data])
     axis.set(ylabel="ms per pass", yscale="log")
-    axis.legend(loc="upper left")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "125" else "")
+    figure.legend(loc="outside upper center", ncols=3)
 
 
 def _memory(figure: Figure, data: dict[str, int]) -> None:

@@ -24,9 +24,8 @@ h2 { font-size: 19px; margin: 40px 0 12px; }
 .tile span { color: var(--muted); font-size: 14px; }
 .advice { padding: 6px 20px 6px 36px; margin: 0; }
 .advice li { margin: 10px 0; max-width: 90ch; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 370px), 1fr)); gap: 16px;
-  align-items: start; }
-figure { margin: 0; padding: 14px 16px 12px; min-width: 0; }
+.charts { columns: 340px 3; column-gap: 16px; }
+figure { margin: 0 0 16px; padding: 14px 16px 12px; break-inside: avoid; }
 figcaption b { display: block; }
 figcaption span { color: var(--muted); font-size: 14px; line-height: 1.4; display: block; margin-bottom: 8px; }
 figure svg { display: block; width: 100%; height: auto; font-family: inherit; }

@@ -216,15 +216,18 @@ def _meta(figures: dict) -> str:
 
 
 def _page(figures: dict) -> dict:
+    def rows_of(row: dict) -> str:
+        return f"{row['batch_size']} row{'s' * (row['batch_size'] > 1)}"
+
     adaptive = [row for row in figures["throughput"] if row["sampler"] == "adaptive"]
     tiles = [
-        (f"{number(row['speedup_vs_plain'])} ×", f"plain decoding at {row['batch_size']} rows")
+        (f"{number(row['speedup_vs_plain'])} ×", f"plain decoding at {rows_of(row)}")
         for row in adaptive
         if row["speedup_vs_plain"]
     ]
     if adaptive:
         best = max(adaptive, key=lambda row: row["tokens_per_s"])
-        tiles.append((number(best["tokens_per_s"]), f"tokens per second at {best['batch_size']} rows"))
+        tiles.append((number(best["tokens_per_s"]), f"tokens per second at {rows_of(best)}"))
         tiles.append((number(best["mean_acceptance_length"]), "tokens per row and pass with guesses"))
     columns = {
         "rows": "batch_size",
