@@ -83,8 +83,8 @@ def _fixed(throughput: list[dict]) -> dict | None:
         if row["turns"] > 1 and best["tokens_per_s_min"] > row["tokens_per_s_max"]:
             gain = best["tokens_per_s"] / row["tokens_per_s"] - 1
             return _item(
-                f"At {_rows(row['batch_size'])} num_speculative_tokens: {best['gamma']} drew {gain:.0%} more tokens per "
-                "second than the adaptive number. Measure longer (--seconds) before you fix it: it then holds for "
+                f"At {_rows(row['batch_size'])} num_speculative_tokens: {best['gamma']} drew {gain:.0%} more tokens "
+                "per second than the adaptive number. Measure longer (--seconds) before you fix it: it then holds for "
                 "every batch size.",
                 gain=gain,
             )

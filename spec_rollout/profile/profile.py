@@ -119,7 +119,7 @@ def _measure(
     found.cost = calibrate(found.engine, slots)
     recorder = Timed(slots, trace_file, deadline)
     recorder.cost(found.cost)
-    measuring = Measuring(policy, found.engine, found.cost, recorder)
+    measuring = Measuring(policy, found.engine, CostModel.from_json(found.cost.to_json()), recorder)
     if args.trace:
         _torch_trace(args.out / "torch_trace.json", measuring, batches(prompts, slots, 0)[0])
     measuring.run(prompts, args.batch_sizes, args.fixed_gammas, args.turns)
@@ -155,10 +155,13 @@ def _report(args: argparse.Namespace, found: Found, traces: list[RolloutTrace]) 
 
 
 def profile_figures(found: Found, traces: list[RolloutTrace]) -> tuple[dict, Costs]:
-    """The measured part of profile.json, and the costs that its predictions rest on: the calibration, corrected by the
-    adaptive rollouts as the controller corrects it."""
+    """The measured part of profile.json, and the costs: the calibration, corrected by every recorded step.
+
+    The throughput is predicted with the controller's own costs, which the adaptive rollouts alone have corrected.
+    """
     adaptive = [t for t in traces if t.labels["sampler"] == "adaptive"]
-    costs = Costs.fitted(found.cost, adaptive or traces)
+    costs = Costs.fitted(found.cost, traces)
+    controllers = Costs.fitted(found.cost, adaptive) if adaptive else None
     steps = [s for t in traces for s in t.steps]
     guessed = any(s.gamma for s in steps)
     rates = position_rates(steps, WIDEST) if guessed else [0.0] * WIDEST
@@ -166,7 +169,7 @@ def profile_figures(found: Found, traces: list[RolloutTrace]) -> tuple[dict, Cos
     slots, longest = max(t.slots for t in traces), max(s.context for s in steps)
     last = max(adaptive, key=lambda t: (t.slots, t.labels["turn"]), default=None)
     figures = {
-        "throughput": worked_out.throughput(traces, costs, rates, draft),
+        "throughput": worked_out.throughput(traces, controllers, rates, draft),
         "gamma_map": worked_out.gamma_map(costs, draft, WIDEST, slots, longest) if guessed else None,
         "vllm_schedule": _vllm_schedule(costs, draft, slots, int(statistics.median(s.context for s in steps))),
         "rollout": worked_out.one_rollout(last, costs) if last else None,
@@ -260,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--draft-model", type=Path, metavar="DIR", help="a draft head; one learns here otherwise")
     parser.add_argument("--batch-sizes", type=positives, default=[1, 4, 16, 48], metavar="1,8,32")
     parser.add_argument("--fixed-gammas", type=positives, default=[1, 3, 5], metavar="1,3,5")
-    parser.add_argument("--turns", type=positive, default=3, metavar="N", help="how often each sampler runs")
+    parser.add_argument("--turns", type=positive, default=5, metavar="N", help="how often each sampler runs")
     parser.add_argument("--seconds", type=positive, default=200, metavar="N", help="end the rollouts after so long")
     parser.add_argument("--out", type=Path, default=Path("profile"), metavar="DIR")
     parser.add_argument("--trace", action="store_true", help="also a torch.profiler trace of a few steps")

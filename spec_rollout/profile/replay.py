@@ -56,10 +56,10 @@ class Costs:
     @classmethod
     def fitted(cls, steps: CostModel, traces: Sequence[RolloutTrace]) -> Costs:
         """`steps` corrected by what every recorded step took, the rest from what the rollouts took besides."""
-        costs = cls(steps)
+        costs = cls(CostModel.from_json(steps.to_json()))
         for trace in traces:
             for step in trace.steps:
-                steps.observe(step)
+                costs.steps.observe(step)
         predicted = sum(replay(Work.of(t), costs, t.slots, 0, []).prefill_s for t in traces)
         beside = [t.seconds - t.prefill_s - sum(s.seconds for s in t.steps) for t in traces]
         if predicted:
