@@ -43,8 +43,8 @@ def _speed(adaptive: list[dict]) -> dict | None:
     best = max(adaptive, key=lambda row: row["speedup_vs_plain"])
     last = adaptive[-1]
     text = (
-        f"Speculation pays most at {_rows(best['batch_size'])}: {best['speedup_vs_plain']:.2f} × plain decoding; at "
-        f"{_rows(last['batch_size'])}, the largest batch, {last['speedup_vs_plain']:.2f} ×."
+        f"Speculation pays most at {_rows(best['batch_size'])}: {best['speedup_vs_plain']:.2f}\u00a0× plain decoding; "
+        f"at {_rows(last['batch_size'])}, the largest batch, {last['speedup_vs_plain']:.2f}\u00a0×."
     )
     if last["speedup_vs_plain"] < 1 and best["speedup_vs_plain"] > 1 + WORTH:
         text += f" Fewer slots (max_slots: {best['batch_size']}) keep more of the rollout where it pays."
@@ -118,7 +118,7 @@ def _slots(trace: RolloutTrace, costs: Costs, rates: Sequence[float], draft: Acc
     gain = seconds[min(seconds)] / seconds[best]
     return _item(
         f"{len(work.group)} completions like these would take {seconds[best]:.1f} s with max_slots: {best}, the best "
-        f"of {', '.join(map(str, seconds))} (predicted; {gain:.2f} × as fast as with {min(seconds)}).",
+        f"of {', '.join(map(str, seconds))} (predicted; {gain:.2f}\u00a0× as fast as with {min(seconds)}).",
         slots=best,
         seconds=seconds[best],
     )

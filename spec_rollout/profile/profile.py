@@ -224,7 +224,7 @@ def _page(figures: dict) -> dict:
 
     adaptive = [row for row in figures["throughput"] if row["sampler"] == "adaptive"]
     tiles = [
-        (f"{number(row['speedup_vs_plain'])} ×", f"plain decoding at {rows_of(row)}")
+        (f"{number(row['speedup_vs_plain'])}\u00a0×", f"plain decoding at {rows_of(row)}")
         for row in adaptive
         if row["speedup_vs_plain"]
     ]
