@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.learner import DraftLearner
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.profile.cost_file import Limits
@@ -34,9 +35,9 @@ def device_limits(model: nn.Module, head: nn.Module) -> Limits:
     )
 
 
-def memory(engine: RolloutEngine, learner: DraftLearner) -> dict[str, int]:
+def memory(engine: RolloutEngine, drafter: EagleDrafter, learner: DraftLearner) -> dict[str, int]:
     """Bytes of the policy's weights and of what stands beside them once the engine has decoded."""
-    cache, drafter, trainer = engine.cache, engine.drafter, learner.trainer
+    cache, trainer = engine.cache, learner.trainer
     state = [v for o in trainer.optimizers for s in o.state.values() for v in s.values() if isinstance(v, Tensor)]
     return {
         "weights": _bytes(engine.target.model.parameters()),

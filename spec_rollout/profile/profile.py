@@ -16,6 +16,7 @@ import torch
 
 from spec_rollout.backends.trace import RolloutTrace, read_traces
 from spec_rollout.config import SpecConfig
+from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.learner import DraftLearner
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import AcceptanceModel, CostModel, GammaController
@@ -63,6 +64,7 @@ class Found:
     limits: Limits | None = None
     cost: CostModel | None = None
     engine: RolloutEngine | None = None
+    drafter: EagleDrafter | None = None
     learner: DraftLearner | None = None
     draft_rollouts: int = 0
     interrupted: bool = False
@@ -71,11 +73,10 @@ class Found:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     trace_file = _claim(args.out)
-    policy = load_policy(args.policy, args.dtype, args.max_new_tokens)
-    prompts = load_prompts(policy.tokenizer, args.prompts)
     found = Found()
     try:
-        _measure(args, policy, prompts, trace_file, found)
+        policy = load_policy(args.policy, args.dtype, args.max_new_tokens)
+        _measure(args, policy, load_prompts(policy.tokenizer, args.prompts), trace_file, found)
     except OutOfTime:
         pass  # a turn more or less
     except KeyboardInterrupt:
@@ -113,7 +114,7 @@ def _measure(
     draft = None if args.draft_model is None else str(args.draft_model)
     config = SpecConfig(num_speculative_tokens=3, max_slots=slots, draft_model_path=draft, draft_refresh=draft is None)
     backend, found.draft_rollouts = warm_backend(policy, prompts, config, deadline)
-    found.learner = backend.learner
+    found.drafter, found.learner = backend.drafter, backend.learner
     found.engine = measured_engine(policy, backend, slots)
     found.limits = device_limits(policy.model, backend.drafter.head)
     found.cost = calibrate(found.engine, slots)
@@ -176,7 +177,7 @@ def profile_figures(found: Found, traces: list[RolloutTrace]) -> tuple[dict, Cos
         "acceptance": worked_out.acceptance(traces, WIDEST),
         "time_split": worked_out.time_split(traces),
         "limits": asdict(found.limits) | {"passes": worked_out.against_limits(steps, found.limits)},
-        "memory": memory(found.engine, found.learner),
+        "memory": memory(found.engine, found.drafter, found.learner),
     }
     figures["advice"] = advise(figures, traces, costs, rates, draft)
     return figures, costs
