@@ -101,7 +101,7 @@ class StepStats:
     verify_s: float = 0.0
     host_s: float = 0.0
     sample_s: float = 0.0
-    """The part of `host_s` that goes to sampling and verifying; on an asynchronous device the host waits in it."""
+    """The part of `host_s` for the choice of γ, noise, sampling and verifying, in which the host waits for a GPU."""
 
     @property
     def seconds(self) -> float:
@@ -118,6 +118,8 @@ class RolloutStats:
     prefill_s: float = 0.0
     near_ties: int = 0
     """Tokens whose two best candidates lay within rounding and were decided by the canonical pass."""
+    drafter_failures: int = 0
+    """Calls in which the drafter broke, and which went on with plain decoding."""
 
     @property
     def emitted(self) -> int:
@@ -152,8 +154,9 @@ class RolloutStats:
 class RefreshStats:
     """One round of draft training: optimiser steps, mean loss of the round, wall seconds.
 
-    `acceptance` are the rates of the first, second … guess on rollouts held out of the round (empty if it trained
-    nothing), `acceptance_before` those before it.
+    `acceptance` are the expected acceptance rates of the first, second … guess, the overlap of draft and target, on
+    rollouts held out of the round, and `acceptance_before` those before it. Both are empty where nothing was trained
+    or there was too little to hold out.
     """
 
     steps: int = 0

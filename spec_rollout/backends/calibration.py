@@ -2,115 +2,200 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
+import statistics
 import time
+import warnings
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.rollout import Rollout
 from spec_rollout.gamma.cost_model import CostModel, Measurement
 from spec_rollout.records import Request, RolloutStats, SamplingParams
 
-PROMPT = 64
+SHORT, LONG = 64, 1024
+"""Tokens of context at which passes are timed; the difference is what attention costs per token."""
+LONG_ENTRIES = 16384
+"""Most cache entries, over all rows, that the long context is measured with."""
 REPEATS = 3
-BUDGET_S = 3.0
-"""The largest batches are dear on a slow device: past this, measuring ends once a quarter of the slots is covered."""
+CELL_S = 0.2
+"""A pass is timed once after its warm-up, and up to REPEATS times while it takes no longer than this in all."""
+BUDGET_S = 10.0
+"""Numbers of rows that would take measuring beyond this are left out; the cost model extends to them."""
 
 
 def measured_cost(engine: RolloutEngine, slots: int, widest: int, folder: str | None) -> CostModel:
-    """The cost model for up to `slots` rows and `widest` guesses, from disk if this shape was measured before."""
-    path = _cache_path(engine, slots, widest, folder)
-    if path.exists():
-        try:
-            return CostModel([Measurement(**m) for m in json.loads(path.read_text())])
-        except (ValueError, TypeError):
-            path.unlink(missing_ok=True)  # written by another version
-    measurements = measure(engine, slots, widest)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(f".{os.getpid()}")
-    staging.write_text(json.dumps([vars(m) for m in measurements]))
-    staging.replace(path)
-    return CostModel(measurements)
+    """The cost model for up to `slots` rows and `widest` guesses.
+
+    What was measured before for this policy's shape, dtype, draft, device, threads and versions comes from disk, and
+    only the numbers of rows that are missing there are measured.
+
+    Args:
+        folder: keeps the measurements; None is `spec_rollout` in $XDG_CACHE_HOME or ~/.cache.
+    """
+    path = _cache_path(engine, widest, folder)
+    covered, known = _read(path)
+    if covered < slots:
+        rows = [n for n in _grid(slots) if n not in {m.rows for m in known}]
+        known += measure(engine, rows, widest)
+        _write(path, slots, known)
+    return CostModel(known)
 
 
-def measure(engine: RolloutEngine, slots: int, widest: int, context: int = PROMPT) -> list[Measurement]:
-    """Time the decode loop's own verbs on made-up rows of `context` tokens, smallest batches first."""
-    params = SamplingParams(max_new_tokens=widest + 2)
-    prompt = [i % engine.target.vocab_size for i in range(context)]
-    requests = [Request(i, prompt, (i, 0), params.max_new_tokens) for i in range(slots)]
-    measurements: list[Measurement] = []
-    began = time.perf_counter()
-    stats, engine.stats = engine.stats, RolloutStats()  # made-up rows do not count
-    with engine.target.rollout():
-        rollout = Rollout(engine, requests, params)
-        rollout.admit()
-        for rows in _grid(slots):
-            rollout.rows.count = rows
-            measurements += _measure_rows(engine, rollout, rows, widest, context)
-            if time.perf_counter() - began > BUDGET_S and rows >= slots // 4:
-                break
-    engine.stats = stats
-    return measurements
-
-
-def _measure_rows(engine: RolloutEngine, rollout: Rollout, rows: int, widest: int, context: int) -> list[Measurement]:
-    found = []
-    for tokens in sorted({1, 2, 3, *(t for t in (4, 6, 8, 12) if t <= widest), widest + 1}):
-        guesses = rollout.rows.tokens[:rows, : tokens - 1]
-
-        def verify(guesses=guesses, tokens=tokens):
-            noise = rollout.noise(tokens)
-            logits, _ = rollout.forward(guesses)
-            rollout.sample_and_verify(logits, noise, guesses)
-
-        found.append(Measurement("verify", rows, tokens, context, _seconds(verify, engine.target.device)))
-    if engine.drafter is not None:
-        noise = rollout.noise(widest + 1)
-        for gamma in sorted({1, min(2, widest), widest}):
-
-            def draft(gamma=gamma):
-                engine.drafter.propose(rollout.rows, gamma, noise, 1.0)
-
-            found.append(Measurement("draft", rows, gamma, context, _seconds(draft, engine.target.device)))
+def measure(engine: RolloutEngine, rows: Iterable[int], widest: int) -> list[Measurement]:
+    """Time the decode loop's own verbs on batches of each of `rows` made-up rows."""
+    apart = copy.copy(engine)  # the engine's cache keeps its size, and made-up rows do not count
+    apart.stats = RolloutStats()
+    began, found = time.perf_counter(), []
+    speed = 0.0  # seconds of measuring per row, so far
+    with apart.target.rollout():
+        for count in _coarse_first(rows):
+            left = BUDGET_S - (time.perf_counter() - began)
+            if found and speed * count > left:
+                continue
+            start = time.perf_counter()
+            found += _measure_rows(apart, count, widest)
+            speed = (time.perf_counter() - start) / count
     return found
+
+
+def _measure_rows(engine: RolloutEngine, rows: int, widest: int) -> list[Measurement]:
+    """Every number of tokens at the short context, one and the most at the long one."""
+    rollout = _made_up(engine, rows, SHORT, widest)
+    every = sorted({1, 2, 3, *(t for t in (4, 6, 8, 12) if t <= widest), widest + 1})
+    found = [_verify(rollout, SHORT, tokens) for tokens in every]
+    if engine.drafter is not None:
+        found += [_draft(rollout, gamma, widest) for gamma in sorted({1, min(2, widest), widest})]
+    long = min(LONG, (engine.target.context or LONG) - widest - 2)
+    if rows * long <= LONG_ENTRIES and long >= 2 * SHORT:
+        rollout = _made_up(engine, rows, long, widest)
+        found += [_verify(rollout, long, tokens) for tokens in (1, widest + 1)]
+    return found
+
+
+def _made_up(engine: RolloutEngine, rows: int, context: int, widest: int) -> Rollout:
+    """A rollout in which each row has `context` tokens; only the first SHORT of them were really prefilled."""
+    engine.cache = SlotCache()
+    params = SamplingParams(max_new_tokens=context - SHORT + widest + 2)
+    prompt = [i % engine.target.vocab_size for i in range(SHORT)]
+    rollout = Rollout(engine, [Request(i, prompt, (i, 0), params.max_new_tokens) for i in range(rows)], params)
+    rollout.admit()
+    if context > SHORT:
+        for buffer in (*engine.cache.keys, *engine.cache.values):
+            buffer.normal_()  # pages never written to would all be read from one in the processor's cache
+        rollout.rows.length[:rows] = context - 1
+        rollout.rows.lengths[:rows] = context - 1
+    return rollout
+
+
+def _verify(rollout: Rollout, context: int, tokens: int) -> Measurement:
+    rows = rollout.rows.count
+    guesses = rollout.rows.tokens[:rows, : tokens - 1]
+
+    def step():
+        noise = rollout.noise(tokens)
+        logits, _ = rollout.forward(guesses)
+        rollout.sample_and_verify(logits, noise, guesses)
+
+    return Measurement("verify", rows, tokens, context, _seconds(step, rollout.target.device))
+
+
+def _draft(rollout: Rollout, gamma: int, widest: int) -> Measurement:
+    noise = rollout.noise(widest + 1)
+
+    def step():
+        rollout.drafter.propose(rollout.rows, gamma, noise, 1.0)
+
+    return Measurement("draft", rollout.rows.count, gamma, SHORT, _seconds(step, rollout.target.device))
 
 
 def _seconds(call, device: torch.device) -> float:
     """Median of a few repeats, after one to warm up."""
-    times = []
-    for _ in range(REPEATS + 1):
+    times: list[float] = []
+    while len(times) < 2 or (len(times) <= REPEATS and sum(times) < CELL_S):
         began = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
-    return sorted(times[1:])[REPEATS // 2]
+    return statistics.median(times[1:])
 
 
 def _grid(slots: int) -> list[int]:
-    return sorted({*(2**i for i in range(slots.bit_length()) if 2**i <= slots), slots})
+    """Powers of two, and `slots`."""
+    return sorted({*(2**i for i in range(slots.bit_length())), slots})
 
 
-def _cache_path(engine: RolloutEngine, slots: int, widest: int, folder: str | None) -> Path:
+def _coarse_first(rows: Iterable[int]) -> list[int]:
+    """Every other number of rows from the largest down, in ascending order, then those between them."""
+    rows = sorted(rows)
+    coarse = rows[::-2][::-1]
+    return [*coarse, *(n for n in rows if n not in coarse)]
+
+
+def _read(path: Path) -> tuple[int, list[Measurement]]:
+    """The slots covered by, and the measurements in, a file of this version; (0, []) if there is none."""
+    try:
+        saved = json.loads(path.read_text())
+        return int(saved["slots"]), [Measurement(**m) for m in saved["measurements"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0, []
+
+
+def _write(path: Path, slots: int, measurements: list[Measurement]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_suffix(f".{os.getpid()}")
+        staging.write_text(json.dumps({"slots": slots, "measurements": [vars(m) for m in measurements]}))
+        staging.replace(path)
+    except OSError as error:
+        warnings.warn(
+            f"The measured pass times cannot be kept in {path.parent} and will be measured again in the next run: "
+            f"{error}. Name another folder with `calibration_cache`.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _cache_path(engine: RolloutEngine, widest: int, folder: str | None) -> Path:
     device = engine.target.device
     config = engine.target.config.to_dict()
     shape = {k: v for k, v in config.items() if isinstance(v, int | float) and not k.endswith("token_id")}
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}-{torch.get_num_threads()}"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     head = None if engine.drafter is None else engine.drafter.head.config.to_dict()
     key = [
         type(engine.target.model).__name__,
         shape,
+        config.get("layer_types"),
         str(engine.target.dtype),
         where,
+        _version(),
         torch.__version__,
-        slots,
         widest,
         head,
     ]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    base = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "spec_rollout"
-    return base / f"cost-{digest}.json"
+    base = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "spec_rollout"
+    return base.expanduser() / f"cost-{digest}.json"
+
+
+def _processor() -> list:
+    """The processor's name, its cores and the threads that torch uses."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    return [names[:1], os.cpu_count(), torch.get_num_threads()]
+
+
+def _version() -> str:
+    try:
+        return version("spec-rollout")
+    except PackageNotFoundError:
+        return "source"

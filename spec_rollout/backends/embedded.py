@@ -53,7 +53,8 @@ class EmbeddedBackend:
         self.controller: GammaController | FixedGamma | None = FixedGamma(fixed) if fixed else None
         self.learner: DraftLearner | None = None
         self._controller_state: dict | None = None
-        self._slots = 1
+        self._slots, self._calibrated = 1, 0
+        """Rows that the rollouts had so far, and that costs were measured for."""
         self._trace: list[StepStats] = []
         """Steps of the rollouts since the last training."""
         self._step_began: float | None = None
@@ -74,10 +75,11 @@ class EmbeddedBackend:
 
     @property
     def draft_healthy(self) -> bool:
-        """False while the draft is off because it broke or its acceptance has fallen to chance."""
+        """False while the draft is off because it broke or its acceptance has fallen to chance, and where it broke
+        within a rollout since `take_stats` was last called."""
         watchman = self.engine.controller
         alarm = watchman.alarm if isinstance(watchman, Watchman) else None
-        return alarm is None and (self.learner is None or self.learner.healthy)
+        return alarm is None and not self.stats.drafter_failures and (self.learner is None or self.learner.healthy)
 
     @property
     def stats(self) -> RolloutStats:
@@ -106,7 +108,8 @@ class EmbeddedBackend:
         collect = collect and self.learner is not None and self.config.draft_refresh
         if self.learner is not None:
             self.drafter.buffer = self.learner.buffer if collect else None
-            self._slots = max(self._slots, min(self.config.max_slots, len(prompts)))
+            power = 1 << (len(prompts) - 1).bit_length()  # a few prompts more or less are nothing new to measure
+            self._slots = max(self._slots, min(self.config.max_slots, power))
             if self.drafter.ready:
                 self._calibrate()
         before = len(self.engine.stats.steps)
@@ -150,12 +153,13 @@ class EmbeddedBackend:
             self.learner.save(folder, state)
 
     def load(self, folder: str | Path, resume: bool = True) -> None:
-        """Take the head and the tables that `save` wrote, or an EAGLE-3 head from elsewhere; only the head with
-        `resume=False`."""
+        """Take the head and the tables that `save` wrote, or an EAGLE-3 head from elsewhere; with `resume=False`
+        neither the training's budget nor the controller's tables (`DraftLearner.load`)."""
         if self.learner is not None:
             self._controller_state = self.learner.load(folder, resume)
             if self.config.num_speculative_tokens is None:
                 self.controller = self.engine.controller = None
+                self._calibrated = 0
             self._take_head()
 
     def _take_head(self) -> None:
@@ -175,10 +179,14 @@ class EmbeddedBackend:
             self._stand_watch()
 
     def _calibrate(self) -> None:
-        """Measure what steps cost, once; from then on the controller chooses."""
-        if self.controller is not None:
+        """Measure what steps cost, once and again when there are more rows; from then on the controller chooses."""
+        if self._slots <= self._calibrated or isinstance(self.controller, FixedGamma):
             return
         cost = measured_cost(self.engine, self._slots, self.config.widest, self.config.calibration_cache)
+        self._calibrated = self._slots
+        if self.controller is not None:
+            self.controller.cost = self.controller.cost.remeasured(cost)
+            return
         self.controller = GammaController(cost, self.config.widest)
         if "cost" in (self._controller_state or {}):
             self.controller.load_state_dict(self._controller_state)
@@ -187,4 +195,4 @@ class EmbeddedBackend:
     def _stand_watch(self) -> None:
         self.controller.draft_ready = self.drafter.ready
         expected = self.learner.acceptance[0] if self.learner.acceptance else None
-        self.engine.controller = Watchman(self.controller, self.drafter.head, expected)
+        self.engine.controller = Watchman(self.controller, self.drafter.head, expected, self.config.draft_refresh)

@@ -33,7 +33,10 @@ def save_head(
     extra: dict,
     optimizer: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write `head` to `folder`, replacing it as a whole: a crash leaves the old folder or the new one.
+    """Write `head` to `folder`, replacing it as a whole.
+
+    A crash leaves the old folder or the new one; between the two renames that exchange them, the old one beside it as
+    `.NAME-old-*/NAME`.
 
     Args:
         output_rows: [Vd, H], the policy's output head for the draft vocabulary; serving engines want it in the file.

@@ -147,6 +147,11 @@ class EagleHead(nn.Module):
             ratio = final.square().mean(0).sqrt() / fused.square().mean(0).sqrt().clamp(min=1e-6)
             self.norm.weight.copy_(ratio.clamp(max=100.0))
 
+    @property
+    def finite(self) -> bool:
+        """Whether no weight is NaN or infinite."""
+        return all(bool(weight.isfinite().all()) for weight in self.parameters())
+
     def fuse(self, features: Tensor) -> Tensor:
         """[..., n_aux * H] concatenated target features, times `feature_scale`, to [..., H]."""
         return self.fc(features)

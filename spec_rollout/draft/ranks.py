@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,16 @@ def total(tensor: Tensor) -> Tensor:
 def agree(wish: bool, device: torch.device) -> bool:
     """Whether every rank wishes it."""
     return wish if count() == 1 else total(torch.tensor(float(wish), device=device)).item() == count()
+
+
+def average(gradients: Sequence[Tensor], loss: Tensor) -> Tensor:
+    """Replace the `gradients` by their means over the ranks; returns the mean of the scalar `loss`."""
+    if count() == 1:
+        return loss
+    flat = total(torch.cat([*(g.flatten() for g in gradients), loss.float()[None]])) / count()
+    for gradient, mean in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+    return flat[-1]
 
 
 def share(tensors: Iterable[Tensor]) -> None:

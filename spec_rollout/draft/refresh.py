@@ -51,6 +51,7 @@ class DraftTrainer:
     its own rollouts, the gradients are averaged, and all ranks end with the same head.
 
     Attributes:
+        batch_tokens: tokens of one optimiser step.
         average: a head of `head`'s weights averaged over the last steps, which guesses better than they do singly; the
             one to decode with.
     """
@@ -69,7 +70,7 @@ class DraftTrainer:
         )
         self.rates = (rate, SCALE_RATE)
         self.generator = torch.Generator().manual_seed(seed)
-        self.steps = 0
+        self.steps, self.batch_tokens = 0, BATCH_TOKENS
         self._step_seconds = 0.0
         self.device = head.fc.weight.device
         kind = self.device.type
@@ -158,7 +159,8 @@ class DraftTrainer:
         return losses
 
     def batches(self, samples: list[Sample]) -> Iterator[Pack]:
-        """Packed rows of BATCH_TOKENS in all; each pass takes the newest policy's rollouts first, in random order."""
+        """Packed rows of `batch_tokens` in all; each pass takes the newest policy's rollouts first, else in random
+        order."""
         for _ in range(MAX_EPOCHS):
             for version in sorted({sample.version for sample in samples}, reverse=True):
                 yield from self._shuffled([sample for sample in samples if sample.version == version])
@@ -166,7 +168,7 @@ class DraftTrainer:
     def _shuffled(self, samples: list[Sample]) -> Iterator[Pack]:
         order = torch.randperm(len(samples), generator=self.generator).tolist()
         packed = pack([samples[i] for i in order], PACK_WIDTH)
-        rows = max(1, BATCH_TOKENS // packed.tokens.shape[1])
+        rows = max(1, self.batch_tokens // packed.tokens.shape[1])
         shuffled = torch.randperm(len(packed.tokens), generator=self.generator).to(packed.tokens.device)
         for index in shuffled.split(rows):
             yield Pack(*(x[index].to(self.device) for x in packed))
@@ -182,7 +184,7 @@ class DraftTrainer:
             loss = self.loss(batch)
         self.head.zero_grad(set_to_none=True)
         loss.backward()
-        loss = self._average(loss.detach())
+        loss = ranks.average([p.grad for p in self.head.parameters()], loss.detach())
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"The draft's loss is {loss.item()}.")
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
@@ -199,17 +201,6 @@ class DraftTrainer:
         share = max(1 / MOST_AVERAGED, AVERAGE_SPAN / (self.steps + 2 * AVERAGE_SPAN))
         for mean, weight in zip(self.average.parameters(), self.head.parameters(), strict=True):
             mean.lerp_(weight, share)
-
-    def _average(self, loss: Tensor) -> Tensor:
-        """Average the gradients over the ranks; returns the mean loss."""
-        if ranks.count() == 1:
-            return loss
-        gradients = [p.grad for p in self.head.parameters()]
-        flat = torch.cat([*(g.flatten() for g in gradients), loss.float()[None]])
-        flat = ranks.total(flat) / ranks.count()
-        for gradient, mean in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
-        return flat[-1]
 
     def loss(self, batch: Pack) -> Tensor:
         """Mean Kullback-Leibler divergence, whose gradient is that of soft cross-entropy, over entries and unrolled

@@ -25,9 +25,9 @@ def choose_vocabulary(samples: list[Sample], view: PolicyView) -> Tensor | None:
     if size <= DRAFT_VOCABULARY:
         return present
     counts = torch.zeros(2, size, dtype=torch.float64, device=view.embedding.device)  # in completions, in prompts
-    for sample in samples:
-        counts[0] += torch.bincount(sample.tokens[sample.prompt :], minlength=size).to(counts)
-        counts[1] += torch.bincount(sample.tokens[: sample.prompt], minlength=size).to(counts)
+    if samples:
+        counts[0] = torch.bincount(torch.cat([s.tokens[s.prompt :] for s in samples]), minlength=size)
+        counts[1] = torch.bincount(torch.cat([s.tokens[: s.prompt] for s in samples]), minlength=size)
     ranks.total(counts)
     if not counts.any() or (present is not None and counts[0, present].sum() >= COVERAGE * counts[0].sum()):
         return present

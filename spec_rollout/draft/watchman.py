@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from torch import nn
-
+from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.records import Controller, StepStats
 
 WATCHED = 256
@@ -26,10 +25,11 @@ class Watchman:
         controller: decides while all is well.
         head: is looked through for the cause.
         expected: acceptance rate of the first guess when the head was last trained; None if that is not known.
+        learns: whether the head will be trained again, which ends the watch.
     """
 
-    def __init__(self, controller: Controller, head: nn.Module, expected: float | None = None):
-        self.controller, self.head, self.expected = controller, head, expected
+    def __init__(self, controller: Controller, head: EagleHead, expected: float | None = None, learns: bool = True):
+        self.controller, self.head, self.expected, self.learns = controller, head, expected, learns
         self.alarm: str | None = None
         """What is wrong, once something is."""
         self._guesses = self._accepted = 0
@@ -50,13 +50,12 @@ class Watchman:
 
     def _raise_alarm(self, rate: float) -> None:
         before = "" if self.expected is None else f", after {self.expected:.0%} when it was trained"
-        finite = all(bool(weight.isfinite().all()) for weight in self.head.parameters())
         moved = "the policy has moved away from it, or it is not this policy's"
-        cause = moved if finite else "its weights are not finite"
+        cause = moved if self.head.finite else "its weights are not finite"
         self.alarm = f"{rate:.1%} of its first guesses came true{before}: {cause}"
+        until = "until it has learned again" if self.learns else "for good, as draft_refresh=False"
         warnings.warn(
-            f"The draft head is off (num_speculative_tokens=0) until it has learned again: {self.alarm}. No sample is "
-            "affected.",
+            f"The draft head is off (num_speculative_tokens=0) {until}: {self.alarm}. No sample is affected.",
             RuntimeWarning,
             stacklevel=2,
         )

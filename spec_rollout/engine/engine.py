@@ -91,6 +91,7 @@ class RolloutEngine:
             clock = [time.perf_counter()]
             gamma = self._choose(rollout)
             noise = rollout.noise(gamma + 1)
+            clock.append(time.perf_counter())
             guesses = rollout.propose(gamma, noise)
             clock.append(time.perf_counter())
             logits, hidden = rollout.forward(guesses)
@@ -118,8 +119,9 @@ class RolloutEngine:
         return gamma
 
     def _account(self, step: StepStats, clock: list[float]) -> None:
-        step.draft_s, step.verify_s, step.sample_s, rest = (b - a for a, b in pairwise(clock))
-        step.host_s = step.sample_s + rest
+        before, step.draft_s, step.verify_s, sampling, after = (b - a for a, b in pairwise(clock))
+        step.sample_s = before + sampling
+        step.host_s = step.sample_s + after
         self.stats.steps.append(step)
         if self.controller is not None:
             self.controller.observe(step)

@@ -252,6 +252,7 @@ class Rollout:
 
     def _switch_off(self, error: Exception) -> None:
         self.drafter = None
+        self.stats.drafter_failures += 1
         warnings.warn(
             f"The drafter broke and is off for the rest of this rollout, which goes on with plain decoding "
             f"(num_speculative_tokens=0): {type(error).__name__}: {error}",

@@ -103,6 +103,12 @@ class CostModel:
         calibrated = self._calibrated(stats.rows, stats.gamma, stats.context)[stats.gamma]
         self._correction.observe(stats.rows, stats.gamma + 1, math.log(stats.seconds / calibrated))
 
+    def remeasured(self, other: CostModel) -> CostModel:
+        """The measurements of `other`, with what this model has learned from real steps."""
+        model = CostModel(other._measurements, other._host_seconds)
+        model._correction = self._correction
+        return model
+
     def to_json(self) -> dict:
         return {
             "measurements": [asdict(m) for m in self._measurements],

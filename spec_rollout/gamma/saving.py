@@ -30,7 +30,7 @@ class RolloutValue:
             emitted[step.rows] = emitted.get(step.rows, 0) + step.emitted
             context[step.rows] = max(context.get(step.rows, 0), step.context)
         self._drawn = np.array(list(emitted.values()), dtype=float)  # [N] tokens
-        self._rates = np.array(
+        self._speeds = np.array(
             [rows / cost.step_seconds(rows, max_gamma, context[rows])[0] for rows in emitted]
         ).reshape(-1, max_gamma + 1)  # [N, max_gamma + 1], tokens per second if no guess came true
 
@@ -38,7 +38,7 @@ class RolloutValue:
         """Seconds of the rollout under conditional acceptance `rates` (the last one goes on): never more than those of
         plain decoding."""
         rates = [rates[min(i, len(rates) - 1)] for i in range(self.max_gamma)]
-        return float((self._drawn / (self._rates * expected_curve(rates)).max(axis=1)).sum())
+        return float((self._drawn / (self._speeds * expected_curve(rates)).max(axis=1)).sum())
 
     def hope(self, rates: Sequence[float]) -> float:
         """Seconds saved by going on from `rates` to what trained heads usually reach, or a little beyond."""

@@ -7,17 +7,18 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import pairwise
 
-import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from spec_rollout.backends.calibration import measured_cost
+from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
+from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.gamma import FixedGamma, GammaController
+from spec_rollout.gamma import CostModel, FixedGamma, GammaController
+from spec_rollout.profile.memory import peak_memory_gib, reset_peak_memory
+from spec_rollout.profile.peers import PEERS, Measured, Sampler
 from spec_rollout.profile.workload import (
     Policy,
     add_policy_arguments,
@@ -30,48 +31,33 @@ from spec_rollout.profile.workload import (
     warm_backend,
     write_json,
 )
-from spec_rollout.records import Drafter, RolloutStats
-
-PEERS = ("transformers",)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One run of one sampler: tokens drawn, wall seconds, and our own engine's statistics."""
-
-    tokens: int
-    seconds: float
-    stats: RolloutStats | None = None
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """A contender: `run(prompts, seed)` samples one completion per prompt, all of them as one batch."""
-
-    engine: str
-    gamma: int | None
-    run: Callable[[list[list[int]], int], Measured]
+from spec_rollout.records import Drafter, RolloutStats, StepStats
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     policy = load_policy(args.policy, args.dtype, args.max_new_tokens)
     widest = max(args.batch_sizes)
-    backend = warm_backend(policy, SpecConfig(num_speculative_tokens=3, max_slots=widest))
-    drafter = backend.drafter
-    drafter.buffer = None
+    drafter = _drafter(policy, args.draft, widest)
     measuring = RolloutEngine(policy.model, SpecConfig(max_slots=widest), drafter=drafter)
     cost = measured_cost(measuring, widest, SpecConfig().widest, None)
     rows = []
     for batch_size in args.batch_sizes:
-        controller = GammaController(cost, SpecConfig().widest)
-        samplers = [_peer(name, policy) for name in args.peers]
-        samplers += [_ours(policy, "plain", 0, None, None)]
-        samplers += [_ours(policy, "fixed", gamma, drafter, FixedGamma(gamma)) for gamma in args.fixed_gammas]
-        samplers += [_ours(policy, "adaptive", None, drafter, controller)]
+        samplers = [*_peers(policy, batch_size, args.peers), *_own(policy, drafter, cost, args.fixed_gammas)]
         rows += _rows(batch_size, measure(policy, samplers, batch_size, args))
     _report(args, rows)
     return 0
+
+
+def _drafter(policy: Policy, folder: str | None, slots: int) -> EagleDrafter:
+    """With the head in `folder`, or else one that has just learned from a few rollouts; it learns no more."""
+    config = SpecConfig(num_speculative_tokens=3, max_slots=slots, draft_model_path=folder)
+    if folder is None:
+        drafter = warm_backend(policy, config).drafter
+    else:
+        drafter = EmbeddedBackend(policy.model, config, policy.tokenizer).drafter
+    drafter.buffer = None
+    return drafter
 
 
 def measure(
@@ -84,16 +70,41 @@ def measure(
     for turn in turns:  # turn -1 warms up
         prompts = arithmetic_prompts(policy.tokenizer, batches * batch_size, seed=turn + 1)
         for sampler in samplers if turn % 2 else reversed(samplers):
+            reset_peak_memory()
             runs = [sampler.run(prompts[i : i + batch_size], turn + 1) for i in range(0, len(prompts), batch_size)]
             if turn >= 0:
-                found[sampler].append(_sum(runs))
+                found[sampler].append(_sum(runs, peak_memory_gib()))
     return [(sampler, found[sampler]) for sampler in samplers]
 
 
-def _sum(runs: list[Measured]) -> Measured:
-    steps = [step for run in runs if run.stats for step in run.stats.steps]
-    stats = RolloutStats(steps) if runs[0].stats else None
-    return Measured(sum(run.tokens for run in runs), sum(run.seconds for run in runs), stats)
+def _sum(runs: list[Measured], peak: float | None) -> Measured:
+    stats = None
+    if runs[0].stats is not None:
+        stats = RolloutStats(
+            [step for run in runs for step in run.stats.steps],
+            sum(run.stats.seconds for run in runs),
+            sum(run.stats.prefill_s for run in runs),
+        )
+    elsewhere = [run.peak_memory_gib for run in runs if run.peak_memory_gib is not None]
+    memory = max(elsewhere, default=peak)
+    return Measured(sum(run.tokens for run in runs), sum(run.seconds for run in runs), stats, memory)
+
+
+def _peers(policy: Policy, batch_size: int, names: list[str]) -> list[Sampler]:
+    found = {name: PEERS[name](policy, batch_size) for name in names}
+    for name in [name for name, sampler in found.items() if sampler is None]:
+        print(f"{name} does not decode {batch_size} rows at once and is left out there.", file=sys.stderr)
+    return [sampler for sampler in found.values() if sampler is not None]
+
+
+def _own(policy: Policy, drafter: Drafter, cost: CostModel, gammas: list[int]) -> list[Sampler]:
+    """Plain decoding, every fixed γ, and the adaptive one."""
+    adaptive = GammaController(cost, SpecConfig().widest)
+    return [
+        _ours(policy, "plain", 0, None, None),
+        *(_ours(policy, "fixed", gamma, drafter, FixedGamma(gamma)) for gamma in gammas),
+        _ours(policy, "adaptive", None, drafter, adaptive),
+    ]
 
 
 def _ours(policy: Policy, name: str, gamma: int | None, drafter: Drafter | None, controller) -> Sampler:
@@ -108,56 +119,55 @@ def _ours(policy: Policy, name: str, gamma: int | None, drafter: Drafter | None,
     return Sampler(name, gamma, run)
 
 
-def _peer(name: str, policy: Policy) -> Sampler:
-    """`transformers.generate` on left-padded prompts, as TRL calls it."""
-    eos = list(policy.params.eos_token_ids)
-    pad = policy.tokenizer.pad_token_id if policy.tokenizer.pad_token_id is not None else eos[0]
-    config = GenerationConfig(
-        max_new_tokens=policy.params.max_new_tokens,
-        do_sample=True,
-        eos_token_id=eos,
-        pad_token_id=pad,
-        disable_compile=True,
-    )
-
-    def run(prompts: list[list[int]], seed: int) -> Measured:
-        torch.manual_seed(seed)
-        began = time.perf_counter()
-        width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=policy.model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.model.device)
-        with torch.no_grad():
-            output = policy.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        new = output[:, width:]
-        ended = torch.isin(new, torch.tensor(eos, device=new.device)).long()
-        tokens = int((ended.cumsum(1) - ended == 0).sum())  # up to and including the first EOS
-        return Measured(tokens, time.perf_counter() - began)
-
-    return Sampler(name, None, run)
-
-
 def _rows(batch_size: int, results: list[tuple[Sampler, list[Measured]]]) -> list[dict]:
-    """One row per sampler; speed-ups are medians of the ratios within a turn."""
+    """One row per sampler; ratios are medians of the ratios within a turn."""
     speeds = {sampler: [m.tokens / m.seconds for m in runs] for sampler, runs in results}
-    base = {sampler.engine: speeds[sampler] for sampler, _ in results if sampler.engine in ("transformers", "plain")}
-    rows = []
-    for sampler, runs in results:
-        stats = RolloutStats([step for m in runs if m.stats for step in m.stats.steps])
-        row = {
+    fixed = [sampler for sampler in speeds if sampler.engine in ("plain", "fixed")]
+    best = speeds[max(fixed, key=lambda sampler: statistics.median(speeds[sampler]))]
+    base = {sampler.engine: speeds[sampler] for sampler in speeds if sampler.engine in ("transformers", "plain")}
+    return [
+        {
             "engine": sampler.engine,
             "batch_size": batch_size,
             "gamma": sampler.gamma,
             "tokens_per_s": statistics.median(speeds[sampler]),
             "tokens_per_s_min": min(speeds[sampler]),
             "tokens_per_s_max": max(speeds[sampler]),
-            "mean_acceptance_length": stats.mean_acceptance_length if stats.steps else None,
-            "mean_gamma": sum(s.gamma for s in stats.steps) / len(stats.steps) if stats.steps else None,
+            **_decoding(runs),
+            "peak_memory_gib": max((m.peak_memory_gib for m in runs if m.peak_memory_gib is not None), default=None),
+            "speedup_vs_transformers": _ratio(speeds[sampler], base.get("transformers")),
+            "speedup_vs_plain": _ratio(speeds[sampler], base["plain"]),
+            "regret_vs_best_fixed": 1 - _ratio(speeds[sampler], best),
         }
-        for name in ("transformers", "plain"):
-            ratios = [mine / theirs for mine, theirs in zip(speeds[sampler], base.get(name, []), strict=False)]
-            row[f"speedup_vs_{name}"] = statistics.median(ratios) if ratios else None
-        rows.append(row)
-    return rows
+        for sampler, runs in results
+    ]
+
+
+def _ratio(mine: list[float], theirs: list[float] | None) -> float | None:
+    return statistics.median(a / b for a, b in zip(mine, theirs, strict=True)) if theirs else None
+
+
+def _decoding(runs: list[Measured]) -> dict[str, float | None]:
+    """What our own engine says of its steps; None for another's."""
+    names = ("mean_acceptance_length", "mean_gamma", "gamma_changes_per_100_steps", "host_time_share")
+    if runs[0].stats is None:
+        return dict.fromkeys(names)
+    stats = [m.stats for m in runs]
+    steps = [step for one in stats for step in one.steps]
+    seconds = sum(one.seconds - one.prefill_s for one in stats)
+    passes = sum(step.draft_s + step.verify_s for step in steps)
+    values = (
+        RolloutStats(steps).mean_acceptance_length,
+        sum(step.gamma for step in steps) / len(steps),
+        100 * sum(_changes(one.steps) for one in stats) / len(steps),
+        1 - passes / seconds,
+    )
+    return dict(zip(names, values, strict=True))
+
+
+def _changes(steps: list[StepStats]) -> int:
+    """Steps with another γ than the one before."""
+    return sum(a.gamma != b.gamma for a, b in pairwise(steps))
 
 
 def _report(args: argparse.Namespace, rows: list[dict]) -> None:
@@ -168,8 +178,10 @@ def _report(args: argparse.Namespace, rows: list[dict]) -> None:
         "tokens_per_s": "tokens/s",
         "mean_acceptance_length": "acceptance length",
         "mean_gamma": "mean guessed",
+        "host_time_share": "host share",
         "speedup_vs_transformers": "× transformers",
         "speedup_vs_plain": "× plain",
+        "regret_vs_best_fixed": "regret",
     }
     table(list(columns.values()), [[row[key] for key in columns] for row in rows])
     setup = {
@@ -183,7 +195,7 @@ def _report(args: argparse.Namespace, rows: list[dict]) -> None:
 
 def _choices(text: str) -> list[str]:
     names = text.split(",") if text else []
-    unknown = sorted(set(names) - set(PEERS))
+    unknown = sorted(set(names) - PEERS.keys())
     if unknown:
         raise argparse.ArgumentTypeError(f"unknown peer {', '.join(unknown)}; there is {', '.join(PEERS)}")
     return names
@@ -194,7 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     add_policy_arguments(parser)
     parser.add_argument("--batch-sizes", type=positives, default=[1, 4, 8, 16, 32], metavar="1,8,32")
     parser.add_argument("--fixed-gammas", type=positives, default=[1, 2, 3, 5], metavar="1,2,3")
-    parser.add_argument("--peers", type=_choices, default=list(PEERS), metavar=",".join(PEERS))
+    parser.add_argument("--peers", type=_choices, default=["transformers"], metavar=",".join(PEERS))
+    parser.add_argument("--draft", metavar="DIR", help="a head from pretrain-draft; by default one is warmed up")
     parser.add_argument("--num-prompts", type=positive, default=8, metavar="N", help="least prompts per turn")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N")
     return parser

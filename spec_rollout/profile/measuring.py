@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from spec_rollout.backends.calibration import measure
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.backends.trace import TraceRecorder
 from spec_rollout.config import SpecConfig
@@ -26,7 +25,6 @@ WARM_UP_SHARE, WARM_UP_ROUNDS = 0.3, 5
 LEAST_PROMPTS = 4
 """Completions of a small batch size in one turn."""
 WARM_TOKENS = 8
-LONG_CONTEXT = 512
 
 
 class OutOfTime(Exception):
@@ -90,13 +88,6 @@ def measured_engine(policy: Policy, backend: EmbeddedBackend, slots: int) -> Rol
     """An engine of its own, with room for any number of guesses; the draft learns no more."""
     backend.drafter.buffer = None
     return RolloutEngine(policy.model, SpecConfig(max_slots=slots), drafter=backend.drafter)
-
-
-def calibrate(engine: RolloutEngine, slots: int) -> CostModel:
-    """Times of passes at a short context, as the backend measures them, and for fewer rows at a longer one."""
-    context = min(LONG_CONTEXT, (engine.target.context or LONG_CONTEXT) - WIDEST - 3)
-    cells = measure(engine, slots, WIDEST)
-    return CostModel(cells + measure(engine, max(1, slots // 4), WIDEST, context))
 
 
 class Measuring:

@@ -50,10 +50,12 @@ def draw_drift(path: Path, drift: Drift) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from spec_rollout.profile.probe import CEILING_PROMPTS, CEILING_STEPS
+
     plt.rcParams.update({"axes.spines.top": False, "font.size": 10, "axes.edgecolor": INK, "text.color": INK})
     figure, (lengths, moved) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for series, label, colour, style in (
-        (drift.ceiling, "retrained to convergence", INK, ":"),
+        (drift.ceiling, f"new weights, {CEILING_STEPS} steps on {CEILING_PROMPTS} rollouts", INK, ":"),
         (drift.double, "refreshed, twice the time", ROWS, "-"),
         (drift.refreshed, "refreshed", OURS, "-"),
         (drift.frozen, "frozen", THEIRS, "--"),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from spec_rollout.backends.calibration import measured_cost
 from spec_rollout.backends.trace import RolloutTrace, read_traces
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.drafter import EagleDrafter
@@ -32,7 +33,6 @@ from spec_rollout.profile.measuring import (
     Sampler,
     Timed,
     batches,
-    calibrate,
     measured_engine,
     warm_backend,
 )
@@ -117,7 +117,7 @@ def _measure(
     found.drafter, found.learner = backend.drafter, backend.learner
     found.engine = measured_engine(policy, backend, slots)
     found.limits = device_limits(policy.model, backend.drafter.head)
-    found.cost = calibrate(found.engine, slots)
+    found.cost = measured_cost(found.engine, slots, WIDEST, None)
     recorder = Timed(slots, trace_file, deadline)
     recorder.cost(found.cost)
     measuring = Measuring(policy, found.engine, CostModel.from_json(found.cost.to_json()), recorder)

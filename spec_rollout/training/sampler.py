@@ -104,10 +104,8 @@ class TrainerSampler:
         """Append the figures of the rollouts since the last call to the trainer's metrics; every rank takes part."""
         if self.backend is None:
             return
-        backend = self.backend
-        sums = local_sums(
-            backend.take_stats(), self._refreshed, self._seconds, backend.draft_version, backend.draft_healthy
-        )
+        version, healthy = self.backend.draft_version, self.backend.draft_healthy
+        sums = local_sums(self.backend.take_stats(), self._refreshed, self._seconds, version, healthy)
         self._refreshed, self._seconds = RefreshStats(), 0.0
         vector = torch.tensor(list(sums.values()), dtype=torch.float32, device=trainer.accelerator.device)
         total = trainer.accelerator.reduce(vector, reduction="sum").tolist()

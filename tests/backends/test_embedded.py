@@ -70,7 +70,7 @@ def test_adaptive_changes_no_token_and_calibrates_once(tmp_path):
 def test_a_calibration_of_another_version_is_measured_again(tmp_path):
     backend = backend_for("llama", tmp_path, gamma=None)
     backend.generate(PROMPTS * 4, PARAMS)
-    path = calibration._cache_path(backend.engine, 28, 7, str(tmp_path))
+    path = calibration._cache_path(backend.engine, 7, str(tmp_path))
     path.write_text('[{"kind": "verify", "unknown": 1}]')
     backend.refresh()
     assert "unknown" not in path.read_text()
@@ -119,6 +119,17 @@ def test_nothing_is_drafted_or_trained_at_zero(tmp_path):
     assert not (tmp_path / "draft").exists()
 
 
+def test_more_rows_than_were_measured_are_measured_and_the_correction_stays(tmp_path):
+    backend = learned("llama", tmp_path, gamma=None)
+    few = backend.controller.cost
+    backend.generate(PROMPTS * 12, PARAMS, seed=(1,))
+    cost = backend.controller.cost
+    assert {m.rows for m in cost._measurements} - {m.rows for m in few._measurements} == {64}
+    assert cost._correction is few._correction
+    backend.generate(PROMPTS * 10, PARAMS, seed=(2,))
+    assert backend.controller.cost is cost
+
+
 @pytest.mark.parametrize("gamma", [3, None])
 def test_save_and_load_give_the_same_guesses(gamma, tmp_path):
     backend = learned("llama", tmp_path, gamma=gamma)
@@ -161,6 +172,35 @@ def test_a_training_that_fails_starts_over_and_decodes_plainly(tmp_path, monkeyp
     backend.take_stats()
     assert_same(backend.generate(PROMPTS * 4, PARAMS, seed=(2,)), plain("llama", (2,)))
     assert not backend.stats.drafted
+
+
+def test_a_drafter_that_breaks_in_a_rollout_is_not_healthy(tmp_path, monkeypatch):
+    backend = learned("llama", tmp_path)
+    with monkeypatch.context() as broken, pytest.warns(RuntimeWarning, match="The drafter broke"):
+        broken.setattr(backend.drafter, "propose", lambda *given: 1 / 0)
+        assert_same(backend.generate(PROMPTS * 4, PARAMS, seed=(1,)), plain("llama", (1,)))
+    assert not backend.draft_healthy
+    backend.take_stats()
+    assert_same(backend.generate(PROMPTS * 4, PARAMS, seed=(2,)), plain("llama", (2,)))
+    assert backend.draft_healthy and backend.stats.mean_acceptance_length > 1
+
+
+def test_a_training_without_memory_goes_on_in_smaller_batches(tmp_path, monkeypatch):
+    backend = learned("llama", tmp_path)
+    loss, before = DraftTrainer.loss, backend.draft_version
+
+    def fits_only_half(self, batch):
+        if batch.tokens.numel() > refresh.BATCH_TOKENS // 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(self, batch)
+
+    monkeypatch.setattr(DraftTrainer, "loss", fits_only_half)
+    with pytest.warns(RuntimeWarning, match=f"batches of {refresh.BATCH_TOKENS // 2} tokens"):
+        backend.generate(PROMPTS * 12, PARAMS)
+        assert backend.refresh().steps == 0
+    assert backend.draft_healthy and backend.draft_version == before
+    backend.generate(PROMPTS * 12, PARAMS)
+    assert backend.refresh().steps > 0
 
 
 @pytest.mark.parametrize("gamma", [3, None])

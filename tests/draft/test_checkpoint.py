@@ -111,23 +111,30 @@ import spec_rollout.draft.checkpoint as checkpoint
 from spec_rollout.draft.eagle import EagleHead
 from tests.draft.test_checkpoint import HeadConfig, policy
 shape, moment = HeadConfig.for_target(policy("llama").config), sys.argv[2]
-real = {"save_file": checkpoint.save_file, "rename": checkpoint.Path.rename}
+rename, renames = checkpoint.Path.rename, []
 def die(*args):
     if moment == "save_file":
         args[1].write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
+def die_in_a_rename(*args):
+    renames.append(args)
+    return die() if len(renames) == int(moment) else rename(*args)
 if moment == "save_file":
     checkpoint.save_file = die
 else:
-    checkpoint.Path.rename = die
+    checkpoint.Path.rename = die_in_a_rename
 checkpoint.save_head(sys.argv[1], EagleHead(shape, seed=4), torch.randn(5, shape.hidden_size), None, {})
 """
 
 
-@pytest.mark.parametrize("moment", ["save_file", "rename"])
+@pytest.mark.parametrize("moment", ["save_file", "1", "2"])
 def test_kill_9_while_saving_leaves_the_old_head(shape, folder, moment):
+    """Half-way through the weights, before the first rename, or between the two."""
     ended = subprocess.run([sys.executable, "-c", KILLED, str(folder), moment], cwd=Path(__file__).parents[2])
     assert ended.returncode == -signal.SIGKILL
+    if moment == "2":
+        assert not folder.exists()
+        (folder,) = folder.parent.glob(".draft-old-*/draft")
     head, _, extra = load_head(folder, shape)
     assert extra == {"draft_version": 7}
     assert torch.equal(head.fc.weight, EagleHead(shape, seed=3).fc.weight)

@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
 
+from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.watchman import WATCHED, Watchman
 from spec_rollout.gamma import FixedGamma
 from spec_rollout.records import StepStats
@@ -16,8 +16,12 @@ def step(rate, rows=64, gamma=3):
     return StepStats(rows, gamma, 100, rows + first, [first, 0, 0])
 
 
-def watch(expected, head=None):
-    return Watchman(FixedGamma(3), head or nn.Linear(2, 2), expected)
+def tiny_head():
+    return EagleHead(HeadConfig(4, 4, 1, 1, 4, vocab_size=8, aux_layers=(0, 1, 2)))
+
+
+def watch(expected, head=None, learns=True):
+    return Watchman(FixedGamma(3), head or tiny_head(), expected, learns)
 
 
 def test_a_fall_to_chance_is_caught_within_four_steps_of_64_rows():
@@ -58,11 +62,18 @@ def test_a_head_of_unknown_quality_that_guesses_blindly_is_caught():
 
 
 def test_weights_that_are_not_finite_are_named():
-    head = nn.Linear(2, 2)
+    head = tiny_head()
     with torch.no_grad():
-        head.weight[0, 0] = float("nan")
+        head.fc.weight[0, 0] = float("nan")
     watchman = watch(0.7, head)
     with pytest.warns(RuntimeWarning, match="weights are not finite"):
+        for _ in range(4):
+            watchman.observe(step(0.0))
+
+
+def test_a_head_that_does_not_learn_is_off_for_good():
+    watchman = watch(0.7, learns=False)
+    with pytest.warns(RuntimeWarning, match="for good, as draft_refresh=False"):
         for _ in range(4):
             watchman.observe(step(0.0))
 

@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from spec_rollout import cli
 from spec_rollout.draft import learner
 from spec_rollout.draft.budget import RefreshBudget
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.profile import arithmetic_run, bench, check, demo, drift, probe, workload
+from spec_rollout.profile import arithmetic_run, bench, check, demo, drift, memory, probe, workload
+from spec_rollout.profile.peers import Measured, Sampler
+from spec_rollout.records import RolloutStats, StepStats
 
 
 @pytest.fixture(autouse=True)
@@ -50,17 +53,48 @@ def test_check_finds_one_wrong_token(folder, monkeypatch, capsys):
     assert "NOT identical" in capsys.readouterr().out
 
 
-def test_bench_measures_every_engine_at_every_batch_size(folder, tmp_path):
+def test_bench_measures_every_engine_at_every_batch_size(folder, tmp_path, capsys):
     out = tmp_path / "bench.json"
     options = ["--batch-sizes", "1,2", "--fixed-gammas", "1,3", "--repeats", "2", "--num-prompts", "2"]
+    options += ["--peers", "transformers,assisted,transformers_cb"]
     bench.main(["--policy", str(folder), *options, "--max-new-tokens", "8", "--json", str(out)])
+    assert "assisted does not decode 2 rows at once" in capsys.readouterr().err
     figures = json.loads(out.read_text())
-    engines = ["transformers", "plain", "fixed", "fixed", "adaptive"]
-    assert [(r["engine"], r["batch_size"]) for r in figures["rows"]] == [(e, b) for b in (1, 2) for e in engines]
-    assert {r["gamma"] for r in figures["rows"]} == {None, 0, 1, 3}
-    assert all(r["tokens_per_s"] > 0 for r in figures["rows"])
+    peers, ours = ["transformers", "assisted", "transformers_cb"], ["plain", "fixed", "fixed", "adaptive"]
+    wanted = [(e, 1) for e in peers + ours] + [(e, 2) for e in peers[::2] + ours]
+    assert [(r["engine"], r["batch_size"]) for r in figures["rows"]] == wanted
+    assert {r["gamma"] for r in figures["rows"] if r["engine"] in ours} == {None, 0, 1, 3}
+    assert all(r["tokens_per_s"] > 0 and r["peak_memory_gib"] > 0 for r in figures["rows"])
+    assert all(0 < r["host_time_share"] < 1 for r in figures["rows"] if r["engine"] in ours)
+    fixed = [r["regret_vs_best_fixed"] for r in figures["rows"] if r["engine"] in ("plain", "fixed")]
+    assert fixed.count(0.0) >= 2  # the best one at each batch size
     assert all(r["speedup_vs_plain"] == 1 for r in figures["rows"] if r["engine"] == "plain")
     assert {"device", "threads", "torch"} <= figures["hardware"].keys()
+
+
+def test_bench_figures():
+    """Ratios are taken within a turn, regret is against the best fixed γ, and γ's changes are counted."""
+    steps = [StepStats(1, gamma, 9, 1, [], draft_s=1.0, verify_s=2.0, host_s=1.0) for gamma in (2, 2, 0, 2)]
+    ours = [Measured(100, s, RolloutStats(steps, seconds=17.0, prefill_s=1.0)) for s in (1.0, 2.0, 4.0)]
+    slow = [Measured(m.tokens, 2 * m.seconds, m.stats) for m in ours]
+    peer = [Measured(100, 4 * m.seconds, peak_memory_gib=9.0) for m in ours]
+    samplers = [
+        Sampler(*named, None) for named in (("transformers", None), ("plain", 0), ("fixed", 2), ("adaptive", None))
+    ]
+    rows = bench._rows(1, list(zip(samplers, (peer, slow, ours, slow), strict=True)))
+    assert [r["speedup_vs_transformers"] for r in rows] == [1, 2, 4, 2]
+    assert [r["regret_vs_best_fixed"] for r in rows] == [0.75, 0.5, 0, 0.5]
+    assert rows[3]["gamma_changes_per_100_steps"] == 50 and rows[3]["host_time_share"] == 0.25
+    assert rows[0]["host_time_share"] is None and rows[0]["peak_memory_gib"] == 9
+
+
+def test_the_peak_of_memory_is_of_the_last_reset():
+    memory.reset_peak_memory()
+    before = memory.peak_memory_gib()
+    torch.ones(2**26, dtype=torch.uint8)
+    assert 0.05 < memory.peak_memory_gib() - before < 0.2
+    memory.reset_peak_memory()
+    assert memory.peak_memory_gib() - before < 0.05
 
 
 @pytest.fixture

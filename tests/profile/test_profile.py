@@ -22,8 +22,9 @@ LINE = "--batch-sizes 1,3 --fixed-gammas 2 --turns 2 --max-new-tokens 12 --secon
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick():
+def quick(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(measuring, "WARM_UP_ROUNDS", 2)
         patch.setattr(calibration, "REPEATS", 1)
         yield

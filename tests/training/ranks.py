@@ -6,16 +6,11 @@ torchrun --nproc_per_node 2 -m tests.training.ranks KIND FOLDER
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import sys
 from pathlib import Path
 
-os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "DS_BUILD_OPS": "0"}
-
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
 from datasets import Dataset
 
 from spec_rollout.draft import learner, refresh
@@ -23,21 +18,8 @@ from spec_rollout.draft.budget import RefreshBudget
 from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
 from tests.training import talking
 from tests.training.conftest import OPTIONS, PROMPTS, Digits, build_policy, build_tokenizer
+from tests.training.processes import KINDS, join, report
 from tests.training.test_tools import CHATS, GOOD, TALK, Length, multiply
-
-ZERO = {
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    "zero_allow_untested_optimizer": True,
-}
-KINDS = {
-    "ddp": {"use_cpu": True},
-    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}},
-    "zero2": {"deepspeed": {**ZERO, "zero_optimization": {"stage": 2}}},
-    "zero3": {"deepspeed": ZERO},
-}
 
 
 def main(kind: str, folder: Path) -> None:
@@ -45,23 +27,10 @@ def main(kind: str, folder: Path) -> None:
     learner.COLD_PHASES, refresh.MAX_EPOCHS = 0, 8  # these rollouts are short
     RefreshBudget.seconds = lambda self, remaining: 1e9
     join(kind)
-    report = {f"gamma {gamma}": plain_run(kind, folder, gamma) for gamma in (0, 2)}
+    figures = {f"gamma {gamma}": plain_run(kind, folder, gamma) for gamma in (0, 2)}
     if kind in ("fsdp2", "zero3"):
-        report["tools"] = tool_run(kind, folder)
-    Path(folder, f"rank{PartialState().process_index}.json").write_text(json.dumps(report))
-
-
-def join(kind: str) -> None:
-    """Accelerate shards on accelerators only: it is told that there are some, and talks over gloo all the same."""
-    if kind == "ddp":
-        return
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    PartialState._prepare_backend = lambda *given: ("gloo", DistributedType.MULTI_GPU)
-    if kind.startswith("zero"):
-        import deepspeed.comm.torch
-
-        deepspeed.comm.torch.build_shm_op = lambda: None  # it would be compiled first, and gloo serves as well
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        figures["tools"] = tool_run(kind, folder)
+    report(folder, figures)
 
 
 def plain_run(kind: str, folder: Path, gamma: int) -> dict:

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
+from tests.training.processes import torchrun
+
 KINDS = {"ddp": [0, 2], "zero2": [2, 2], "zero3": [3, 2]}
 """ZeRO stage and processes that each of them must really have had."""
-
-
-def torchrun(kind: str, folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.run(
-        [*command, "-m", "tests.training.ppo_ranks", kind, str(folder)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=300,
-    )
 
 
 @pytest.fixture
@@ -39,9 +24,7 @@ def folder(make_policy, tokenizer, tmp_path) -> Path:
 def test_two_ranks_learn_the_same(folder, kind):
     if kind.startswith("zero"):
         pytest.importorskip("deepspeed")
-    done = torchrun(kind, folder)
-    assert done.returncode == 0, done.stderr[-6000:]
-    first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    first, second = torchrun("tests.training.ppo_ranks", kind, folder)
     assert first["kind"] == second["kind"] == KINDS[kind]
     assert first["seen"] != second["seen"]
     assert first["weights"] == second["weights"] and first["weights"]["value_function.weight"] != 0

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,35 +11,17 @@ from trl.distributed import DistributedBackend
 
 from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer, SpecRLOOConfig, SpecRLOOTrainer
 from spec_rollout.training.gathering import refuse_partitioned
+from tests.training.processes import torchrun
 
-ROOT = Path(__file__).parents[2]
 KINDS = {"ddp": [0, None, 2], "fsdp2": [0, 2, 2], "zero2": [2, None, 2], "zero3": [3, None, 2]}
 """ZeRO stage, FSDP version and processes that each of them must really have had."""
-
-
-def torchrun(kind: str, folder: Path) -> list[dict]:
-    """What each rank reports."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    left_behind = ("ACCELERATE_", "FSDP_")  # by trainers of other tests in this process
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(left_behind)}
-    environment = inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "-m", "tests.training.ranks", kind, str(folder)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_learn_what_plain_decoding_learns(tmp_path, kind):
     if kind.startswith("zero"):
         pytest.importorskip("deepspeed")
-    first, second = torchrun(kind, tmp_path)
+    first, second = torchrun("tests.training.ranks", kind, tmp_path)
     plain, speculative = ([rank[f"gamma {gamma}"] for rank in (first, second)] for gamma in (0, 2))
     assert {tuple(run["kind"]) for run in (*plain, *speculative)} == {tuple(KINDS[kind])}
     for rank in (0, 1):
