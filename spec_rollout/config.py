@@ -32,6 +32,13 @@ class SpecConfig:
         default=None,
         metadata={"help": "Folder of a draft head to start from. `None` starts cold and learns from the rollouts."},
     )
+    draft_ngrams: bool = field(
+        default=True,
+        metadata={
+            "help": "Guess from what followed the same tokens in earlier rollouts, until the draft head is predicted "
+            "to be faster."
+        },
+    )
     draft_refresh: bool = field(
         default=True, metadata={"help": "Train the draft head on the rollouts after each generation phase."}
     )
@@ -68,10 +75,10 @@ class SpecConfig:
                 f"num_speculative_tokens={gamma} is negative: give 0 for plain decoding, a positive number to fix it, "
                 "or None to adapt it."
             )
-        if gamma != 0 and not self.draft_refresh and self.draft_model_path is None:
+        if gamma != 0 and not self.draft_ngrams and not self.draft_refresh and self.draft_model_path is None:
             raise ValueError(
-                "draft_refresh=False without draft_model_path leaves nothing that could guess: give a head, let it "
-                "learn, or ask for plain decoding with num_speculative_tokens=0."
+                "draft_refresh=False with draft_ngrams=False and without draft_model_path leaves nothing that could "
+                "guess: give a head, let it learn, or ask for plain decoding with num_speculative_tokens=0."
             )
         bounds = (
             ("max_num_speculative_tokens", self.max_num_speculative_tokens >= 1, "at least 1"),

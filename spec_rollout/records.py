@@ -118,6 +118,8 @@ class RolloutStats:
     prefill_s: float = 0.0
     near_ties: int = 0
     """Tokens whose two best candidates lay within rounding and were decided by the canonical pass."""
+    ngram_drafted: int = 0
+    """Of `drafted`, the guesses that came from earlier rollouts."""
     drafter_failures: int = 0
     """Calls in which the drafter broke, and which went on with plain decoding."""
 

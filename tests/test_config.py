@@ -26,8 +26,9 @@ def test_config_out_of_range(option, value, remedy):
 
 
 def test_a_head_that_never_learns_must_come_from_somewhere():
-    with pytest.raises(ValueError, match="draft_refresh=False without draft_model_path"):
-        SpecConfig(draft_refresh=False)
+    with pytest.raises(ValueError, match="draft_refresh=False with draft_ngrams=False and without"):
+        SpecConfig(draft_refresh=False, draft_ngrams=False)
+    SpecConfig(draft_refresh=False)
     SpecConfig(draft_refresh=False, draft_model_path="head")
     SpecConfig(draft_refresh=False, num_speculative_tokens=0)
 

@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -41,17 +41,26 @@ def measured_cost(engine: RolloutEngine, slots: int, widest: int, folder: str | 
     Args:
         folder: keeps the measurements; None is `spec_rollout` in $XDG_CACHE_HOME or ~/.cache.
     """
-    path = _cache_path(engine, widest, folder)
-    covered, known = _read(path)
-    if covered < slots:
-        rows = [n for n in _grid(slots) if n not in {m.rows for m in known}]
-        known += measure(engine, rows, widest)
-        _write(path, slots, known)
+    known = _measured(engine, slots, widest, folder, _verify_rows, None)
+    if engine.drafter is not None:
+        known += _measured(engine, slots, widest, folder, _draft_rows, engine.drafter.shape)
     return CostModel(known)
 
 
-def measure(engine: RolloutEngine, rows: Iterable[int], widest: int) -> list[Measurement]:
-    """Time the decode loop's own verbs on batches of each of `rows` made-up rows."""
+def _measured(
+    engine: RolloutEngine, slots: int, widest: int, folder: str | None, measure_rows: Callable, shape: dict | None
+) -> list[Measurement]:
+    path = _cache_path(engine, widest, folder, shape)
+    covered, known = _read(path)
+    if covered < slots:
+        rows = [n for n in _grid(slots) if n not in {m.rows for m in known}]
+        known += measure(engine, rows, widest, measure_rows)
+        _write(path, slots, known)
+    return known
+
+
+def measure(engine: RolloutEngine, rows: Iterable[int], widest: int, measure_rows: Callable) -> list[Measurement]:
+    """Time verbs of the decode loop, those of `measure_rows`, on batches of each of `rows` made-up rows."""
     apart = copy.copy(engine)  # the engine's cache keeps its size, and made-up rows do not count
     apart.stats = RolloutStats()
     began, found = time.perf_counter(), []
@@ -62,18 +71,21 @@ def measure(engine: RolloutEngine, rows: Iterable[int], widest: int) -> list[Mea
             if found and speed * count > left:
                 continue
             start = time.perf_counter()
-            found += _measure_rows(apart, count, widest)
+            found += measure_rows(apart, count, widest)
             speed = (time.perf_counter() - start) / count
     return found
 
 
-def _measure_rows(engine: RolloutEngine, rows: int, widest: int) -> list[Measurement]:
+def _draft_rows(engine: RolloutEngine, rows: int, widest: int) -> list[Measurement]:
+    rollout = _made_up(engine, rows, SHORT, widest)
+    return [_draft(rollout, gamma, widest) for gamma in sorted({1, min(2, widest), widest})]
+
+
+def _verify_rows(engine: RolloutEngine, rows: int, widest: int) -> list[Measurement]:
     """Every number of tokens at the short context, one and the most at the long one."""
     rollout = _made_up(engine, rows, SHORT, widest)
     every = sorted({1, 2, 3, *(t for t in (4, 6, 8, 12) if t <= widest), widest + 1})
     found = [_verify(rollout, SHORT, tokens) for tokens in every]
-    if engine.drafter is not None:
-        found += [_draft(rollout, gamma, widest) for gamma in sorted({1, min(2, widest), widest})]
     long = min(LONG, (engine.target.context or LONG) - widest - 2)
     if rows * long <= LONG_ENTRIES and long >= 2 * SHORT:
         rollout = _made_up(engine, rows, long, widest)
@@ -165,12 +177,11 @@ def _write(path: Path, slots: int, measurements: list[Measurement]) -> None:
         )
 
 
-def _cache_path(engine: RolloutEngine, widest: int, folder: str | None) -> Path:
+def _cache_path(engine: RolloutEngine, widest: int, folder: str | None, shape_of_draft: dict | None = None) -> Path:
     device = engine.target.device
     config = engine.target.config.to_dict()
     shape = {k: v for k, v in config.items() if isinstance(v, int | float) and not k.endswith("token_id")}
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    head = None if engine.drafter is None else engine.drafter.head.config.to_dict()
     key = [
         type(engine.target.model).__name__,
         shape,
@@ -180,7 +191,7 @@ def _cache_path(engine: RolloutEngine, widest: int, folder: str | None) -> Path:
         _version(),
         torch.__version__,
         widest,
-        head,
+        shape_of_draft,
     ]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     base = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "spec_rollout"

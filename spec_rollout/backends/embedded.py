@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from spec_rollout.backends.calibration import measured_cost
+from spec_rollout.backends.sources import Source
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.learner import DraftLearner
+from spec_rollout.draft.ngrams import History, NgramDrafter
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.watchman import Watchman
 from spec_rollout.engine.engine import RolloutEngine
@@ -49,16 +51,17 @@ class EmbeddedBackend:
     ):
         self.config = config or SpecConfig()
         self.engine = RolloutEngine(model, self.config, tokenizer=tokenizer)
-        fixed = self.config.num_speculative_tokens
-        self.controller: GammaController | FixedGamma | None = FixedGamma(fixed) if fixed else None
         self.learner: DraftLearner | None = None
-        self._controller_state: dict | None = None
-        self._slots, self._calibrated = 1, 0
-        """Rows that the rollouts had so far, and that costs were measured for."""
+        self.history = History(self.engine.target.device)
+        self.head, self.ngrams = Source(self.config), Source(self.config)
+        self._slots = 1
+        """Rows that the rollouts had so far."""
+        self._last_trace: list[StepStats] = []
+        """Steps of the rollouts before the last call of `refresh`."""
         self._trace: list[StepStats] = []
-        """Steps of the rollouts since the last training."""
+        """Steps of the rollouts since."""
         self._step_began: float | None = None
-        if fixed != 0:
+        if self.config.num_speculative_tokens != 0:
             self.learner = DraftLearner(PolicyView(model), self.config, self.engine.target.device, seed)
             self._take_head()
             if self.config.draft_model_path:
@@ -66,7 +69,13 @@ class EmbeddedBackend:
 
     @property
     def drafter(self) -> EagleDrafter | None:
-        return self.engine.drafter
+        """The head's."""
+        return self.head.drafter
+
+    @property
+    def controller(self) -> GammaController | FixedGamma | None:
+        """The head's."""
+        return self.head.controller
 
     @property
     def draft_version(self) -> int:
@@ -77,7 +86,7 @@ class EmbeddedBackend:
     def draft_healthy(self) -> bool:
         """False while the draft is off because it broke or its acceptance has fallen to chance, and where it broke
         within a rollout since `take_stats` was last called."""
-        watchman = self.engine.controller
+        watchman = self.head.watched
         alarm = watchman.alarm if isinstance(watchman, Watchman) else None
         return alarm is None and not self.stats.drafter_failures and (self.learner is None or self.learner.healthy)
 
@@ -105,18 +114,21 @@ class EmbeddedBackend:
         `collect=False` keeps these rollouts out of the draft's training, as for evaluation.
         """
         self._step_began = self._step_began or time.perf_counter()
-        collect = collect and self.learner is not None and self.config.draft_refresh
         if self.learner is not None:
-            self.drafter.buffer = self.learner.buffer if collect else None
+            self.drafter.buffer = self.learner.buffer if collect and self.config.draft_refresh else None
             power = 1 << (len(prompts) - 1).bit_length()  # a few prompts more or less are nothing new to measure
             self._slots = max(self._slots, min(self.config.max_slots, power))
-            if self.drafter.ready:
-                self._calibrate()
-        before = len(self.engine.stats.steps)
+            self._choose_source()
+        before = len(self.stats.steps)
         completions = self.engine.generate(prompts, params, seed=seed, max_new_tokens=max_new_tokens)
-        if collect:
+        steps = self.stats.steps[before:]
+        if self.engine.drafter is self.ngrams.drafter:
+            self.stats.ngram_drafted += sum(step.rows * step.gamma for step in steps)
+        if self.learner is not None and collect:
             self.learner.temperature = max(params.temperature, COLDEST) if params else 1.0
-            self._trace += self.engine.stats.steps[before:]
+            self._trace += steps
+            if self.config.draft_ngrams:
+                self.history.add((p, c.token_ids) for p, c in zip(prompts, completions, strict=True))
         return completions
 
     def refresh(self, seconds: float | None = None, *, remaining: int | None = None) -> RefreshStats:
@@ -128,15 +140,17 @@ class EmbeddedBackend:
             seconds: how long it may take; by default what `config.draft_overhead` allows, and no longer than it pays.
             remaining: generation phases that the run has still to come, if that is known.
         """
-        if self.learner is None or not self.config.draft_refresh or self._step_began is None:
+        if self.learner is None or self._step_began is None:
+            return RefreshStats(draft_version=self.draft_version)
+        self._last_trace, self._trace = self._trace, []
+        if not self.config.draft_refresh:
             return RefreshStats(draft_version=self.draft_version)
         now = time.perf_counter()
         self.learner.budget.earn(now - self._step_began)  # without the training, which would pay for itself
         value = None
         if self.config.num_speculative_tokens is None and seconds is None:
-            self._calibrate()
-            value = RolloutValue(self.controller.cost, self._trace, self.config.widest)
-        self._trace = []
+            self._calibrate_head()
+            value = RolloutValue(self.controller.cost, self._last_trace, self.config.widest, self._ngram_seconds())
         head = self.learner.head
         stats = self.learner.refresh(seconds, remaining, value)
         if self.learner.head is not head:
@@ -149,17 +163,13 @@ class EmbeddedBackend:
     def save(self, folder: str | Path) -> None:
         """Write the draft and the controller's tables to `folder` (safetensors and json); nothing without a head."""
         if self.learner is not None:
-            state = self._controller_state if self.controller is None else self.controller.state_dict()
-            self.learner.save(folder, state)
+            self.learner.save(folder, self.head.state_dict())
 
     def load(self, folder: str | Path, resume: bool = True) -> None:
         """Take the head and the tables that `save` wrote, or an EAGLE-3 head from elsewhere; with `resume=False`
         neither the training's budget nor the controller's tables (`DraftLearner.load`)."""
         if self.learner is not None:
-            self._controller_state = self.learner.load(folder, resume)
-            if self.config.num_speculative_tokens is None:
-                self.controller = self.engine.controller = None
-                self._calibrated = 0
+            self.head.load_state_dict(self.learner.load(folder, resume))
             self._take_head()
 
     def _take_head(self) -> None:
@@ -167,7 +177,8 @@ class EmbeddedBackend:
         target, head = self.engine.target, self.learner.head
         own = None if head.own_output is None else len(head.own_output)
         running = EagleHead(head.config, own_output=own).to(target.device, target.dtype)
-        self.engine.drafter = EagleDrafter(running, self.learner.view, self.learner.buffer)
+        self.head.drafter = EagleDrafter(running, self.learner.view, self.learner.buffer)
+        self.ngrams.drafter = NgramDrafter(self.history, self.head.drafter)
         self._publish()
 
     def _publish(self) -> None:
@@ -178,21 +189,35 @@ class EmbeddedBackend:
             self.controller.draft_changed()
             self._stand_watch()
 
-    def _calibrate(self) -> None:
-        """Measure what steps cost, once and again when there are more rows; from then on the controller chooses."""
-        if self._slots <= self._calibrated or isinstance(self.controller, FixedGamma):
-            return
-        cost = measured_cost(self.engine, self._slots, self.config.widest, self.config.calibration_cache)
-        self._calibrated = self._slots
-        if self.controller is not None:
-            self.controller.cost = self.controller.cost.remeasured(cost)
-            return
-        self.controller = GammaController(cost, self.config.widest)
-        if "cost" in (self._controller_state or {}):
-            self.controller.load_state_dict(self._controller_state)
-        self._stand_watch()
+    def _calibrate_head(self) -> None:
+        new = self.controller is None
+        self.head.calibrate(self.engine, self._slots)
+        if new:
+            self._stand_watch()
 
     def _stand_watch(self) -> None:
         self.controller.draft_ready = self.drafter.ready
         expected = self.learner.acceptance[0] if self.learner.acceptance else None
-        self.engine.controller = Watchman(self.controller, self.drafter.head, expected, self.config.draft_refresh)
+        self.head.watched = Watchman(self.controller, self.drafter.head, expected, self.config.draft_refresh)
+
+    def _choose_source(self) -> None:
+        """Guess from earlier rollouts or with the head, whichever is predicted to take less time; where neither can,
+        the head's drafter still collects."""
+        if self.drafter.ready:
+            self._calibrate_head()
+        source = self.ngrams if self._ngram_seconds() < self._head_seconds() else self.head
+        self.engine.drafter, self.engine.controller = source.drafter, source.watched
+
+    def _ngram_seconds(self) -> float:
+        """What rollouts like the last ones would take with guesses from earlier ones."""
+        if not self.history:
+            return math.inf
+        self.ngrams.calibrate(self.engine, self._slots)
+        return self.ngrams.seconds(self._last_trace or self._trace, self.history.acceptance)
+
+    def _head_seconds(self) -> float:
+        """What they would take with the head."""
+        off = isinstance(self.head.watched, Watchman) and self.head.watched.alarm
+        if off or not self.drafter.ready:
+            return math.inf
+        return self.head.seconds(self._last_trace or self._trace, self.learner.acceptance)

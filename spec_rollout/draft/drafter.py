@@ -39,6 +39,8 @@ class EagleDrafter:
         """False until the head has been trained or loaded: it then only collects."""
         self.cache = SlotCache()
         self.features = None
+        self.shape = head.config.to_dict()
+        """What the time of a guess depends on."""
         self.fused_width = len(head.config.aux_layers) * head.config.hidden_size
 
     def begin(self, rows: Rows) -> None:

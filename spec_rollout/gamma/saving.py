@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,10 +21,11 @@ class RolloutValue:
         cost: predicts the seconds of a step.
         steps: of a rollout; what it drew at each number of active rows is drawn again, at the best γ there.
         max_gamma: the most guesses per step.
+        bound: seconds that the rollout takes at most, with another draft.
     """
 
-    def __init__(self, cost: CostModel, steps: Sequence[StepStats], max_gamma: int):
-        self.max_gamma = max_gamma
+    def __init__(self, cost: CostModel, steps: Sequence[StepStats], max_gamma: int, bound: float = math.inf):
+        self.max_gamma, self.bound = max_gamma, bound
         emitted: dict[int, int] = {}
         context: dict[int, int] = {}
         for step in steps:
@@ -35,10 +37,11 @@ class RolloutValue:
         ).reshape(-1, max_gamma + 1)  # [N, max_gamma + 1], tokens per second if no guess came true
 
     def seconds(self, rates: Sequence[float]) -> float:
-        """Seconds of the rollout under conditional acceptance `rates` (the last one goes on): never more than those of
-        plain decoding."""
-        rates = [rates[min(i, len(rates) - 1)] for i in range(self.max_gamma)]
-        return float((self._drawn / (self._speeds * expected_curve(rates)).max(axis=1)).sum())
+        """Seconds of the rollout under conditional acceptance `rates` (the last one goes on; none: plain
+        decoding), never more than those of plain decoding or `bound`."""
+        rates = [rates[min(i, len(rates) - 1)] if rates else 0.0 for i in range(self.max_gamma)]
+        seconds = float((self._drawn / (self._speeds * expected_curve(rates)).max(axis=1)).sum())
+        return min(seconds, self.bound)
 
     def hope(self, rates: Sequence[float]) -> float:
         """Seconds saved by going on from `rates` to what trained heads usually reach, or a little beyond."""

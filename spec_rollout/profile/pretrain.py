@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = load_prompts(policy.tokenizer, args.prompts)
     try:
         params = replace(policy.params, temperature=args.temperature)
-        config = SpecConfig(max_feature_tokens=args.max_feature_tokens)
+        config = SpecConfig(max_feature_tokens=args.max_feature_tokens, draft_ngrams=False)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     backend = EmbeddedBackend(policy.model, config, policy.tokenizer)

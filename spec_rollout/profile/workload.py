@@ -7,6 +7,7 @@ import json
 import platform
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,12 +97,9 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) ->
 def warm_backend(policy: Policy, config: SpecConfig) -> EmbeddedBackend:
     """A backend whose head has learned, from no checkpoint, on a few rollouts, as it would have after as many steps of
     a training run in which it may learn for as long as the rollouts take."""
-    backend = EmbeddedBackend(policy.model, config, policy.tokenizer)
-    seeds = range(1000, 1000 + WARM_UP_ROUNDS)
-    for _ in warm_up(
-        backend, [arithmetic_prompts(policy.tokenizer, WARM_UP_PROMPTS, s) for s in seeds], policy.params
-    ):
-        pass
+    backend = EmbeddedBackend(policy.model, replace(config, draft_ngrams=False), policy.tokenizer)
+    batches = [arithmetic_prompts(policy.tokenizer, WARM_UP_PROMPTS, 1000 + turn) for turn in range(WARM_UP_ROUNDS)]
+    list(warm_up(backend, batches, policy.params))
     return backend
 
 

@@ -22,6 +22,7 @@ def local_sums(
         "emitted": stats.emitted,
         "drafted": stats.drafted,
         "accepted": stats.accepted,
+        "ngram_drafted": stats.ngram_drafted,
         "speculative_rows": sum(step.rows for step in speculative),
         "speculative_emitted": sum(step.emitted for step in speculative),
         "seconds": seconds,
@@ -58,6 +59,7 @@ def metrics(sums: dict[str, float]) -> dict[str, float]:
     figures |= {f"time_{part}": sums[f"{part}_s"] / ranks for part in ("prefill", "draft", "verify", "host")}
     if sums["drafted"]:
         figures["acceptance_rate"] = sums["accepted"] / sums["drafted"]
+        figures["ngram_share"] = sums["ngram_drafted"] / sums["drafted"]
     if sums["refresh_tokens"]:
         figures["draft_loss"] = sums["refresh_loss"] / sums["refresh_tokens"]
         figures["draft_acceptance"] = sums["draft_acceptance"] / ranks

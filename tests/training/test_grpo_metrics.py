@@ -9,7 +9,7 @@ from spec_rollout.training.metrics import local_sums, metrics
 
 
 def rank(*steps: StepStats, seconds: float, refresh: RefreshStats | None = None) -> dict[str, float]:
-    stats = RolloutStats(steps=list(steps), seconds=99.0, prefill_s=0.5)
+    stats = RolloutStats(steps=list(steps), seconds=99.0, prefill_s=0.5, ngram_drafted=2)
     return local_sums(stats, refresh or RefreshStats(), seconds, version=3, healthy=True)
 
 
@@ -28,6 +28,7 @@ def test_ratios_are_taken_of_sums():
     assert metrics(total(first, second)) == pytest.approx(
         {
             "speculative/acceptance_rate": 6 / 13,
+            "speculative/ngram_share": 4 / 13,
             "speculative/mean_acceptance_length": 11 / 5,
             "speculative/num_speculative_tokens": 4 / 3,
             "speculative/goodput": 15 / 6,

@@ -1,0 +1,195 @@
+"""Guesses from earlier rollouts: what followed there the longest run of tokens that now ends a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from spec_rollout.engine.rows import Rows
+from spec_rollout.records import Drafter
+
+ORDERS = (1, 2, 3, 4, 6, 8)
+"""Lengths of the runs that are looked up."""
+LONGEST = ORDERS[-1]
+CANDIDATES = 4
+"""Tokens kept of those that followed a run."""
+MAX_TOKENS = 2**18
+"""Tokens of rollouts that are kept; the table that is made of them takes about 60 MB at most."""
+JUDGED = 3
+"""Guesses whose acceptance is estimated."""
+
+
+class NgramTable:
+    """What followed each run of tokens in `sequences` [n] int64, of which one at least has two tokens.
+
+    Runs are known by 64-bit hashes, a sum over tokens of (id + 1) times a random number for the place. Two that
+    collide would spoil a guess, never a sample.
+
+    Attributes:
+        keys [N] int64, ascending: the runs' hashes.
+        tokens [N, CANDIDATES] int64, scores [N, CANDIDATES] float32: what followed, the most frequent first, and the
+            logarithm of how often; -inf where there are fewer.
+    """
+
+    def __init__(self, sequences: Sequence[Tensor], device: torch.device):
+        generator = torch.Generator().manual_seed(0)
+        random = torch.randint(-(2**62), 2**62, (2, LONGEST), generator=generator).to(device) | 1
+        self.factors, self.salts = random[0], random[1, : len(ORDERS)]
+        self.order = torch.tensor(ORDERS, device=device) - 1
+        self.rank = torch.arange(1, len(ORDERS) + 1, device=device)
+        self._count(*self._runs(sequences))
+
+    def _runs(self, sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The hash of each run and the token after it, [E] both."""
+        device = self.factors.device
+        empty = torch.zeros(0, dtype=torch.int64, device=device)
+        tokens = torch.cat([empty, *(s.to(device) for s in sequences)])
+        place = torch.cat([empty, *(torch.arange(len(s), device=device) for s in sequences)])
+        hashes, keys, followers = torch.zeros_like(tokens), [empty], [empty]
+        for back in range(1, LONGEST + 1):
+            hashes = hashes + (tokens.roll(back) + 1) * self.factors[back - 1]
+            if back in ORDERS:
+                within = place >= back
+                keys.append(hashes[within] + self.salts[ORDERS.index(back)])
+                followers.append(tokens[within])
+        return torch.cat(keys), torch.cat(followers)
+
+    def _count(self, keys: Tensor, followers: Tensor) -> None:
+        """Keep the most frequent followers of each run."""
+        keys, followers = _sorted(keys, followers)
+        first = (_changes(keys) | _changes(followers)).nonzero()[:, 0]
+        counts = torch.diff(first, append=first.new_tensor([len(keys)]))
+        keys, followers, counts = keys[first], followers[first], counts
+        keys, order = _sorted(keys, -counts, index=True)
+        followers, counts = followers[order], counts[order]
+        starts = _changes(keys)
+        run = starts.cumsum(0) - 1
+        place = torch.arange(len(keys), device=keys.device) - starts.nonzero()[:, 0][run]
+        kept = place < CANDIDATES
+        self.keys = keys[starts]
+        size = len(self.keys), CANDIDATES
+        self.tokens = torch.zeros(size, dtype=torch.int64, device=keys.device)
+        self.scores = torch.full(size, -torch.inf, device=keys.device)
+        self.tokens[run[kept], place[kept]] = followers[kept]
+        self.scores[run[kept], place[kept]] = counts[kept].float().log()
+
+    def lookup(self, recent: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and scores [B, CANDIDATES] after the longest known run that ends `recent` [B, LONGEST], the newest
+        token last, -1 before the first; anything where no run is known."""
+        hashes = ((recent.flip(1) + 1) * self.factors).cumsum(1)[:, self.order] + self.salts  # [B, orders]
+        at = torch.searchsorted(self.keys, hashes).clamp(max=len(self.keys) - 1)
+        longest = ((self.keys[at] == hashes) * self.rank).argmax(1, keepdim=True)
+        found = at.gather(1, longest)[:, 0]
+        return self.tokens[found], self.scores[found]
+
+    def guess(self, recent: Tensor, gamma: int, noise: Tensor | None) -> Tensor:
+        """Guesses [B, gamma] after `recent`: Gumbel-max samples of the counts under the target's noise
+        [B, >= gamma, V], the most frequent follower without noise."""
+        guesses = []
+        for i in range(gamma):
+            tokens, scores = self.lookup(recent)
+            if noise is not None:
+                scores = scores + noise[:, i].gather(1, tokens)
+            guesses.append(tokens.gather(1, scores.argmax(1, keepdim=True)))
+            recent = torch.cat([recent[:, 1:], guesses[-1]], 1)
+        return torch.cat(guesses, 1)
+
+    def hits(self, sequence: Tensor, start: int) -> Tensor:
+        """For each token of `sequence` from `start` on, whether it follows most often on those before it."""
+        before = torch.cat([sequence.new_full((LONGEST,), -1), sequence[:-1]]).unfold(0, LONGEST, 1)
+        return self.lookup(before[start:])[0][:, 0] == sequence[start:]
+
+
+class History:
+    """The latest rollouts, at most MAX_TOKENS tokens of them, and what they give to guess from.
+
+    Attributes:
+        acceptance: expected rates of the first, second … guess, measured on rollouts that the table had not seen;
+            empty before the second phase.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.sequences: list[Tensor] = []
+        self.acceptance: list[float] = []
+        self._table: NgramTable | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.sequences)
+
+    @property
+    def table(self) -> NgramTable:
+        """Made anew after rollouts have been added."""
+        if self._table is None:
+            self._table = NgramTable(self.sequences, self.device)
+        return self._table
+
+    def add(self, rollouts: Iterable[tuple[Sequence[int], Sequence[int]]]) -> None:
+        """Take in prompts and completions, the token ids of both, of one phase."""
+        pairs = [(torch.tensor([*p, *c], device=self.device), len(p)) for p, c in rollouts]
+        if self.sequences:
+            self._judge([self.table.hits(sequence, start) for sequence, start in pairs])
+        self.sequences += [sequence for sequence, _ in pairs]
+        total = 0
+        for kept, sequence in enumerate(reversed(self.sequences)):
+            total += len(sequence)
+            if total > MAX_TOKENS and kept:
+                del self.sequences[: len(self.sequences) - kept]
+                break
+        self._table = None
+
+    def _judge(self, hits: Sequence[Tensor]) -> None:
+        """The guess after a number of guesses that came true is made in a context that is the row's own by then."""
+        left = torch.cat([torch.arange(len(h) - 1, -1, -1, device=h.device) for h in hits])  # to the end of each
+        hits = torch.cat(list(hits))
+        counts, reached = [], torch.ones_like(hits)
+        for ahead in range(JUDGED):
+            reached = reached & (left >= ahead)
+            come_true = reached & hits.roll(-ahead)
+            counts.append(torch.stack([come_true.sum(), reached.sum()]))
+            reached = come_true
+        self.acceptance = [true / max(1, of) for true, of in torch.stack(counts).tolist()]
+
+
+class NgramDrafter:
+    """Guesses from the table of `history`, while `collector`, the head's drafter, goes on gathering features."""
+
+    def __init__(self, history: History, collector: Drafter):
+        self.history, self.collector = history, collector
+        self.shape = {"ngrams": ORDERS, "candidates": CANDIDATES}
+
+    def begin(self, rows: Rows) -> None:
+        self.table = self.history.table
+        self.back = torch.arange(1 - LONGEST, 1, device=rows.device)
+        self.collector.begin(rows)
+
+    def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
+        place = rows.length[: rows.count, None] + self.back
+        recent = rows.tokens[: rows.count].gather(1, place.clamp(min=0))
+        return self.table.guess(torch.where(place < 0, -1, recent), gamma, noise)
+
+    def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
+        self.collector.observe(rows, slots, start, hidden)
+
+    def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
+        """Nothing to prepare."""
+
+    def copy(self, rows: Rows, source: Tensor, target: Tensor) -> None:
+        self.collector.copy(rows, source, target)
+
+    def finish(self, rows: Rows, slots: Tensor) -> None:
+        self.collector.finish(rows, slots)
+
+
+def _sorted(keys: Tensor, values: Tensor, index: bool = False) -> tuple[Tensor, Tensor]:
+    """Both sorted by key, then by value; with `index`, the order in place of the values."""
+    order = values.argsort(stable=True)
+    order = order[keys[order].argsort(stable=True)]
+    return keys[order], order if index else values[order]
+
+
+def _changes(values: Tensor) -> Tensor:
+    """Where a value differs from the one before it; True at the first."""
+    return torch.cat([values.new_ones(min(1, len(values)), dtype=torch.bool), values[1:] != values[:-1]])

@@ -1,0 +1,142 @@
+"""Guesses from earlier rollouts: the table is what counting by hand gives, and no token of a rollout changes."""
+
+from collections import Counter, defaultdict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spec_rollout.backends.embedded import EmbeddedBackend
+from spec_rollout.config import SpecConfig
+from spec_rollout.draft import ngrams
+from spec_rollout.draft.ngrams import CANDIDATES, LONGEST, ORDERS, History, NgramTable
+from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.records import SamplingParams
+from tests.tiny import PROMPTS, assert_same, policy
+
+CPU = torch.device("cpu")
+PARAMS = SamplingParams(max_new_tokens=40, temperature=0.3, eos_token_ids=(4,))
+
+
+def followers(sequences):
+    """By hand: what followed each run, and how often."""
+    found = defaultdict(Counter)
+    for sequence in sequences:
+        for i in range(1, len(sequence)):
+            for order in ORDERS:
+                if i >= order:
+                    found[tuple(sequence[i - order : i])][sequence[i]] += 1
+    return found
+
+
+def recent(tokens):
+    return torch.tensor([([-1] * LONGEST + list(tokens))[-LONGEST:]])
+
+
+sequences = st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=30), min_size=1, max_size=5)
+
+
+@given(sequences, st.lists(st.integers(0, 3), min_size=1, max_size=12))
+@settings(max_examples=150, deadline=None)
+def test_the_longest_known_run_counts(sequences, ending):
+    table, by_hand = NgramTable([torch.tensor(s) for s in sequences], CPU), followers(sequences)
+    runs = [tuple(ending[-order:]) for order in ORDERS if order <= len(ending)]
+    known = [run for run in runs if run in by_hand]
+    if not known:
+        return
+    tokens, scores = (x[0].tolist() for x in table.lookup(recent(ending)))
+    counts = by_hand[known[-1]]
+    kept = sorted(counts.values(), reverse=True)[:CANDIDATES]
+    assert [round(float(torch.tensor(s).exp())) for s in scores] == kept + [0] * (CANDIDATES - len(kept))
+    assert all(counts[token] == count for token, count in zip(tokens, kept, strict=False))
+
+
+def test_guesses_go_on_from_guesses():
+    table = NgramTable([torch.tensor([5, 6, 7, 8, 9])], CPU)
+    assert table.guess(recent([1, 5]), 4, None).tolist() == [[6, 7, 8, 9]]
+
+
+def test_guesses_share_the_noise_of_the_target():
+    """What was drawn from the counts themselves is always guessed, where the most frequent one is half the time."""
+    table = NgramTable([torch.tensor([1, 2, 1, 3])], CPU)
+    uniform = torch.rand(500, 1, 6, generator=torch.Generator().manual_seed(0))
+    noise = -(-uniform.log()).log()
+    drawn = (torch.tensor([-torch.inf, -torch.inf, 0.0, 0.0, -torch.inf, -torch.inf]) + noise[:, 0]).argmax(-1)
+    assert (table.guess(recent([1]).expand(500, -1), 1, noise)[:, 0] == drawn).all()
+    assert 0.4 < (drawn == 2).float().mean() < 0.6
+
+
+def test_acceptance_is_measured_on_rollouts_that_the_table_has_not_seen():
+    history = History(CPU)
+    history.add([([1], [2, 3, 4, 5])])
+    assert history.acceptance == []
+    history.add([([1], [2, 3, 4, 9]), ([7], [8, 2, 3])])
+    # Came true: 2 3 4 after 1, and 3 after 2; not 9, nor 8 and 2, which follow what was never seen.
+    assert history.acceptance == pytest.approx([4 / 7, 2 / 3, 1 / 2])
+
+
+def test_the_oldest_rollouts_give_way(monkeypatch):
+    monkeypatch.setattr(ngrams, "MAX_TOKENS", 10)
+    history = History(CPU)
+    for phase in range(5):
+        history.add([([phase], [1, 2, 3])])
+    assert [s[0].item() for s in history.sequences] == [3, 4]
+    history.add([([9], list(range(20)))])
+    assert [len(s) for s in history.sequences] == [21]  # one that is too long alone stays
+
+
+def backend_for(tmp_path, gamma, **options):
+    config = SpecConfig(num_speculative_tokens=gamma, calibration_cache=str(tmp_path), **options)
+    return EmbeddedBackend(policy("llama"), config)
+
+
+@pytest.mark.parametrize("gamma", [3, None])
+@pytest.mark.parametrize("slots", [2, 64])
+def test_the_second_rollout_guesses_from_the_first_and_no_token_changes(gamma, slots, tmp_path):
+    backend = backend_for(tmp_path, gamma, max_slots=slots)
+    plain = RolloutEngine(policy("llama"))
+    for turn in range(3):
+        backend.take_stats()
+        if turn == 1 and gamma is None:  # whether it pays is the machine's business
+            backend.ngrams.calibrate(backend.engine, slots)
+            backend.ngrams.controller.choose = lambda rows, context: rows % 4
+        expected = plain.generate(PROMPTS * 4, PARAMS, seed=(turn,))
+        assert_same(backend.generate(PROMPTS * 4, PARAMS, seed=(turn,)), expected)
+        assert (backend.stats.mean_acceptance_length > 1) == (turn > 0)
+        assert backend.stats.ngram_drafted == backend.stats.drafted
+        backend.refresh(0.0)
+    assert backend.learner.buffer.tokens  # features are gathered all the same
+
+
+def test_the_faster_source_guesses(tmp_path):
+    """Whatever the head is worth, the better of the two is chosen, and the head when the history is off."""
+    backend = backend_for(tmp_path, 3, draft_overhead=1e9)
+    backend.generate(PROMPTS * 4, PARAMS)
+    backend.drafter.ready, backend.head.watched.controller.draft_ready = True, True
+    backend.history.acceptance = [0.5, 0.5, 0.5]
+    for head, chosen in (([0.9] * 3, backend.head), ([0.1] * 3, backend.ngrams), ([0.6, 0.6, 0.1], backend.head)):
+        backend.learner.acceptance = head
+        backend._choose_source()
+        assert backend.engine.drafter is chosen.drafter
+    backend.history = History(CPU)
+    backend._choose_source()
+    assert backend.engine.drafter is backend.drafter
+
+
+def test_nothing_is_kept_when_it_is_off_or_only_evaluated(tmp_path):
+    off = backend_for(tmp_path, 3, draft_ngrams=False)
+    off.generate(PROMPTS, PARAMS)
+    on = backend_for(tmp_path, 3)
+    on.generate(PROMPTS, PARAMS, collect=False)
+    assert not off.history and not on.history
+
+
+def test_it_serves_without_a_head_that_learns(tmp_path):
+    backend = backend_for(tmp_path, 3, draft_refresh=False)
+    for _ in range(2):
+        backend.take_stats()
+        backend.generate(PROMPTS * 4, PARAMS)
+        backend.refresh()
+    assert backend.stats.mean_acceptance_length > 1.3 and backend.draft_version == 0 and backend.draft_healthy
+    assert not backend.learner.buffer.samples
