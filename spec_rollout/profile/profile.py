@@ -112,7 +112,13 @@ def _measure(
     deadline = time.perf_counter() + args.seconds
     slots = max(args.batch_sizes)
     draft = None if args.draft_model is None else str(args.draft_model)
-    config = SpecConfig(num_speculative_tokens=3, max_slots=slots, draft_model_path=draft, draft_refresh=draft is None)
+    config = SpecConfig(
+        num_speculative_tokens=3,
+        max_slots=slots,
+        draft_model_path=draft,
+        draft_refresh=draft is None,
+        draft_ngrams=False,
+    )
     backend, found.draft_rollouts = warm_backend(policy, prompts, config, deadline)
     found.drafter, found.learner = backend.drafter, backend.learner
     found.engine = measured_engine(policy, backend, slots)

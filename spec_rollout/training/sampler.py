@@ -97,8 +97,9 @@ class TrainerSampler:
             self._refreshed = self.backend.refresh(remaining=_remaining(trainer))
         if self.config.profile_rollouts:
             self.backend.engine.recorder.refresh(self._refreshed)
-            if isinstance(self.backend.controller, GammaController):
-                self.backend.engine.recorder.cost(self.backend.controller.cost)
+            controller = self.backend.controller or self.backend.ngrams.controller
+            if isinstance(controller, GammaController):
+                self.backend.engine.recorder.cost(controller.cost)
 
     def log(self, trainer: Trainer) -> None:
         """Append the figures of the rollouts since the last call to the trainer's metrics; every rank takes part."""
