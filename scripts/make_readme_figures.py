@@ -1,14 +1,18 @@
-"""The README's tables from the JSON files in benchmarks/: no figure in it is written by hand.
+"""Tables and pictures of the README and the docs from the JSON files in benchmarks/.
 
-python scripts/make_readme_figures.py            # rewrites what stands between the markers of README.md
-python scripts/make_readme_figures.py --check    # exit status 1 if the README says something else
+python scripts/make_readme_figures.py            # rewrites what stands between the markers, and the pictures
+python scripts/make_readme_figures.py --check    # writes nothing; exit status 1 if a page says something else
 """
 
 import argparse
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from spec_rollout.profile.charts import profile_charts
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -28,13 +32,10 @@ def on(figures: dict) -> str:
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
-    cells = [
-        [f"{c:.2f}" if isinstance(c, float) and c < 10 else f"{c:.0f}" if c else "–" for c in row] for row in rows
-    ]
-    lines = [header, ["---:"] * len(header), *cells]
-    return "\n".join(
-        f"| {' | '.join(line)} |".replace("| ---: ", "|---:").replace("---: |", "---:|") for line in lines
-    )
+    """A table of numbers: two decimals below 10, whole above."""
+    cells = [[f"{c:.2f}" if isinstance(c, float) and c < 10 else f"{c:.0f}" for c in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in (header, *cells)]
+    return "\n".join([lines[0], "|" + "---:|" * len(header), *lines[1:]])
 
 
 def bench() -> str:
@@ -72,6 +73,17 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
 """By marker: the page it is on, and what makes it."""
 
 
+PICTURES = ("throughput", "gamma_map", "rollout")
+
+
+def draw_pictures() -> None:
+    """Three of the profile's pictures, as benchmarks/cpu-small-profile-NAME.png."""
+    with tempfile.TemporaryDirectory() as folder:
+        profile_charts(measured("cpu-small-profile.json"), Path(folder))
+        for name in PICTURES:
+            shutil.copy(Path(folder, f"{name}.png"), BENCHMARKS / f"cpu-small-profile-{name}.png")
+
+
 def filled(name: str, text: str, made: str) -> str:
     """`text` with what stands between the markers of `name` replaced.
 
@@ -97,6 +109,8 @@ def main() -> int:
             stale.append(page.name)
             if not args.check:
                 page.write_text(made, encoding="utf-8")
+    if not args.check:
+        draw_pictures()
     print(f"{', '.join(stale) or 'nothing'} {'differs' if args.check else 'rewritten'}")
     return int(args.check and bool(stale))
 
