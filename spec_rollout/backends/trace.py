@@ -151,7 +151,7 @@ class TraceRecorder:
 
 def read_traces(paths: Iterable[Path]) -> Trace:
     """The rollouts of `paths`. Of lines with the same labels, as an interrupted and resumed run leaves them, the last
-    one counts.
+    one counts; a last line that was not written to its end counts for nothing.
 
     Raises:
         ValueError: a line that is no trace of this version; the message names the file and the line.
@@ -160,7 +160,9 @@ def read_traces(paths: Iterable[Path]) -> Trace:
     rollouts: dict[tuple, RolloutTrace] = {}
     refreshes: dict[tuple, dict] = {}
     for path in paths:
-        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+            if not text.endswith("\n"):
+                break  # the writer was ended within the last line
             try:
                 line = json.loads(text)
                 if line["version"] != VERSION:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -36,7 +35,7 @@ from spec_rollout.profile.measuring import (
     measured_engine,
     warm_backend,
 )
-from spec_rollout.profile.page import number, write_page
+from spec_rollout.profile.profile_page import warning, write_profile_page
 from spec_rollout.profile.replay import Costs, acceptance, position_rates
 from spec_rollout.profile.workload import (
     Policy,
@@ -85,11 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"spec-rollout profile: {error}") from error
     traces = read_traces([trace_file]).rollouts
     if not traces:
-        print(
-            "spec-rollout profile: no rollout had ended, so there is nothing to report: give --seconds more than "
-            f"{args.seconds}, or --max-new-tokens fewer than {args.max_new_tokens}.",
-            file=sys.stderr,
-        )
+        remedy = f"give --seconds more than {args.seconds}, or --max-new-tokens fewer than {args.max_new_tokens}"
+        cause = "interrupted before" if found.interrupted else f"the time was over before ({remedy})"
+        print(f"spec-rollout profile: {cause} the first rollout had ended: nothing to report.", file=sys.stderr)
         return INTERRUPTED if found.interrupted else 1
     _report(args, found, traces)
     return INTERRUPTED if found.interrupted else 0
@@ -148,17 +145,14 @@ def _report(args: argparse.Namespace, found: Found, traces: list[RolloutTrace]) 
     write_json(args.out / "cost.json", costs_to_json(costs))
     write_json(args.json, figures)
     charts = profile_charts(figures, args.out)
-    missing = None
-    if not figures["complete"]:
-        missing = f"{'Interrupted' if found.interrupted else 'The time was over'} before every sampler had run at "
-        missing += "every batch size: what is here was measured until then."
-    write_page(args.out / "report.html", "Rollout profile", _meta(figures), charts, warning=missing, **_page(figures))
+    write_profile_page(args.out / "report.html", figures, charts)
     keys = ("batch_size", "sampler", "gamma", "tokens_per_s", "speedup_vs_plain", "mean_acceptance_length")
     header = ("rows", "sampler", "guessed", "tokens/s", "× plain", "acceptance length")
     table(header, [[row[key] for key in keys] for row in figures["throughput"]])
     for item in figures["advice"]:
         print(f"- {item['text']}")
-    print(missing or f"Page: {args.out / 'report.html'}")
+    print(warning(figures) or "Every sampler ran at every batch size.")
+    print(f"Page: {args.out / 'report.html'}")
 
 
 def profile_figures(found: Found, traces: list[RolloutTrace]) -> tuple[dict, Costs]:
@@ -214,51 +208,6 @@ def _setup(args: argparse.Namespace, found: Found) -> dict:
         "spec_rollout": installed,
     }
     return {"interrupted": found.interrupted, "setup": setup, "hardware": hardware()}
-
-
-def _meta(figures: dict) -> str:
-    setup, device = figures["setup"], figures["hardware"]
-    draft = setup["draft_model"] or f"a draft that learned from {setup['draft_rollouts']} rollouts"
-    return (
-        f"{setup['policy']} · {setup['dtype']} · prompts: {setup['prompts']} · {draft} · {device['device']}, "
-        f"{device['threads']} threads · torch {device['torch']} · {setup['date']}"
-    )
-
-
-def _page(figures: dict) -> dict:
-    def rows_of(row: dict) -> str:
-        return f"{row['batch_size']} row{'s' * (row['batch_size'] > 1)}"
-
-    adaptive = [row for row in figures["throughput"] if row["sampler"] == "adaptive"]
-    tiles = [
-        (f"{number(row['speedup_vs_plain'])}\u00a0×", f"plain decoding at {rows_of(row)}")
-        for row in adaptive
-        if row["speedup_vs_plain"]
-    ]
-    if adaptive:
-        best = max(adaptive, key=lambda row: row["tokens_per_s"])
-        tiles.append((number(best["tokens_per_s"]), f"tokens per second at {rows_of(best)}"))
-        tiles.append((number(best["mean_acceptance_length"]), "tokens per row and pass with guesses"))
-    columns = {
-        "rows": "batch_size",
-        "sampler": "sampler",
-        "guessed": "gamma",
-        "tokens/s": "tokens_per_s",
-        "least": "tokens_per_s_min",
-        "most": "tokens_per_s_max",
-        "predicted": "predicted_tokens_per_s",
-        "× plain": "speedup_vs_plain",
-        "acceptance length": "mean_acceptance_length",
-        "turns": "turns",
-    }
-    rows = [[row[key] for key in columns.values()] for row in figures["throughput"]]
-    schedule = json.dumps(figures["vllm_schedule"], indent=None)
-    return {
-        "tiles": tiles,
-        "advice": [item["text"] for item in figures["advice"]],
-        "tables": [("Every sampler at every batch size", list(columns), rows)],
-        "code": [("The schedule for vLLM's speculative_config", schedule)],
-    }
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -152,10 +152,12 @@ class TrainerSampler:
         """Have the next rollout recorded; a run that starts anew begins a new file."""
         _, _, rank, step, call = seed
         if self.backend.engine.recorder is None:
-            path = Path(trainer.args.output_dir, FOLDER, f"rank-{rank}.jsonl")
+            folder, ranks = Path(trainer.args.output_dir, FOLDER), trainer.accelerator.num_processes
             if step == 0:
-                path.unlink(missing_ok=True)
-            self.backend.engine.recorder = TraceRecorder(self.config.max_slots, path)
+                for old in folder.glob("rank-*.jsonl"):  # those of more ranks too, each removed by one
+                    if int(old.stem.split("-")[1]) % ranks == rank:
+                        old.unlink()
+            self.backend.engine.recorder = TraceRecorder(self.config.max_slots, folder / f"rank-{rank}.jsonl")
         self.backend.engine.recorder.labels = {"mode": _mode(trainer), "step": step, "call": call}
 
     def _seed(self, trainer: Trainer) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ def test_a_trace_alone_tells_what_plain_decoding_would_have_taken(tmp_path):
     cost = CostModel([Measurement("verify", 1, tokens, 8, 0.1) for tokens in (1, 2)])
     lines = [recorded(0, 0.3), recorded(1, 0.3), json.dumps({"version": 1, "kind": "cost", "cost": cost.to_json()})]
     lines.append(json.dumps({"version": 1, "kind": "refresh", "labels": {"step": 1}, "seconds": 0.3, "loss": 0.5}))
-    (folder / "rank-0.jsonl").write_text("\n".join(lines))
+    (folder / "rank-0.jsonl").write_text("".join(f"{line}\n" for line in lines))
     run = read_run(tmp_path / "run")
     assert run.series["mean_acceptance_length"] == {1: 2.0, 2: 2.0}
     assert run.series["draft_loss"] == {2: 0.5}

@@ -80,6 +80,14 @@ def test_a_file_holds_what_was_recorded_and_the_last_of_equal_labels_counts(tmp_
         assert [s.accepted for s in found.steps] == [s.accepted for s in memory.rollouts[0].steps]
 
 
+def test_a_line_that_was_not_written_to_its_end_is_left_out(tmp_path):
+    path, known = tmp_path / "trace.jsonl", plain()
+    for step in (0, 1):
+        recorded(TraceRecorder(4, path, {"step": step}), known)
+    path.write_text(path.read_text()[:-9])
+    assert [r.labels for r in read_traces([path]).rollouts] == [{"step": 0}]
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [
