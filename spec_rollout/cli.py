@@ -49,13 +49,29 @@ def check(argv: Sequence[str]) -> int | None:
     return import_module("spec_rollout.profile.check").main(argv)
 
 
+def profile(argv: Sequence[str]) -> int | None:
+    """measure what speculation does for a policy at every batch size: --policy DIR; writes one page"""
+    return import_module("spec_rollout.profile.profile").main(argv)
+
+
+def report(argv: Sequence[str]) -> int | None:
+    """draw training runs, side by side: RUN_DIR [RUN_DIR ...]; writes one page"""
+    return import_module("spec_rollout.profile.report").main(argv)
+
+
+def simulate(argv: Sequence[str]) -> int | None:
+    """predict recorded rollouts under other slots, ranks and costs: --trace FILE"""
+    return import_module("spec_rollout.profile.simulate").main(argv)
+
+
 def pretrain_draft(argv: Sequence[str]) -> int | None:
     """train a draft head ahead of a run: --policy DIR --prompts FILE --out DIR"""
     return import_module("spec_rollout.profile.pretrain").main(argv)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
-    command.__name__.replace("_", "-"): command for command in (grpo, rloo, ppo, demo, bench, check, pretrain_draft)
+    command.__name__.replace("_", "-"): command
+    for command in (grpo, rloo, ppo, demo, bench, check, profile, report, simulate, pretrain_draft)
 }
 
 

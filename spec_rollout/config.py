@@ -70,6 +70,13 @@ class SpecConfig:
         default=None,
         metadata={"help": "Folder that keeps measured pass times between runs. `None` is `~/.cache/spec_rollout`."},
     )
+    profile_rollouts: bool = field(
+        default=False,
+        metadata={
+            "help": "Record every rollout in `rollouts/` of the output directory, for `spec-rollout report` and "
+            "`spec-rollout simulate`."
+        },
+    )
 
     def __post_init__(self):
         gamma = self.num_speculative_tokens

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from spec_rollout.engine.rejection import Proposal
@@ -100,6 +101,8 @@ class StepStats:
     draft_s: float = 0.0
     verify_s: float = 0.0
     host_s: float = 0.0
+    sample_s: float = 0.0
+    """The part of `host_s` for the choice of γ, noise, sampling and verifying, in which the host waits for a GPU."""
 
     @property
     def seconds(self) -> float:
@@ -208,6 +211,16 @@ class Controller(Protocol):
 
     def observe(self, stats: StepStats) -> None:
         """What the step really cost and brought."""
+
+
+class Recorder(Protocol):
+    """Looks on while completions are sampled."""
+
+    def step(self, rows: Rows, emitted: np.ndarray, gamma: int) -> None:
+        """The active rows have just emitted `emitted` [B] tokens each after `gamma` guesses; none has left yet."""
+
+    def rollout(self, requests: Sequence[Request], completions: Sequence[Completion], stats: RolloutStats) -> None:
+        """One `generate` call is complete; `stats` are its own."""
 
 
 class RolloutBackend(Protocol):

@@ -14,7 +14,7 @@ from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.requests import make_requests
 from spec_rollout.engine.rollout import Rollout
 from spec_rollout.engine.target import Target
-from spec_rollout.records import Completion, Controller, Drafter, RolloutStats, SamplingParams, StepStats
+from spec_rollout.records import Completion, Controller, Drafter, Recorder, RolloutStats, SamplingParams, StepStats
 
 
 class RolloutEngine:
@@ -45,6 +45,7 @@ class RolloutEngine:
         self.config = config or SpecConfig()
         self.target = Target(model)
         self.drafter, self.controller, self.tokenizer = drafter, controller, tokenizer
+        self.recorder: Recorder | None = None
         self.cache = SlotCache()
         self.stats = RolloutStats()
         self.progress: Callable[[int, int], None] | None = None
@@ -73,12 +74,17 @@ class RolloutEngine:
         requests = make_requests(prompts, params, seed, max_new_tokens, self.target.vocab_size, self.target.context)
         if not requests:
             return []
+        before, prefill_s = len(self.stats.steps), self.stats.prefill_s
         began = time.perf_counter()
         with self.target.rollout():
             rollout = Rollout(self, requests, params)
             self._decode(rollout)
             completions = rollout.completions()
-        self.stats.seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.stats.seconds += seconds
+        if self.recorder is not None:
+            own = RolloutStats(self.stats.steps[before:], seconds, self.stats.prefill_s - prefill_s)
+            self.recorder.rollout(requests, completions, own)
         return completions
 
     def _decode(self, rollout: Rollout) -> None:
@@ -93,7 +99,10 @@ class RolloutEngine:
             logits, hidden = rollout.forward(guesses)
             clock.append(time.perf_counter())
             samples, verdict = rollout.sample_and_verify(logits, noise, guesses)
+            clock.append(time.perf_counter())
             rollout.commit(samples, verdict, hidden)
+            if self.recorder is not None:
+                self.recorder.step(rollout.rows, rollout.report.emitted, guesses.shape[1])
             step = rollout.finish_step(verdict, guesses.shape[1])
             clock.append(time.perf_counter())
             self._account(step, clock)
@@ -114,8 +123,9 @@ class RolloutEngine:
         return gamma
 
     def _account(self, step: StepStats, clock: list[float]) -> None:
-        before, step.draft_s, step.verify_s, after = (b - a for a, b in pairwise(clock))
-        step.host_s = before + after
+        before, step.draft_s, step.verify_s, sampling, after = (b - a for a, b in pairwise(clock))
+        step.sample_s = before + sampling
+        step.host_s = step.sample_s + after
         self.stats.steps.append(step)
         if self.controller is not None:
             self.controller.observe(step)

@@ -114,6 +114,7 @@ def launch(trainer_class: type[Trainer], config_class: type[TrainingArguments], 
     resume = training.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model(training.output_dir)
+    trainer.save_state()  # for spec-rollout report
     return trainer
 
 

@@ -17,7 +17,9 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from trl.extras.profiling import profiling_context
 
 from spec_rollout.backends.embedded import EmbeddedBackend
+from spec_rollout.backends.trace import FOLDER, TraceRecorder
 from spec_rollout.config import SpecConfig
+from spec_rollout.gamma import GammaController
 from spec_rollout.records import Completion, RefreshStats, SamplingParams
 from spec_rollout.training.gathering import gathered_policy, own_random_stream
 from spec_rollout.training.metrics import local_sums, metrics
@@ -74,12 +76,15 @@ class TrainerSampler:
         with self.gathered(trainer) as policy, own_random_stream(trainer):
             if self.backend is None:
                 self._make_backend(policy, trainer._tokenizer)
+            seed = self._seed(trainer)
+            if self.config.profile_rollouts:
+                self._record(trainer, seed)
             shown = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
             with profiling_context(trainer, "spec_rollout.generate"), rollout_bar(self.backend, len(prompts), shown):
                 completions = self.backend.generate(
                     prompts,
                     params,
-                    seed=self._seed(trainer),
+                    seed=seed,
                     max_new_tokens=_limits(prompts, params, policy.config) if clip else None,
                     collect=trainer.model.training,
                 )
@@ -92,6 +97,11 @@ class TrainerSampler:
             return
         with self.gathered(trainer), own_random_stream(trainer), profiling_context(trainer, "spec_rollout.refresh"):
             self._refreshed = self.backend.refresh(remaining=_remaining(trainer))
+        if self.config.profile_rollouts:
+            self.backend.engine.recorder.refresh(self._refreshed)
+            controller = self.backend.controller or self.backend.ngrams.controller
+            if isinstance(controller, GammaController):
+                self.backend.engine.recorder.cost(controller.cost)
 
     def log(self, trainer: Trainer) -> None:
         """Append the figures of the rollouts since the last call to the trainer's metrics; every rank takes part."""
@@ -139,6 +149,18 @@ class TrainerSampler:
         if self._draft_folder is not None:
             backend.load(self._draft_folder)
         self.backend = backend
+
+    def _record(self, trainer: Trainer, seed: tuple[int, ...]) -> None:
+        """Have the next rollout recorded; a run that starts anew begins a new file."""
+        _, _, rank, step, call = seed
+        if self.backend.engine.recorder is None:
+            folder, ranks = Path(trainer.args.output_dir, FOLDER), trainer.accelerator.num_processes
+            if step == 0:
+                for old in folder.glob("rank-*.jsonl"):  # those of more ranks too, each removed by one
+                    if int(old.stem.split("-")[1]) % ranks == rank:
+                        old.unlink()
+            self.backend.engine.recorder = TraceRecorder(self.config.max_slots, folder / f"rank-{rank}.jsonl")
+        self.backend.engine.recorder.labels = {"mode": _mode(trainer), "step": step, "call": call}
 
     def _seed(self, trainer: Trainer) -> tuple[int, ...]:
         """Five numbers that no other generation call of the run shares, and that a resumed run finds again."""

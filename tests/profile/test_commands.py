@@ -12,17 +12,6 @@ from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.profile import arithmetic_run, bench, check, demo, drift, memory, probe, workload
 from spec_rollout.profile.peers import Measured, Sampler
 from spec_rollout.records import RolloutStats, StepStats
-from spec_rollout.training.reference_policy import Recipe, make_model, make_tokenizer
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A random policy with the task's tokenizer, as `make_reference_policy` lays it out."""
-    path = tmp_path_factory.mktemp("made") / "policy"
-    tokenizer = make_tokenizer()
-    make_model(Recipe(2, 64, 2, 64, 0, 0, 0.0), tokenizer).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,119 @@
+"""Tables and pictures of the README and the docs from the JSON files in benchmarks/.
+
+python scripts/make_readme_figures.py            # rewrites what stands between the markers, and the pictures
+python scripts/make_readme_figures.py --check    # writes nothing; exit status 1 if a page says something else
+"""
+
+import argparse
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from spec_rollout.profile.charts import profile_charts
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def measured(name: str) -> dict:
+    return json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
+
+
+def on(figures: dict) -> str:
+    """Device, threads, dtype, date and commit of a file."""
+    hardware, setup = figures["hardware"], figures["setup"]
+    return (
+        f"{hardware['threads']} threads of an {hardware['device'].replace('(R)', '')}, {setup['dtype']}, "
+        f"torch {hardware['torch']}, {setup['date']}, commit {setup['commit']}: `{setup['command']}`"
+    )
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    """A table of numbers: two decimals below 10, whole above."""
+    cells = [[f"{c:.2f}" if isinstance(c, float) and c < 10 else f"{c:.0f}" for c in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in (header, *cells)]
+    return "\n".join([lines[0], "|" + "---:|" * len(header), *lines[1:]])
+
+
+def bench() -> str:
+    """Tokens per second by batch size, against transformers and plain decoding."""
+    figures = measured("cpu-small-bench.json")
+    sizes = sorted({row["batch_size"] for row in figures["rows"]})
+    rows = []
+    for size in sizes:
+        by = {row["engine"]: row for row in figures["rows"] if row["batch_size"] == size}
+        ours = by["adaptive"]
+        speeds = [by[name]["tokens_per_s"] for name in ("transformers", "plain", "adaptive")]
+        ratios = [ours[f"speedup_vs_{name}"] for name in ("transformers", "plain")]
+        rows.append([size, *speeds, *ratios, ours["mean_acceptance_length"]])
+    header = "rows|transformers, tokens/s|plain|adaptive|adaptive / transformers|adaptive / plain|acceptance length"
+    return f"{markdown(header.split('|'), rows)}\n\n{on(figures)}"
+
+
+def simulation() -> str:
+    """How far replays are off."""
+    figures = measured("cpu-small-simulate.json")
+    guessed = {0: "0 (plain)", None: "adaptive"}
+    lines = ["| slots | guesses | predicted / measured seconds |", "|---:|---:|---:|"]
+    lines += [
+        f"| {row['slots']} | {guessed.get(row['gamma'], row['gamma'])} | {row['ratio']:.2f} |"
+        for row in figures["settings"]
+    ]
+    share = figures["recording"]["recorder_share"]
+    return "\n".join(lines) + f"\n\nRecording takes {share:.2%} of a rollout.\n\n{on(figures)}"
+
+
+TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
+    "bench": (ROOT / "README.md", bench),
+    "simulation": (ROOT / "docs" / "profile.md", simulation),
+}
+"""By marker: the page it is on, and what makes it."""
+
+
+PICTURES = ("throughput", "gamma_map", "rollout")
+
+
+def draw_pictures() -> None:
+    """Three of the profile's pictures, as benchmarks/cpu-small-profile-NAME.png."""
+    with tempfile.TemporaryDirectory() as folder:
+        profile_charts(measured("cpu-small-profile.json"), Path(folder))
+        for name in PICTURES:
+            shutil.copy(Path(folder, f"{name}.png"), BENCHMARKS / f"cpu-small-profile-{name}.png")
+
+
+def filled(name: str, text: str, made: str) -> str:
+    """`text` with what stands between the markers of `name` replaced.
+
+    Raises:
+        SystemExit: the markers are not there.
+    """
+    begin, end = f"<!-- {name}: made by scripts/make_readme_figures.py -->", f"<!-- /{name} -->"
+    pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise SystemExit(f"{begin} and {end} must stand once, in this order, around the place of the table.")
+    return pattern.sub(lambda _: f"{begin}\n{made}\n{end}", text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a page differs")
+    args = parser.parse_args()
+    stale = []
+    for name, (page, make) in TABLES.items():
+        text = page.read_text(encoding="utf-8")
+        made = filled(name, text, make())
+        if made != text:
+            stale.append(page.name)
+            if not args.check:
+                page.write_text(made, encoding="utf-8")
+    if not args.check:
+        draw_pictures()
+    print(f"{', '.join(stale) or 'nothing'} {'differs' if args.check else 'rewritten'}")
+    return int(args.check and bool(stale))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

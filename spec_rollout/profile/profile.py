@@ -1,0 +1,226 @@
+"""`spec-rollout profile`: what speculation does for a policy and its prompts at every batch size, as one page."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from spec_rollout.backends.calibration import measured_cost
+from spec_rollout.backends.trace import RolloutTrace, read_traces
+from spec_rollout.config import SpecConfig
+from spec_rollout.draft.drafter import EagleDrafter
+from spec_rollout.draft.learner import DraftLearner
+from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.gamma import AcceptanceModel, CostModel, GammaController
+from spec_rollout.profile import figures as worked_out
+from spec_rollout.profile.advice import advise
+from spec_rollout.profile.charts import profile_charts
+from spec_rollout.profile.cost_file import Limits, costs_to_json
+from spec_rollout.profile.limits import device_limits, memory
+from spec_rollout.profile.measuring import (
+    WIDEST,
+    Measuring,
+    OutOfTime,
+    Sampler,
+    Timed,
+    batches,
+    measured_engine,
+    warm_backend,
+)
+from spec_rollout.profile.profile_page import warning, write_profile_page
+from spec_rollout.profile.replay import Costs, acceptance, position_rates
+from spec_rollout.profile.workload import (
+    Policy,
+    add_policy_arguments,
+    hardware,
+    load_policy,
+    load_prompts,
+    positive,
+    positives,
+    table,
+    write_json,
+)
+
+VERSION = 1
+"""Of profile.json; docs/profile.md describes it."""
+TRACE_TOKENS = 32
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
+
+
+@dataclass
+class Found:
+    """What the measurement leaves besides the recorded rollouts; whatever it did not get to is None."""
+
+    limits: Limits | None = None
+    cost: CostModel | None = None
+    engine: RolloutEngine | None = None
+    drafter: EagleDrafter | None = None
+    learner: DraftLearner | None = None
+    draft_rollouts: int = 0
+    interrupted: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    trace_file = _claim(args.out)
+    found = Found()
+    try:
+        policy = load_policy(args.policy, args.dtype, args.max_new_tokens)
+        _measure(args, policy, load_prompts(policy.tokenizer, args.prompts), trace_file, found)
+    except OutOfTime:
+        pass  # a turn more or less
+    except KeyboardInterrupt:
+        found.interrupted = True
+    except ValueError as error:
+        raise SystemExit(f"spec-rollout profile: {error}") from error
+    traces = read_traces([trace_file]).rollouts
+    if not traces:
+        remedy = f"give --seconds more than {args.seconds}, or --max-new-tokens fewer than {args.max_new_tokens}"
+        cause = "interrupted before" if found.interrupted else f"the time was over before ({remedy})"
+        print(f"spec-rollout profile: {cause} the first rollout had ended: nothing to report.", file=sys.stderr)
+        return INTERRUPTED if found.interrupted else 1
+    _report(args, found, traces)
+    return INTERRUPTED if found.interrupted else 0
+
+
+def _claim(out: Path) -> Path:
+    """An empty trace file in the folder, so that it is known to be writable before anything is measured."""
+    path = out / "trace.jsonl"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    except OSError as error:
+        raise SystemExit(f"--out {out} cannot be written: {error.strerror}; give another folder.") from error
+    return path
+
+
+def _measure(
+    args: argparse.Namespace, policy: Policy, prompts: list[list[int]], trace_file: Path, found: Found
+) -> None:
+    deadline = time.perf_counter() + args.seconds
+    slots = max(args.batch_sizes)
+    draft = None if args.draft_model is None else str(args.draft_model)
+    config = SpecConfig(
+        num_speculative_tokens=3,
+        max_slots=slots,
+        draft_model_path=draft,
+        draft_refresh=draft is None,
+        draft_ngrams=False,
+    )
+    backend, found.draft_rollouts = warm_backend(policy, prompts, config, deadline)
+    found.drafter, found.learner = backend.drafter, backend.learner
+    found.engine = measured_engine(policy, backend, slots)
+    found.limits = device_limits(policy.model, backend.drafter.head)
+    found.cost = measured_cost(found.engine, slots, WIDEST, None)
+    recorder = Timed(slots, trace_file, deadline)
+    recorder.cost(found.cost)
+    measuring = Measuring(policy, found.engine, CostModel.from_json(found.cost.to_json()), recorder)
+    if args.trace:
+        _torch_trace(args.out / "torch_trace.json", measuring, batches(prompts, slots, 0)[0])
+    measuring.run(prompts, args.batch_sizes, args.fixed_gammas, args.turns)
+
+
+def _torch_trace(path: Path, measuring: Measuring, batch: list[list[int]]) -> None:
+    """The first tokens of a rollout with guesses under torch's profiler, for chrome://tracing or Perfetto."""
+    measuring.use(Sampler("fixed", 3))
+    with torch.profiler.profile() as profile:
+        measuring.engine.generate(batch, measuring.policy.params, max_new_tokens=[TRACE_TOKENS] * len(batch))
+    profile.export_chrome_trace(str(path))
+
+
+def _report(args: argparse.Namespace, found: Found, traces: list[RolloutTrace]) -> None:
+    figures, costs = profile_figures(found, traces)
+    wanted = len(args.batch_sizes) * (len(args.fixed_gammas) + 2)
+    figures = {"version": VERSION, "complete": len(figures["throughput"]) == wanted} | _setup(args, found) | figures
+    write_json(args.out / "profile.json", figures)
+    write_json(args.out / "cost.json", costs_to_json(costs))
+    write_json(args.json, figures)
+    charts = profile_charts(figures, args.out)
+    write_profile_page(args.out / "report.html", figures, charts)
+    keys = ("batch_size", "sampler", "gamma", "tokens_per_s", "speedup_vs_plain", "mean_acceptance_length")
+    header = ("rows", "sampler", "guessed", "tokens/s", "× plain", "acceptance length")
+    table(header, [[row[key] for key in keys] for row in figures["throughput"]])
+    for item in figures["advice"]:
+        print(f"- {item['text']}")
+    print(warning(figures) or "Every sampler ran at every batch size.")
+    print(f"Page: {args.out / 'report.html'}")
+
+
+def profile_figures(found: Found, traces: list[RolloutTrace]) -> tuple[dict, Costs]:
+    """The measured part of profile.json, and the costs: the calibration, corrected by every recorded step.
+
+    The throughput is predicted with the controller's own costs, which the adaptive rollouts alone have corrected.
+    """
+    adaptive = [t for t in traces if t.labels["sampler"] == "adaptive"]
+    costs = Costs.fitted(found.cost, traces)
+    controllers = Costs.fitted(found.cost, adaptive) if adaptive else None
+    steps = [s for t in traces for s in t.steps]
+    guessed = any(s.gamma for s in steps)
+    rates = position_rates(steps, WIDEST) if guessed else [0.0] * WIDEST
+    draft = acceptance(adaptive or traces)
+    slots, longest = max(t.slots for t in traces), max(s.context for s in steps)
+    last = max(adaptive, key=lambda t: (t.slots, t.labels["turn"]), default=None)
+    figures = {
+        "throughput": worked_out.throughput(traces, controllers, rates, draft),
+        "gamma_map": worked_out.gamma_map(costs, draft, WIDEST, slots, longest) if guessed else None,
+        "vllm_schedule": _vllm_schedule(costs, draft, slots, int(statistics.median(s.context for s in steps))),
+        "rollout": worked_out.one_rollout(last, costs) if last else None,
+        "acceptance": worked_out.acceptance(traces, WIDEST),
+        "time_split": worked_out.time_split(traces),
+        "limits": asdict(found.limits) | {"passes": worked_out.against_limits(steps, found.limits)},
+        "memory": memory(found.engine, found.drafter, found.learner),
+    }
+    figures["advice"] = advise(figures, traces, costs, rates, draft)
+    return figures, costs
+
+
+def _vllm_schedule(costs: Costs, draft: AcceptanceModel, slots: int, context: int) -> dict:
+    """The controller's table in the form of vLLM's speculative_config."""
+    ranges = GammaController(costs.steps, WIDEST, draft).schedule(slots, context)
+    return {
+        "num_speculative_tokens": max(gamma for _, _, gamma in ranges),
+        "num_speculative_tokens_per_batch_size": [list(entry) for entry in ranges],
+    }
+
+
+def _setup(args: argparse.Namespace, found: Found) -> dict:
+    try:
+        installed = version("spec-rollout")
+    except PackageNotFoundError:
+        installed = None
+    setup = {
+        "policy": args.policy,
+        "prompts": args.prompts,
+        "draft_model": None if args.draft_model is None else str(args.draft_model),
+        "draft_rollouts": found.draft_rollouts,
+        "dtype": args.dtype,
+        "max_new_tokens": args.max_new_tokens,
+        "date": time.strftime("%Y-%m-%d"),
+        "spec_rollout": installed,
+    }
+    return {"interrupted": found.interrupted, "setup": setup, "hardware": hardware()}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="spec-rollout profile", description=__doc__)
+    add_policy_arguments(parser)
+    parser.add_argument(
+        "--prompts", default="arithmetic", help="file or dataset with a column `prompt`; the demo's problems otherwise"
+    )
+    parser.add_argument("--draft-model", type=Path, metavar="DIR", help="a draft head; one learns here otherwise")
+    parser.add_argument("--batch-sizes", type=positives, default=[1, 4, 16, 48], metavar="1,8,32")
+    parser.add_argument("--fixed-gammas", type=positives, default=[1, 3, 5], metavar="1,3,5")
+    parser.add_argument("--turns", type=positive, default=5, metavar="N", help="how often each sampler runs")
+    parser.add_argument("--seconds", type=positive, default=200, metavar="N", help="end the rollouts after so long")
+    parser.add_argument("--out", type=Path, default=Path("profile"), metavar="DIR")
+    parser.add_argument("--trace", action="store_true", help="also a torch.profiler trace of a few steps")
+    return parser
