@@ -48,7 +48,7 @@ def measure(engine: RolloutEngine, slots: int, widest: int) -> list[Measurement]
     with engine.target.rollout():
         rollout = Rollout(engine, requests, params)
         rollout.admit()
-        for rows in _grid(slots):
+        for rows in batch_sizes(slots):
             rollout.rows.count = rows
             measurements += _measure_rows(engine, rollout, rows, widest)
             if time.perf_counter() - began > BUDGET_S and rows >= slots // 4:
@@ -91,7 +91,8 @@ def _seconds(call, device: torch.device) -> float:
     return sorted(times[1:])[REPEATS // 2]
 
 
-def _grid(slots: int) -> list[int]:
+def batch_sizes(slots: int) -> list[int]:
+    """Numbers of rows to measure at: powers of two up to `slots`, and `slots`."""
     return sorted({*(2**i for i in range(slots.bit_length()) if 2**i <= slots), slots})
 
 

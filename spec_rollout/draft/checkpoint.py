@@ -38,8 +38,8 @@ def save_head(
     Args:
         output_rows: [Vd, H], the policy's output head for the draft vocabulary, for engines that want it in the file;
             None leaves it out, and vLLM shares the policy's.
-        draft_ids: [Vd] target ids, stored as the offset `d2t` that vLLM reads; None for the whole vocabulary, for which
-            vLLM refuses a `d2t`.
+        draft_ids: [Vd] target ids, stored as the offset `d2t` that vLLM reads; None for the whole vocabulary, of which
+            vLLM takes no `d2t`.
         extra: json-able state to keep beside the weights, under `spec_rollout` in the config.
         optimizer: tensors that training goes on from, in a file of their own.
     """

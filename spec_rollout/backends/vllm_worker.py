@@ -1,0 +1,128 @@
+"""What vLLM's worker learns from us: to take both models' weights while it runs, and to say what it holds.
+
+vLLM puts this class among the bases of its worker (`worker_extension_cls`), in the trainer's process or in a server's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+EXTENSION = "spec_rollout.backends.vllm_worker.LiveWeights"
+
+Weights = str | Iterable[tuple[str, Tensor]]
+"""Checkpoint names and tensors, or a safetensors file of them."""
+
+
+class LiveWeights:
+    """Methods for vLLM's `collective_rpc`; arguments may be strings, since a server passes nothing else."""
+
+    def live_load(self, policy: Weights | None, draft: Weights | None, version: str | int) -> None:
+        """Take the weights of the policy, of the draft or of both; what was taken now has `version`.
+
+        Raises:
+            RuntimeError: the draft brings an output head while it shares the policy's.
+        """
+        if policy is not None:
+            self.model_runner.reload_weights(weights_iterator=_pairs(policy))
+            self.live_policy = int(version)
+        if draft is not None:
+            self._load_draft(dict(_pairs(draft)))
+            self.live_draft = int(version)
+
+    def live_versions(self) -> list[int]:
+        """Versions of the policy and of the draft; 0 for weights that came from the disk at the start."""
+        return [getattr(self, "live_policy", 0), getattr(self, "live_draft", 0)]
+
+    def live_probe(self) -> dict[str, float]:
+        """`probe` of the draft that is really there, measured through its own layers."""
+        draft = self._draft()
+        found: dict[str, float] = {}
+        with torch.inference_mode():
+            found["lm_head"] = _mean_response(draft.lm_head.weight[: draft.config.draft_vocab_size].float())
+            if getattr(draft, "draft_id_to_target_id", None) is not None:
+                found["d2t"] = draft.draft_id_to_target_id.float().mean().item()
+            for name, module in draft.named_modules():
+                short = name.split(".")[-1]
+                if short in LINEAR:
+                    found[short] = _response(module)
+                elif short.endswith("norm"):
+                    found[short] = module.weight.float().abs().mean().item()
+        return found
+
+    def _draft(self) -> nn.Module:
+        draft = self.model_runner.get_draft_model()
+        if draft is None:
+            raise RuntimeError("vLLM was started without a draft: start it with a speculative_config.")
+        return draft
+
+    def _load_draft(self, tensors: dict[str, Tensor]) -> None:
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        runner, draft = self.model_runner, self._draft()
+        if "lm_head.weight" in tensors and draft.lm_head is runner.get_model().lm_head:
+            raise RuntimeError(
+                "The draft shares the policy's output head inside vLLM, so loading an lm_head.weight with it would "
+                "overwrite the policy's: leave it out, or start vLLM with a draft whose output head differs."
+            )
+        with torch.inference_mode(), set_current_vllm_config(runner.vllm_config):
+            initialize_layerwise_reload(draft)
+            draft.load_weights(tensors.items())
+            finalize_layerwise_reload(draft, runner.speculative_config.draft_model_config)
+
+
+LINEAR = {
+    "fc": ("fc.weight",),
+    "qkv_proj": tuple(f"midlayer.self_attn.{part}_proj.weight" for part in "qkv"),
+    "o_proj": ("midlayer.self_attn.o_proj.weight",),
+    "gate_up_proj": ("midlayer.mlp.gate_proj.weight", "midlayer.mlp.up_proj.weight"),
+    "down_proj": ("midlayer.mlp.down_proj.weight",),
+}
+"""vLLM's layers, and the weights of a checkpoint that each of them is made of."""
+
+
+def probe(tensors: dict[str, Tensor]) -> dict[str, float]:
+    """How the layers of an EAGLE-3 head respond to a fixed input, by name, from the weights of its checkpoint.
+
+    A read-back that needs no weights: vLLM repacks them for its kernels, on a CPU so that they cannot be read.
+    """
+    layers = {**LINEAR, "lm_head": ("lm_head.weight",)} if "lm_head.weight" in tensors else LINEAR
+    found = {
+        name: _mean_response(torch.cat([tensors[part].float() for part in parts])) for name, parts in layers.items()
+    }
+    if "d2t" in tensors:
+        found["d2t"] = tensors["d2t"].float().mean().item()
+    for name, tensor in tensors.items():
+        short = name.removesuffix(".weight").split(".")[-1]
+        if short.endswith("norm"):
+            found[short] = tensor.float().abs().mean().item()
+    return found
+
+
+def _stimulus(width: int) -> Tensor:
+    return torch.arange(width, dtype=torch.float32).cos()[None]
+
+
+def _mean_response(weight: Tensor) -> float:
+    return nn.functional.linear(_stimulus(weight.shape[1]).to(weight.device), weight).abs().mean().item()
+
+
+def _response(layer: nn.Module) -> float:
+    like = next(layer.parameters())
+    output = layer(_stimulus(layer.input_size).to(device=like.device, dtype=like.dtype))
+    return (output[0] if isinstance(output, tuple) else output).float().abs().mean().item()
+
+
+def _pairs(weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(weights, str):
+        yield from weights
+        return
+    from safetensors import safe_open
+
+    with safe_open(Path(weights), framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  (not a dictionary)
+            yield name, file.get_tensor(name)
