@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+BACKENDS = ("embedded", "vllm")
+
 
 @dataclass
 class SpecConfig:
@@ -14,6 +16,14 @@ class SpecConfig:
         TypeError: an unknown option.
     """
 
+    rollout_backend: str = field(
+        default="embedded",
+        metadata={
+            "help": "Who samples: `embedded`, an engine in the trainer's process that is exact token by token, or "
+            "`vllm`, by the trainer's options that begin with `vllm_`.",
+            "choices": list(BACKENDS),
+        },
+    )
     num_speculative_tokens: int | None = field(
         default=None,
         metadata={
@@ -67,6 +77,7 @@ class SpecConfig:
                 "learn, or ask for plain decoding with num_speculative_tokens=0."
             )
         bounds = (
+            ("rollout_backend", self.rollout_backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
             ("max_num_speculative_tokens", self.max_num_speculative_tokens >= 1, "at least 1"),
             ("max_slots", self.max_slots >= 1, "at least 1"),
             (
