@@ -28,6 +28,7 @@ class LiveWeights:
         """
         if policy is not None:
             self.model_runner.reload_weights(weights_iterator=_pairs(policy))
+            _repack_tied_heads(self.model_runner.get_model())
             self.live_policy = int(version)
         if draft is not None:
             self._load_draft(dict(_pairs(draft)))
@@ -42,7 +43,7 @@ class LiveWeights:
         draft = self._draft()
         found: dict[str, float] = {}
         with torch.inference_mode():
-            found["lm_head"] = _mean_response(draft.lm_head.weight[: draft.config.draft_vocab_size].float())
+            found["lm_head"] = _response(draft.lm_head, draft.config.draft_vocab_size)
             if getattr(draft, "draft_id_to_target_id", None) is not None:
                 found["d2t"] = draft.draft_id_to_target_id.float().mean().item()
             for name, module in draft.named_modules():
@@ -111,10 +112,28 @@ def _mean_response(weight: Tensor) -> float:
     return nn.functional.linear(_stimulus(weight.shape[1]).to(weight.device), weight).abs().mean().item()
 
 
-def _response(layer: nn.Module) -> float:
+def _response(layer: nn.Module, size: int | None = None) -> float:
+    """Of the first `size` outputs of a linear layer of vLLM's, or of an output head, by the kernel that serves it."""
     like = next(layer.parameters())
-    output = layer(_stimulus(layer.input_size).to(device=like.device, dtype=like.dtype))
-    return (output[0] if isinstance(output, tuple) else output).float().abs().mean().item()
+    width = layer.input_size if hasattr(layer, "input_size") else layer.embedding_dim
+    output = layer.quant_method.apply(layer, _stimulus(width).to(device=like.device, dtype=like.dtype))
+    return output[:, :size].float().abs().mean().item()
+
+
+def _repack_tied_heads(model: nn.Module) -> None:
+    """On a CPU an output head that is tied to the embedding computes with a packed copy of it, which a reload of the
+    embedding leaves as it was."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        UnquantizedEmbeddingMethod,
+        VocabParallelEmbedding,
+    )
+
+    heads = [m for m in model.modules() if isinstance(m, ParallelLMHead)]
+    tied = {id(m.weight) for m in model.modules() if isinstance(m, VocabParallelEmbedding) and m not in heads}
+    for head in heads:
+        if id(head.weight) in tied and isinstance(head.quant_method, UnquantizedEmbeddingMethod):
+            head.quant_method.process_weights_after_loading(head)
 
 
 def _pairs(weights: Weights) -> Iterator[tuple[str, Tensor]]:
