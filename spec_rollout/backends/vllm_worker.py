@@ -26,6 +26,7 @@ class LiveWeights:
         Raises:
             RuntimeError: the draft brings an output head while it shares the policy's.
         """
+        _repair_cpu_sampling()
         if policy is not None:
             self.model_runner.reload_weights(weights_iterator=_pairs(policy))
             _repack_tied_heads(self.model_runner.get_model())
@@ -118,6 +119,22 @@ def _response(layer: nn.Module, size: int | None = None) -> float:
     width = layer.input_size if hasattr(layer, "input_size") else layer.embedding_dim
     output = layer.quant_method.apply(layer, _stimulus(width).to(device=like.device, dtype=like.dtype))
     return output[:, :size].float().abs().mean().item()
+
+
+def _repair_cpu_sampling() -> None:
+    """vLLM 0.31 on a CPU never writes the temperature, top-k and top-p of each guess: it verifies guesses with what
+    happens to lie in memory, and samples do not have the policy's law."""
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import rejection_sampler
+
+    if current_platform.is_cpu():
+        rejection_sampler.expand_batch_to_tokens = _expand
+
+
+def _expand(x: Tensor, ends: Tensor, size: int, replace_from: float = 0, replace_to: float = 0) -> Tensor:
+    """Each row's value of `x` [B] for each of its guesses, [size]; row b's guesses end at ends[b]."""
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=size)
 
 
 def _repack_tied_heads(model: nn.Module) -> None:
