@@ -98,8 +98,9 @@ class VLLMBackend:
     ) -> list[Completion]:
         """One completion per prompt entry, in order.
 
-        In the trainer's process the draws follow from `seed`, the weights, the batch and the numbers of guesses; a server
-        has a stream of its own. `max_new_tokens` is a bound per entry. With `collect=False` the rollouts do not count as training's.
+        In the trainer's process the draws follow from `seed`, the weights, the batch and the numbers of guesses; a
+        server has a stream of its own. `max_new_tokens` is a bound per entry. With `collect=False` the rollouts do not
+        count as training's.
         """
         self._step_began = self._step_began or time.perf_counter()
         params = params or SamplingParams()

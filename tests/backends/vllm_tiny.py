@@ -76,3 +76,8 @@ def teach(backend: VLLMBackend, rounds: int = 6, prompts: Sequence[Sequence[int]
         with backend.listen(ids, mask, [len(p) for p in prompts]), torch.no_grad():
             backend.model(input_ids=ids, attention_mask=mask)
         assert backend.refresh(1e9).steps > 0
+
+
+def runner(backend: VLLMBackend):
+    """vLLM's model runner, which holds both models."""
+    return backend.engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner
