@@ -54,8 +54,14 @@ def pretrain_draft(argv: Sequence[str]) -> int | None:
     return import_module("spec_rollout.training.pretrain_draft").main(argv)
 
 
+def serve(argv: Sequence[str]) -> int | None:
+    """start a vLLM server that takes policy and draft while it runs: --policy DIR"""
+    return import_module("spec_rollout.backends.vllm_serve").main(argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
-    command.__name__.replace("_", "-"): command for command in (grpo, rloo, ppo, demo, bench, check, pretrain_draft)
+    command.__name__.replace("_", "-"): command
+    for command in (grpo, rloo, ppo, demo, bench, check, pretrain_draft, serve)
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spec_rollout.backends.vllm_calibration import measured_cost
-from spec_rollout.backends.vllm_draft import draft_tensors, mismatch, save_start
+from spec_rollout.backends.vllm_draft import draft_tensors, mismatch, save_start, start_vocabulary
 from spec_rollout.backends.vllm_engine import EngineRestarted, VLLMEngine
 from spec_rollout.backends.vllm_steps import Plain
 from spec_rollout.config import SpecConfig
@@ -122,9 +122,9 @@ class VLLMBackend:
     ) -> list[Completion]:
         """Draw, again if vLLM was restarted meanwhile: a completion is of one policy, and counted once."""
         for _ in range(MOST_RESTARTS):
-            self._push()
-            self._stand_watch()
             try:
+                self._push()
+                self._stand_watch()
                 return self.engine.generate(prompts, params, limits)
             except EngineRestarted as error:
                 warnings.warn(f"{error} The rollout is drawn again.", RuntimeWarning, stacklevel=4)
@@ -163,7 +163,7 @@ class VLLMBackend:
         """Write the draft and the controller's tables to `folder` (safetensors and json); nothing without a head."""
         if self.learner is not None:
             state = self._controller_state if self.controller is None else self.controller.state_dict()
-            self.learner.save(folder, state)
+            self.learner.save(folder, {"vllm": state})  # what steps cost here is not what they cost elsewhere
 
     def load(self, folder: str | Path, resume: bool = True) -> None:
         """Take what `save` wrote, or an EAGLE-3 head from elsewhere; only the head with `resume=False`.
@@ -173,7 +173,7 @@ class VLLMBackend:
         """
         if self.learner is None:
             return
-        self._controller_state = self.learner.load(folder, resume)
+        self._controller_state = (self.learner.load(folder, resume) or {}).get("vllm")
         self.tap = self._watchman = None
         if self.config.num_speculative_tokens is None:
             self.controller = None
@@ -184,9 +184,11 @@ class VLLMBackend:
         if self.learner is None:
             self.engine = self.start(None, 0)
             return
+        view, head = self.learner.view, self.learner.head
+        view.draft_ids = start_vocabulary(view.config.vocab_size, view.draft_ids, head)
         with TemporaryDirectory(prefix="spec-rollout-") as folder:
-            save_start(folder, self.learner)
-            self.engine = self.start(Path(folder), self.config.widest)
+            save_start(Path(folder, "draft"), head, view.draft_ids)
+            self.engine = self.start(Path(folder, "draft"), self.config.widest)
 
     def _push(self) -> None:
         """Give vLLM the policy and the draft, both under one version, if either has changed or been lost."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from spec_rollout.backends.vllm_engine import VLLMEngine
 from spec_rollout.backends.vllm_worker import probe
 from spec_rollout.draft.checkpoint import save_head
+from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.learner import DraftLearner
 from spec_rollout.draft.vocabulary import DRAFT_VOCABULARY
 
@@ -18,24 +20,26 @@ PROBE_ERROR = 0.004
 """Relative error that rounding may cause: the unit of bfloat16."""
 
 
-def save_start(folder: str | Path, learner: DraftLearner) -> None:
+def start_vocabulary(vocab_size: int, draft_ids: Tensor | None, head: EagleHead) -> Tensor | None:
+    """Target ids that the head may guess until rollouts tell better ones; their number stays."""
+    if head.own_output is not None or draft_ids is not None or vocab_size <= DRAFT_VOCABULARY:
+        return draft_ids
+    return torch.arange(DRAFT_VOCABULARY)
+
+
+def save_start(folder: str | Path, head: EagleHead, draft_ids: Tensor | None) -> None:
     """Write the head that vLLM is started with: the shapes count, its weights are replaced before the first rollout.
 
     vLLM lets the draft share the policy's output head where the file has none or an equal one, and an update of a
-    shared one overwrites the policy's. So it is left out where the policy's whole output head serves, and written so
-    that it cannot be equal where the head owns one.
+    shared one overwrites the policy's. So it is left out where the policy's whole output head serves, and otherwise
+    written with values that are not the policy's.
     """
-    view, head = learner.view, learner.head
-    if head.own_output is None and view.draft_ids is None and view.config.vocab_size > DRAFT_VOCABULARY:
-        view.draft_ids = torch.arange(DRAFT_VOCABULARY, device=learner.device)  # until rollouts tell a better one
-    weight = None if head.own_output is None else head.lm_head.weight
-    if weight is not None:
-        weight.data.neg_()
-    try:
-        save_head(folder, head, None if view.draft_ids is None else view.output_rows(), view.draft_ids, {})
-    finally:
-        if weight is not None:
-            weight.data.neg_()
+    head, rows = copy.deepcopy(head), None
+    if head.own_output is not None:
+        head.lm_head.weight.data.zero_()
+    elif draft_ids is not None:
+        rows = torch.zeros(len(draft_ids), head.config.hidden_size)
+    save_head(folder, head, rows, draft_ids, {})
 
 
 def draft_tensors(learner: DraftLearner) -> dict[str, Tensor]:
@@ -58,7 +62,7 @@ def mismatch(engine: VLLMEngine, tensors: dict[str, Tensor] | None, version: int
     if policy != version:
         raise RuntimeError(
             f"vLLM holds version {policy} of the policy after version {version} was pushed: its samples would not be "
-            "this policy's. If a server was restarted, resume the run from its last checkpoint."
+            "this policy's."
         )
     if tensors is None:
         return None

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from spec_rollout.records import Controller, StepStats
+
+
+@dataclass
+class Guesses:
+    """Counts by the names that vLLM's own record of a step has."""
+
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_accepted_tokens_per_pos: list[int]
 
 
 class Plain:

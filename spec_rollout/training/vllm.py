@@ -13,6 +13,7 @@ from trl.trainer.utils import ensure_master_addr_port
 
 from spec_rollout.backends.vllm_colocated import Colocated, engine_options
 from spec_rollout.backends.vllm_engine import VLLMEngine, require_vllm, speculative_config
+from spec_rollout.backends.vllm_server import Server
 from spec_rollout.config import SpecConfig
 
 
@@ -48,8 +49,22 @@ class SpeculativeVLLMGeneration(VLLMGeneration):
         )
 
     def _init_vllm(self) -> None:
-        self._init_colocated()
+        if self.mode == "server":
+            self._init_server()
+        else:
+            self._init_colocated()
         self.accelerator.wait_for_everyone()
+
+    def _init_server(self) -> None:
+        host = self.server_host.replace("0.0.0.0", "127.0.0.1")
+        self.engine = Server(
+            self.server_base_url or f"http://{host}:{self.server_port}",
+            self.policy,
+            Path(self.args.output_dir, "weights"),
+            self.server_timeout,
+            main=self.accelerator.is_main_process,
+            wait=self.accelerator.wait_for_everyone if self.accelerator.num_processes > 1 else None,
+        )
 
     def _init_colocated(self) -> None:
         require_vllm()
