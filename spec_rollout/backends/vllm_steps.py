@@ -66,18 +66,17 @@ class StepLog:
         """As vLLM calls its loggers after each step."""
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        emitted = iteration_stats.num_generation_tokens if iteration_stats else 0
-        if not emitted:
-            self.prefill_s += seconds  # a part of long prompts
-            return
-        guesses = scheduler_stats.spec_decoding_stats if scheduler_stats else None
-        step = step_stats(emitted, guesses)
-        self.steps.append(step)
-        if iteration_stats.num_prompt_tokens:
-            self.prefill_s += seconds
+        begun = len(iteration_stats.time_to_first_tokens_iter) if iteration_stats else 0
+        going_on = iteration_stats.num_generation_tokens - begun if iteration_stats else 0
+        if begun:
+            self.steps.append(step_stats(begun, None))
+        if going_on:
+            self.steps.append(step_stats(going_on, scheduler_stats.spec_decoding_stats))
+        if going_on and not iteration_stats.num_prompt_tokens:
+            self.steps[-1].verify_s = seconds
+            self.controller.observe(self.steps[-1])
         else:
-            step.verify_s = seconds
-            self.controller.observe(step)
+            self.prefill_s += seconds
 
     def log(self, *given: Any) -> None:
         """vLLM's loggers print here; this one is silent."""
@@ -88,11 +87,10 @@ class StepLog:
 def step_stats(emitted: int, guesses: Any) -> StepStats:
     """A step that emitted so many tokens, from vLLM's counters of its guesses (None: there were none).
 
-    A row without a guess emits one token, one with guesses what came true and one more. vLLM drops single guesses at
-    the end of the context; the step's γ is the number that most rows had.
+    vLLM counts a guess that came true behind the end of a completion as accepted, but does not emit it. It drops single
+    guesses at the end of the context; the step's γ is the number that most rows had.
     """
     if not guesses or not guesses.num_draft_tokens:
         return StepStats(rows=emitted, gamma=0, context=0, emitted=emitted, accepted=[])
-    rows = emitted - guesses.num_accepted_tokens
     gamma = round(guesses.num_draft_tokens / guesses.num_drafts)
-    return StepStats(rows, gamma, 0, emitted, list(guesses.num_accepted_tokens_per_pos[:gamma]))
+    return StepStats(guesses.num_drafts, gamma, 0, emitted, list(guesses.num_accepted_tokens_per_pos[:gamma]))
