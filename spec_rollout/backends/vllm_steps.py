@@ -87,8 +87,8 @@ class StepLog:
 def step_stats(emitted: int, guesses: Any) -> StepStats:
     """A step that emitted so many tokens, from vLLM's counters of its guesses (None: there were none).
 
-    vLLM counts a guess that came true behind the end of a completion as accepted, but does not emit it. It drops single
-    guesses at the end of the context; the step's γ is the number that most rows had.
+    vLLM counts a guess that came true behind the end of a completion as accepted, but does not emit it. It drops
+    single guesses at the end of the context; the step's γ is the number that most rows had.
     """
     if not guesses or not guesses.num_draft_tokens:
         return StepStats(rows=emitted, gamma=0, context=0, emitted=emitted, accepted=[])
