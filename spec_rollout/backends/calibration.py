@@ -53,7 +53,7 @@ def _measured(
     path = _cache_path(engine, widest, folder, shape)
     covered, known = _read(path)
     if covered < slots:
-        rows = [n for n in _grid(slots) if n not in {m.rows for m in known}]
+        rows = [n for n in powers_of_two(slots) if n not in {m.rows for m in known}]
         known += measure(engine, rows, widest, measure_rows)
         _write(path, slots, known)
     return known
@@ -84,7 +84,7 @@ def _draft_rows(engine: RolloutEngine, rows: int, widest: int) -> list[Measureme
 def _verify_rows(engine: RolloutEngine, rows: int, widest: int) -> list[Measurement]:
     """Numbers of tokens that double, at the short context, and one and the most at the long one."""
     rollout = _made_up(engine, rows, SHORT, widest)
-    found = [_verify(rollout, SHORT, tokens) for tokens in _grid(widest + 1)]
+    found = [_verify(rollout, SHORT, tokens) for tokens in powers_of_two(widest + 1)]
     long = min(LONG, (engine.target.context or LONG) - widest - 2)
     if rows * long <= LONG_ENTRIES and long >= 2 * SHORT:
         rollout = _made_up(engine, rows, long, widest)
@@ -140,7 +140,7 @@ def _seconds(call, device: torch.device) -> float:
     return statistics.median(times[1:])
 
 
-def _grid(most: int) -> list[int]:
+def powers_of_two(most: int) -> list[int]:
     """Powers of two, and `most`."""
     return sorted({*(2**i for i in range(most.bit_length())), most})
 
