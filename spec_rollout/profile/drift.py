@@ -172,6 +172,7 @@ def run(args: argparse.Namespace) -> Drift:
         steps=args.steps,
         learning_rate=args.learning_rate,
         seed=args.seed,
+        draft_ngrams=False,
     )
     trainer.drift, observer.trainer = Drift(), trainer
     trainer.train()
