@@ -69,9 +69,14 @@ def pretrain_draft(argv: Sequence[str]) -> int | None:
     return import_module("spec_rollout.profile.pretrain").main(argv)
 
 
+def serve(argv: Sequence[str]) -> int | None:
+    """start a vLLM server that takes policy and draft while it runs: --policy DIR"""
+    return import_module("spec_rollout.backends.vllm_serve").main(argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     command.__name__.replace("_", "-"): command
-    for command in (grpo, rloo, ppo, demo, bench, check, profile, report, simulate, pretrain_draft)
+    for command in (grpo, rloo, ppo, demo, bench, check, profile, report, simulate, pretrain_draft, serve)
 }
 
 

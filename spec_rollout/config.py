@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+VERIFICATIONS = ["coupled", "rejection"]
+BACKENDS = ("embedded", "vllm")
+
 
 @dataclass
 class SpecConfig:
@@ -14,6 +17,14 @@ class SpecConfig:
         TypeError: an unknown option.
     """
 
+    rollout_backend: str = field(
+        default="embedded",
+        metadata={
+            "help": "Who samples: `embedded`, an engine in the trainer's process that is exact token by token, or "
+            "`vllm`, by the trainer's options that begin with `vllm_`.",
+            "choices": list(BACKENDS),
+        },
+    )
     num_speculative_tokens: int | None = field(
         default=None,
         metadata={
@@ -23,6 +34,14 @@ class SpecConfig:
     )
     max_num_speculative_tokens: int = field(
         default=7, metadata={"help": "Upper bound of the adapted number of guessed tokens."}
+    )
+    verification: str = field(
+        default="coupled",
+        metadata={
+            "help": "How guesses are judged: `coupled` compares them with the target's own samples, the same at any "
+            "number of guesses; `rejection` is classical rejection sampling, lossless in law only.",
+            "choices": VERIFICATIONS,
+        },
     )
     max_slots: int = field(
         default=64,
@@ -36,7 +55,7 @@ class SpecConfig:
         default=True,
         metadata={
             "help": "Guess from what followed the same tokens in earlier rollouts, until the draft head is predicted "
-            "to be faster."
+            "to be faster (by the embedded engine only)."
         },
     )
     draft_refresh: bool = field(
@@ -75,12 +94,21 @@ class SpecConfig:
                 f"num_speculative_tokens={gamma} is negative: give 0 for plain decoding, a positive number to fix it, "
                 "or None to adapt it."
             )
-        if gamma != 0 and not self.draft_ngrams and not self.draft_refresh and self.draft_model_path is None:
+        ngrams = self.draft_ngrams and self.rollout_backend == "embedded"
+        if gamma != 0 and not (ngrams or self.draft_refresh or self.draft_model_path):
             raise ValueError(
-                "draft_refresh=False with draft_ngrams=False and without draft_model_path leaves nothing that could "
-                "guess: give a head, let it learn, or ask for plain decoding with num_speculative_tokens=0."
+                "draft_refresh=False without draft_model_path leaves nothing that could guess with draft_ngrams=False "
+                "or on vLLM: give a head, let it learn, or ask for plain decoding with num_speculative_tokens=0."
             )
+        if self.verification not in VERIFICATIONS:
+            raise ValueError(
+                f"verification={self.verification!r} is unknown: give 'coupled' (the same tokens as plain decoding) "
+                "or 'rejection' (the same law)."
+            )
+        if self.profile_rollouts and self.rollout_backend == "vllm":
+            raise ValueError("profile_rollouts=True needs rollout_backend='embedded': vLLM's steps are not recorded.")
         bounds = (
+            ("rollout_backend", self.rollout_backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
             ("max_num_speculative_tokens", self.max_num_speculative_tokens >= 1, "at least 1"),
             ("max_slots", self.max_slots >= 1, "at least 1"),
             (

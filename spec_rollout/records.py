@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from spec_rollout.engine.rejection import Proposal
     from spec_rollout.engine.rows import Rows
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -179,10 +180,14 @@ class Drafter(Protocol):
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
         """Guesses [B, gamma] int64 for the B = rows.count active rows.
 
-        `noise` [B, gamma + 1, V] is the Gumbel noise of the positions to be guessed (None when greedy); a drafter
-        that adds it to its own scores makes the guesses that the target is most likely to draw. `temperature` is the
-        rollout's (1 when greedy).
+        `noise` [B, gamma + 1, N] is the Gumbel noise of the positions to be guessed (None when greedy); a drafter that
+        draws from its own scores with it, as the target will (`gumbel_max.draw`), makes the guesses that the target is
+        most likely to draw. `temperature` is the rollout's (1 when greedy).
         """
+
+    def proposal(self) -> Proposal | None:
+        """What the last guesses were drawn from by the noise, for `verification="rejection"`; None if there was no
+        distribution, such as in a table of n-grams."""
 
     def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
         """The target has computed `hidden` (its hidden states, each [N, T, H]) at positions start[n] + 0..T-1 of the

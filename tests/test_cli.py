@@ -9,7 +9,7 @@ import pytest
 
 from spec_rollout import cli
 
-NAMES = ("grpo", "rloo", "ppo", "demo", "bench", "check", "profile", "report", "simulate", "pretrain-draft")
+NAMES = ("grpo", "rloo", "ppo", "demo", "bench", "check", "profile", "report", "simulate", "pretrain-draft", "serve")
 
 
 def test_without_a_command_the_commands_are_listed(capsys):

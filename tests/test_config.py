@@ -25,9 +25,18 @@ def test_config_out_of_range(option, value, remedy):
         SpecConfig(**{option: value})
 
 
+def test_an_unknown_verification():
+    with pytest.raises(ValueError, match="verification='strict' is unknown: give 'coupled'"):
+        SpecConfig(verification="strict")
+
+
 def test_a_head_that_never_learns_must_come_from_somewhere():
-    with pytest.raises(ValueError, match="draft_refresh=False with draft_ngrams=False and without"):
+    with pytest.raises(ValueError, match="draft_refresh=False without draft_model_path"):
         SpecConfig(draft_refresh=False, draft_ngrams=False)
+    with pytest.raises(ValueError, match="on vLLM"):
+        SpecConfig(draft_refresh=False, rollout_backend="vllm")
+    with pytest.raises(ValueError, match="profile_rollouts=True needs rollout_backend='embedded'"):
+        SpecConfig(profile_rollouts=True, rollout_backend="vllm")
     SpecConfig(draft_refresh=False)
     SpecConfig(draft_refresh=False, draft_model_path="head")
     SpecConfig(draft_refresh=False, num_speculative_tokens=0)

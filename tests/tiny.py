@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -107,6 +108,21 @@ def processed(model: PreTrainedModel, params: SamplingParams, known: Sequence[in
     return processors(torch.tensor([known]), logits.float()[None])[0]
 
 
+def gumbel_max(z: torch.Tensor, key: tuple[int, int], position: int) -> tuple[int, list, list[list]]:
+    """The sample of softmax(z) [V] by the noise of (key, position); scores of the blocks, and of each block's tokens.
+
+    Blocks are of ⌈√V⌉ tokens. A block scores the logsumexp of its z plus a number of its own, a token its z plus a
+    number of its place in the block.
+    """
+    size = math.ceil(math.sqrt(len(z)))
+    parts = z.split(size)
+    noise = gumbel(torch.tensor([key], dtype=torch.int32), torch.tensor([[position]]), len(parts) + size)[0, 0]
+    blocks = [float(part.logsumexp(0) + noise[i]) for i, part in enumerate(parts)]
+    tokens = [(part + noise[len(parts) :][: len(part)]).tolist() for part in parts]
+    best = blocks.index(max(blocks))
+    return best * size + tokens[best].index(max(tokens[best])), blocks, tokens
+
+
 @torch.no_grad()
 def reference(
     model: PreTrainedModel,
@@ -117,7 +133,8 @@ def reference(
 ) -> list[Completion]:
     """The completions as the design defines them: one row, one token, one whole forward pass at a time.
 
-    token = argmax(processed logits + Gumbel noise of (request key, position)); knows EOS and length, not stop strings.
+    token = `gumbel_max` of processed logits and the noise of (request key, position); knows EOS and length, not stop
+    strings.
     """
     limits = max_new_tokens or [params.max_new_tokens] * len(prompts)
     completions = []
@@ -126,10 +143,7 @@ def reference(
         while len(tokens) < limit and not (tokens and tokens[-1] in params.eos_token_ids):
             known = [*prompt, *tokens]
             z = processed(model, params, known, model(torch.tensor([known]), use_cache=False).logits[0, -1])
-            score = z
-            if not params.greedy:
-                score = z + gumbel(torch.tensor([key], dtype=torch.int32), torch.tensor([[len(tokens)]]), len(z))[0, 0]
-            tokens.append(int(score.argmax()))
+            tokens.append(int(z.argmax()) if params.greedy else gumbel_max(z, key, len(tokens))[0])
             logprobs.append(float(z.log_softmax(-1)[tokens[-1]]))
         completions.append(Completion(tokens, logprobs, "eos" if tokens[-1] in params.eos_token_ids else "length"))
     return completions

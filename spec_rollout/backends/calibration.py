@@ -23,10 +23,10 @@ from spec_rollout.records import Request, RolloutStats, SamplingParams
 
 SHORT, LONG = 64, 1024
 """Tokens of context at which passes are timed; the difference is what attention costs per token."""
-LONG_ENTRIES = 16384
+LONG_ENTRIES = 8192
 """Most cache entries, over all rows, that the long context is measured with."""
 REPEATS = 3
-CELL_S = 0.2
+CELL_S = 0.05
 """A pass is timed once after its warm-up, and up to REPEATS times while it takes no longer than this in all."""
 BUDGET_S = 10.0
 """Numbers of rows that would take measuring beyond this are left out; the cost model extends to them."""
@@ -53,7 +53,7 @@ def _measured(
     path = _cache_path(engine, widest, folder, shape)
     covered, known = _read(path)
     if covered < slots:
-        rows = [n for n in _grid(slots) if n not in {m.rows for m in known}]
+        rows = [n for n in powers_of_two(slots) if n not in {m.rows for m in known}]
         known += measure(engine, rows, widest, measure_rows)
         _write(path, slots, known)
     return known
@@ -82,10 +82,9 @@ def _draft_rows(engine: RolloutEngine, rows: int, widest: int) -> list[Measureme
 
 
 def _verify_rows(engine: RolloutEngine, rows: int, widest: int) -> list[Measurement]:
-    """Every number of tokens at the short context, one and the most at the long one."""
+    """Numbers of tokens that double, at the short context, and one and the most at the long one."""
     rollout = _made_up(engine, rows, SHORT, widest)
-    every = sorted({1, 2, 3, *(t for t in (4, 6, 8, 12) if t <= widest), widest + 1})
-    found = [_verify(rollout, SHORT, tokens) for tokens in every]
+    found = [_verify(rollout, SHORT, tokens) for tokens in powers_of_two(widest + 1)]
     long = min(LONG, (engine.target.context or LONG) - widest - 2)
     if rows * long <= LONG_ENTRIES and long >= 2 * SHORT:
         rollout = _made_up(engine, rows, long, widest)
@@ -141,9 +140,9 @@ def _seconds(call, device: torch.device) -> float:
     return statistics.median(times[1:])
 
 
-def _grid(slots: int) -> list[int]:
-    """Powers of two, and `slots`."""
-    return sorted({*(2**i for i in range(slots.bit_length())), slots})
+def powers_of_two(most: int) -> list[int]:
+    """Powers of two, and `most`."""
+    return sorted({*(2**i for i in range(most.bit_length())), most})
 
 
 def _coarse_first(rows: Iterable[int]) -> list[int]:

@@ -28,7 +28,7 @@ WEIGHTS, CONFIG, OPTIMIZER = "model.safetensors", "config.json", "optimizer.safe
 def save_head(
     folder: str | Path,
     head: EagleHead,
-    output_rows: Tensor,
+    output_rows: Tensor | None,
     draft_ids: Tensor | None,
     extra: dict,
     optimizer: dict[str, Tensor] | None = None,
@@ -39,21 +39,23 @@ def save_head(
     `.NAME-old-*/NAME`.
 
     Args:
-        output_rows: [Vd, H], the policy's output head for the draft vocabulary; serving engines want it in the file.
-        draft_ids: [Vd] target ids, or None for the whole vocabulary; stored as the offset `d2t` that vLLM reads.
+        output_rows: [Vd, H], the policy's output head for the draft vocabulary, for engines that want it in the file;
+            None leaves it out, and vLLM shares the policy's.
+        draft_ids: [Vd] target ids, stored as the offset `d2t` that vLLM reads; None for the whole vocabulary, of which
+            vLLM takes no `d2t`.
         extra: json-able state to keep beside the weights, under `spec_rollout` in the config.
         optimizer: tensors that training goes on from, in a file of their own.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    size = len(output_rows)
-    ids = torch.arange(size) if draft_ids is None else draft_ids.cpu()
+    size = head.config.vocab_size if draft_ids is None else len(draft_ids)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.folded().items()}
     extra = {**extra, FEATURE_SCALE: head.feature_scale.tolist()[:: head.config.hidden_size]}
-    if head.own_output is None:
+    if head.own_output is None and output_rows is not None:
         tensors["lm_head.weight"] = output_rows.detach().to(tensors["fc.weight"].dtype).cpu().clone()
         extra["lm_head"] = "policy"
-    tensors["d2t"] = ids - torch.arange(size)
+    if draft_ids is not None:
+        tensors["d2t"] = draft_ids.cpu() - torch.arange(size)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         save_file(tensors, staging / WEIGHTS)

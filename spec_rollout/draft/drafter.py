@@ -12,7 +12,9 @@ from torch import Tensor
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.features import FeatureBuffer
 from spec_rollout.draft.policy_view import PolicyView
+from spec_rollout.engine.gumbel_max import draw_among
 from spec_rollout.engine.kv_cache import SlotCache, causal_mask
+from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
 
 CATCH_UP_TOKENS = 8192
@@ -67,6 +69,7 @@ class EagleDrafter:
             self._catch_up(rows, *slots)
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
+        self._scores = []
         hidden = self._catch_up(rows, 0, rows.count)
         length = rows.length[: rows.count, None]
         guesses = [self._guess(hidden, noise, 0, temperature)]
@@ -76,6 +79,9 @@ class EagleDrafter:
             hidden = self._pass((0, rows.count), guesses[-1], hidden, place, extent)
             guesses.append(self._guess(hidden, noise, i, temperature))
         return torch.cat(guesses, 1)
+
+    def proposal(self) -> Proposal:
+        return Proposal(torch.stack(self._scores, 1), self.view.draft_ids)
 
     def _catch_up(self, rows: Rows, start: int, stop: int) -> Tensor:
         """Run the entries up to each row's committed length; returns the head's hidden state [N, 1, H] at the last."""
@@ -114,9 +120,10 @@ class EagleDrafter:
     def _guess(self, hidden: Tensor, noise: Tensor | None, index: int, temperature: float) -> Tensor:
         """Guesses [B, 1]: the head's own Gumbel-max sample under the target's noise."""
         scores = F.linear(self.head.norm(hidden[:, 0]), self.output_rows).float() / temperature
-        if noise is not None:
-            scores = scores + self.view.noise(noise[:, index])
-        return self.view.to_target(scores.argmax(-1))[:, None]
+        noise = None if noise is None else noise[:, index]
+        self._scores.append(scores)
+        chosen = draw_among(scores, noise, self.view.draft_ids, self.view.config.vocab_size)
+        return self.view.to_target(chosen)[:, None]
 
     def _extent(self, rows: Rows, ahead: int) -> int:
         longest = int(rows.lengths[: rows.count].max()) + ahead

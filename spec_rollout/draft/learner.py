@@ -30,9 +30,9 @@ COLD_TOKENS, COLD_PHASES = 24576, 4
 """A new head waits for so many tokens of features, but not for more than so many phases. On a policy of 6 M parameters
 100 steps on 5 rollouts of 48 reached an acceptance length of 3.0 at 3 guesses, 120 steps that began with the first of
 them 2.4: a head that has learned a few prompts by heart is slow to learn what they have in common."""
-YOUNG_STEPS = 200
-"""Steps before which a head is judged by what it may become. Most of its gain comes late: the acceptance length of the
-head above went from 2.4 at 50 steps to 3.0 at 100 and 3.2 at 150."""
+YOUNG_STEPS = 150
+"""Steps before which a head is judged by what it may become, against all the steps that this still takes. Most of its
+gain comes late: the acceptance length of the head above went from 2.4 at 50 steps to 3.0 at 100 and 3.2 at 150."""
 
 
 class DraftLearner:
@@ -88,7 +88,8 @@ class DraftLearner:
 
         def worth(before: list[float], after: list[float]) -> float:
             if after and self.trainer.steps < YOUNG_STEPS:
-                return self.budget.worth(value.hope(after), remaining)
+                to_come = (YOUNG_STEPS - self.trainer.steps) * self.trainer.step_seconds
+                return self.budget.worth(value.hope(after), remaining) - to_come
             gain = sum(b - a for a, b in zip(before, after, strict=True)) / max(1, len(after))
             return self.budget.worth(gain * value.slope(before), remaining) if after else 0.0
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from spec_rollout.engine.gumbel_max import draw_among
 from spec_rollout.engine.rows import Rows
 from spec_rollout.records import Drafter
 
@@ -84,15 +85,14 @@ class NgramTable:
         found = at.gather(1, longest)[:, 0]
         return self.tokens[found], self.scores[found]
 
-    def guess(self, recent: Tensor, gamma: int, noise: Tensor | None) -> Tensor:
+    def guess(self, recent: Tensor, gamma: int, noise: Tensor | None, vocab_size: int) -> Tensor:
         """Guesses [B, gamma] after `recent`: Gumbel-max samples of the counts under the target's noise
-        [B, >= gamma, V], the most frequent follower without noise."""
+        [B, >= gamma, noise_width(vocab_size)], the most frequent follower without noise."""
         guesses = []
         for i in range(gamma):
             tokens, scores = self.lookup(recent)
-            if noise is not None:
-                scores = scores + noise[:, i].gather(1, tokens)
-            guesses.append(tokens.gather(1, scores.argmax(1, keepdim=True)))
+            chosen = draw_among(scores, None if noise is None else noise[:, i], tokens, vocab_size)
+            guesses.append(tokens.gather(1, chosen[:, None]))
             recent = torch.cat([recent[:, 1:], guesses[-1]], 1)
         return torch.cat(guesses, 1)
 
@@ -168,7 +168,10 @@ class NgramDrafter:
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
         place = rows.length[: rows.count, None] + self.back
         recent = rows.tokens[: rows.count].gather(1, place.clamp(min=0))
-        return self.table.guess(torch.where(place < 0, -1, recent), gamma, noise)
+        return self.table.guess(torch.where(place < 0, -1, recent), gamma, noise, rows.vocab_size)
+
+    def proposal(self) -> None:
+        """The few followers that are known are no distribution worth a ratio: guesses are taken as they are."""
 
     def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
         self.collector.observe(rows, slots, start, hidden)

@@ -44,7 +44,3 @@ class PolicyView:
     def to_target(self, draft_tokens: Tensor) -> Tensor:
         """Target ids of indices into the draft vocabulary."""
         return draft_tokens if self.draft_ids is None else self.draft_ids[draft_tokens]
-
-    def noise(self, noise: Tensor) -> Tensor:
-        """The draft vocabulary's columns of noise [B, V]."""
-        return noise if self.draft_ids is None else noise[:, self.draft_ids]

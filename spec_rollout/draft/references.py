@@ -24,6 +24,9 @@ class RandomDrafter:
         guesses = torch.randint(rows.vocab_size, (rows.count, gamma), generator=self.generator)
         return guesses.to(rows.device)
 
+    def proposal(self) -> None:
+        """Whatever it guesses is not drawn by the noise."""
+
     def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
         pass
 

@@ -52,6 +52,7 @@ class DraftTrainer:
 
     Attributes:
         batch_tokens: tokens of one optimiser step.
+        step_seconds: what one took lately; 0 before the first.
         average: a head of `head`'s weights averaged over the last steps, which guesses better than they do singly; the
             one to decode with.
     """
@@ -71,7 +72,7 @@ class DraftTrainer:
         self.rates = (rate, SCALE_RATE)
         self.generator = torch.Generator().manual_seed(seed)
         self.steps, self.batch_tokens = 0, BATCH_TOKENS
-        self._step_seconds = 0.0
+        self.step_seconds = 0.0
         self.device = head.fc.weight.device
         kind = self.device.type
         self.precision = torch.autocast(kind, torch.bfloat16, enabled=_multiplies_bfloat16(kind))
@@ -91,7 +92,7 @@ class DraftTrainer:
         stats, losses = RefreshStats(), []
         unseen, seen = hold_out(buffer.samples, self.generator)
         batches = self.batches(seen)
-        if ranks.agree(bool(seen) and self._step_seconds <= seconds, self.device):
+        if ranks.agree(bool(seen) and self.step_seconds <= seconds, self.device):
             stats.acceptance_before = stats.acceptance = self.acceptance(unseen, temperature)
             paying = True
             while paying:
@@ -151,9 +152,9 @@ class DraftTrainer:
         while len(losses) < BURST:
             now = time.perf_counter()
             if losses:
-                self._step_seconds = (now - began) / len(losses)
+                self.step_seconds = (now - began) / len(losses)
             batch = next(batches, None)
-            if not ranks.agree(batch is not None and now + self._step_seconds <= deadline, self.device):
+            if not ranks.agree(batch is not None and now + self.step_seconds <= deadline, self.device):
                 break
             losses.append(torch.stack([self.step(batch), batch.learn.sum()]))
         return losses

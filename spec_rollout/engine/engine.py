@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from torch import nn
@@ -48,6 +48,8 @@ class RolloutEngine:
         self.recorder: Recorder | None = None
         self.cache = SlotCache()
         self.stats = RolloutStats()
+        self.progress: Callable[[int, int], None] | None = None
+        """Told after each step how many requests are not finished yet, and how many tokens the step emitted."""
 
     def generate(
         self,
@@ -104,6 +106,8 @@ class RolloutEngine:
             step = rollout.finish_step(verdict, guesses.shape[1])
             clock.append(time.perf_counter())
             self._account(step, clock)
+            if self.progress is not None:
+                self.progress(rollout.unfinished, step.emitted)
 
     def _choose(self, rollout: Rollout) -> int:
         if rollout.drafter is None:

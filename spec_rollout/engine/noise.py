@@ -1,4 +1,4 @@
-"""Gumbel noise as a pure function of (request key, position, token), from a counter-based generator."""
+"""Gumbel noise as a pure function of (request key, position, lane), from a counter-based generator."""
 
 from __future__ import annotations
 
@@ -52,31 +52,32 @@ def threefry(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor]) -> tupl
     return x0, x1
 
 
-def gumbel(keys: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise [B, T, V] float32 for request `keys` [B, 2] int32 at `positions` [B, T].
+def gumbel(keys: Tensor, positions: Tensor, width: int) -> Tensor:
+    """Standard Gumbel noise [B, T, width] float32 for request `keys` [B, 2] int32 at `positions` [B, T].
 
     31 of the 32 bits make a uniform u, and u the exponential variable -log1p(-u). That keeps its precision near 0,
     where the winners of a Gumbel race are decided: the largest noise is 22.2.
     """
-    half = (vocab_size + 1) // 2
+    half = (width + 1) // 2
     lane = torch.arange(half, dtype=torch.int32, device=keys.device)
     key = (keys[:, 0, None, None], keys[:, 1, None, None])
-    words = torch.cat(threefry(key, (lane, positions.to(torch.int32)[:, :, None])), dim=-1)[..., :vocab_size]
+    words = torch.cat(threefry(key, (lane, positions.to(torch.int32)[:, :, None])), dim=-1)[..., :width]
     uniform = words.bitwise_and_(0x7FFFFFFF).float().mul_(2.0**-31).add_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
 class NoiseWindow:
-    """The noise of the rows' coming positions, drawn for many positions at once: a small vocabulary would otherwise
-    pay the fixed cost of the generator's hundred small operations in every step."""
+    """The noise of the rows' coming positions, drawn for many positions at once: every step would otherwise pay the
+    fixed cost of the generator's hundred small operations. There are `numbers` of them, N, per position."""
 
-    def __init__(self, rows: Rows):
-        self.ahead = min(AHEAD, AHEAD_NUMBERS // (rows.slots * rows.vocab_size))
+    def __init__(self, rows: Rows, numbers: int):
+        self.numbers = numbers
+        self.ahead = min(AHEAD, AHEAD_NUMBERS // (rows.slots * self.numbers))
         self.first = np.full(rows.slots, -(2**31))  # completion position of each slot's first column
-        self.window = torch.zeros(rows.slots, self.ahead, rows.vocab_size, device=rows.device)
+        self.window = torch.zeros(rows.slots, self.ahead, self.numbers, device=rows.device)
 
     def take(self, rows: Rows, width: int) -> Tensor:
-        """Noise [B, width, V] of the positions that the active rows sample next."""
+        """Noise [B, width, N] of the positions that the active rows sample next."""
         if width > self.ahead:
             return self._draw(rows, width, slice(0, rows.count))
         active = slice(0, rows.count)
@@ -101,4 +102,4 @@ class NoiseWindow:
 
     def _draw(self, rows: Rows, width: int, slots: Tensor | slice) -> Tensor:
         steps = rows.progress()[slots, None] + torch.arange(width, device=rows.device)
-        return gumbel(rows.key[slots], steps, rows.vocab_size)
+        return gumbel(rows.key[slots], steps, self.numbers)

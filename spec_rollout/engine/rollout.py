@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spec_rollout.engine.gumbel_max import draw, noise_width
+from spec_rollout.engine.rejection import draw_by_rejection, numbers
 from spec_rollout.engine.rows import Rows
-from spec_rollout.engine.sampling import Sampler, draw, log_probs
+from spec_rollout.engine.sampling import Sampler
 from spec_rollout.engine.scheduler import Admission, Scheduler
 from spec_rollout.engine.stops import Stops
 from spec_rollout.engine.verify import Verdict, verify
@@ -45,7 +47,9 @@ class Rollout:
         self.cache.allocate(slots, capacity, (self.target.dtype, device))
         self.rows = Rows(slots, capacity, self.target.vocab_size, device)
         self.scheduler = Scheduler(requests, slots)
-        self.sampler = Sampler(params, self.rows)
+        self.rejection = engine.config.verification == "rejection" and not params.greedy
+        self.noise_width = noise_width(self.target.vocab_size)
+        self.sampler = Sampler(params, self.rows, numbers(self.target.vocab_size) if self.rejection else None)
         self.invalid = torch.zeros(
             slots, dtype=torch.bool, device=device
         )  # active rows whose guesses were no token ids
@@ -61,6 +65,11 @@ class Rollout:
     @property
     def done(self) -> bool:
         return self.scheduler.done
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that wait or are active."""
+        return len(self.scheduler.waiting) + len(self.scheduler.active)
 
     @property
     def longest(self) -> int:
@@ -108,7 +117,7 @@ class Rollout:
             self._guarded(lambda: self.drafter.admit(self.rows, admitted))
 
     def noise(self, width: int) -> Tensor | None:
-        """Gumbel noise [B, width, V] of the next `width` samples of each row; drawn once for draft and target."""
+        """Gumbel noise [B, width, N] of the next `width` samples of each row; drawn once for draft and target."""
         return self.sampler.noise(self.rows, width)
 
     def propose(self, gamma: int, noise: Tensor | None) -> Tensor:
@@ -123,6 +132,7 @@ class Rollout:
         return valid
 
     def _proposal(self, gamma: int, noise: Tensor | None) -> Tensor:
+        noise = None if noise is None else noise[..., : self.noise_width]
         guesses = self.drafter.propose(self.rows, gamma, noise, self.sampler.temperature)
         fits = guesses.dim() == 2 and len(guesses) == self.rows.count and guesses.shape[1] <= gamma
         if not fits or guesses.dtype != torch.int64:
@@ -143,7 +153,7 @@ class Rollout:
         seen = self.sampler.seen_along(self.rows, self.inputs)
         z = self.sampler.process(logits, seen)
         noise = None if noise is None else noise[:, : z.shape[1]]
-        samples, margin = draw(z, noise)
+        samples, margin, normaliser = self._draw(z, noise, guesses)
         verdict = self._judge(guesses, samples)
         close = margin < self.near_tie
         close &= torch.arange(close.shape[1], device=close.device) < verdict.emitted[:, None]
@@ -157,8 +167,19 @@ class Rollout:
             verdict = self._judge(guesses, samples)
             report = torch.stack(verdict).cpu().numpy()
         self.report = Verdict(*report[:4])
-        self.scores = log_probs(z, samples)
+        self.scores = z.gather(-1, samples[..., None])[..., 0].float() - normaliser
         return samples, verdict
+
+    def _draw(self, z: Tensor, noise: Tensor | None, guesses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples, the margins by which they won, and logsumexp(z), each [B, γ + 1]."""
+        room = self.sampler.room(z)
+        if not self.rejection:
+            return draw(z, noise, room)
+        proposal = None
+        if guesses.numel() and self.drafter is not None:
+            proposal = self._guarded(self.drafter.proposal)  # without it the guesses are taken as given: the same law
+        samples, normaliser = draw_by_rejection(z, noise[..., self.noise_width :], guesses, proposal, room)
+        return samples, torch.full_like(normaliser, torch.inf), normaliser  # another γ draws another sample anyway
 
     def _judge(self, guesses: Tensor, samples: Tensor) -> Verdict:
         rows = self.rows

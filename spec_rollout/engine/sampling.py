@@ -1,4 +1,4 @@
-"""The target's sample: processed logits plus keyed noise."""
+"""What the target's samples are drawn from: processed logits and keyed noise."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from spec_rollout.engine.gumbel_max import noise_width
 from spec_rollout.engine.noise import NoiseWindow
 from spec_rollout.engine.rows import Rows
 from spec_rollout.records import SamplingParams
 
 
 class Sampler:
-    """Draws token(r, t) = argmax_v z[v] + G(key of r, t, v): an exact sample of softmax(z) (Gumbel-max) that depends
-    on nothing but the processed logits z, the request's key and the position. Greedy is the same with G = 0."""
+    """Processed logits z, and noise that is a pure function of the request's key and the position: all that a sample
+    depends on (`gumbel_max.draw`). Greedy is the same without noise."""
 
-    def __init__(self, params: SamplingParams, rows: Rows):
+    def __init__(self, params: SamplingParams, rows: Rows, numbers: int | None = None):
+        """`numbers` of noise per position; by default what one sample takes."""
         self.params = params
         self.warpers = _warpers(params)
-        self.window = None if params.greedy else NoiseWindow(rows)
+        self.window = None if params.greedy else NoiseWindow(rows, numbers or noise_width(rows.vocab_size))
         self.seen = None
+        self._room = torch.empty(0, device=rows.device)
         if params.repetition_penalty != 1:
             self.seen = torch.zeros(rows.slots, rows.vocab_size, dtype=torch.bool, device=rows.device)
 
@@ -35,18 +38,26 @@ class Sampler:
         return self.params.temperature or 1.0
 
     def noise(self, rows: Rows, width: int) -> Tensor | None:
-        """Gumbel noise [B, width, V] of the positions that the active rows sample next; None when greedy."""
+        """Gumbel noise [B, width, N] of the positions that the active rows sample next, N numbers for each; None
+        when greedy."""
         return None if self.window is None else self.window.take(rows, width)
 
     def process(self, logits: Tensor, seen: Tensor | None) -> Tensor:
-        """Processed logits [..., V] float32, in transformers' order: penalty, temperature, top-k, top-p, min-p."""
+        """Processed logits [..., V], in transformers' order: penalty, temperature, top-k, top-p, min-p. They are
+        float32, or the logits themselves where nothing is to be done."""
+        if seen is None and not self.warpers:
+            return logits
         z = logits.float()
         if seen is not None:
             penalty = self.params.repetition_penalty
             z = torch.where(seen, torch.where(z < 0, z * penalty, z / penalty), z)
-        if not self.warpers:
-            return z
         return self.warpers(None, z.reshape(-1, z.shape[-1])).view(z.shape)
+
+    def room(self, z: Tensor) -> Tensor:
+        """Memory of the shape of `z`, float32; the same in every step."""
+        if self._room.numel() < z.numel():
+            self._room = z.new_empty(z.numel(), dtype=torch.float32)
+        return self._room[: z.numel()].view(z.shape)
 
     def admit(self, rows: Rows, first: int, prompts: list) -> None:
         """Slots first.. start with the tokens of their `prompts` seen."""
@@ -79,19 +90,6 @@ class Sampler:
             self.window.copy(source, target)
         if self.seen is not None:
             self.seen[target] = self.seen[source]
-
-
-def draw(z: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The sample [...] int64 and the score by which it beat the runner-up [...], of processed logits [..., V]. Of two
-    equal scores the lower token id wins, as in transformers' argmax."""
-    best, token = (z if noise is None else z + noise).topk(2, dim=-1)
-    margin = best[..., 0] - best[..., 1]
-    return torch.where(margin == 0, token.amin(-1), token[..., 0]), margin
-
-
-def log_probs(z: Tensor, tokens: Tensor) -> Tensor:
-    """log softmax(z)[token] [...] float32 of processed logits [..., V]."""
-    return z.gather(-1, tokens[..., None])[..., 0] - z.logsumexp(-1)
 
 
 def _warpers(params: SamplingParams) -> LogitsProcessorList:

@@ -7,13 +7,14 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 from tqdm import tqdm
 
 from spec_rollout.backends.calibration import measured_cost
 from spec_rollout.backends.embedded import EmbeddedBackend
-from spec_rollout.config import SpecConfig
+from spec_rollout.config import VERIFICATIONS, SpecConfig
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import CostModel, FixedGamma, GammaController
@@ -31,7 +32,7 @@ from spec_rollout.profile.workload import (
     warm_backend,
     write_json,
 )
-from spec_rollout.records import Drafter, RolloutStats, StepStats
+from spec_rollout.records import Controller, Drafter, RolloutStats, StepStats
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     cost = measured_cost(measuring, widest, SpecConfig().widest, None)
     rows = []
     for batch_size in args.batch_sizes:
-        samplers = [*_peers(policy, batch_size, args.peers), *_own(policy, drafter, cost, args.fixed_gammas)]
+        samplers = [*_peers(policy, batch_size, args.peers), *_own(policy, drafter, cost, args)]
         rows += _rows(batch_size, measure(policy, samplers, batch_size, args))
     _report(args, rows)
     return 0
@@ -97,18 +98,26 @@ def _peers(policy: Policy, batch_size: int, names: list[str]) -> list[Sampler]:
     return [sampler for sampler in found.values() if sampler is not None]
 
 
-def _own(policy: Policy, drafter: Drafter, cost: CostModel, gammas: list[int]) -> list[Sampler]:
-    """Plain decoding, every fixed γ, and the adaptive one."""
-    adaptive = GammaController(cost, SpecConfig().widest)
-    return [
-        _ours(policy, "plain", 0, None, None),
-        *(_ours(policy, "fixed", gamma, drafter, FixedGamma(gamma)) for gamma in gammas),
-        _ours(policy, "adaptive", None, drafter, adaptive),
-    ]
+def _own(policy: Policy, drafter: Drafter, cost: CostModel, args: argparse.Namespace) -> list[Sampler]:
+    """Plain decoding, every fixed γ, and the adaptive one, this with each verification."""
+    found = [_ours(policy, "plain", 0, None, None)]
+    found += [_ours(policy, "fixed", gamma, drafter, FixedGamma(gamma)) for gamma in args.fixed_gammas]
+    for verification in args.verification:
+        controller = GammaController(cost, SpecConfig().widest)
+        found.append(_ours(policy, "adaptive", None, drafter, controller, verification))
+    return found
 
 
-def _ours(policy: Policy, name: str, gamma: int | None, drafter: Drafter | None, controller) -> Sampler:
-    engine = RolloutEngine(policy.model, SpecConfig(max_slots=4096), drafter=drafter, controller=controller)
+def _ours(
+    policy: Policy,
+    name: str,
+    gamma: int | None,
+    drafter: Drafter | None,
+    controller: Controller | None,
+    verification: str = "coupled",
+) -> Sampler:
+    config = SpecConfig(max_slots=4096, verification=verification)
+    engine = RolloutEngine(policy.model, config, drafter=drafter, controller=controller)
 
     def run(prompts: list[list[int]], seed: int) -> Measured:
         engine.stats = RolloutStats()
@@ -116,7 +125,7 @@ def _ours(policy: Policy, name: str, gamma: int | None, drafter: Drafter | None,
         completions = engine.generate(prompts, policy.params, seed=(seed,))
         return Measured(sum(len(c.token_ids) for c in completions), time.perf_counter() - began, engine.stats)
 
-    return Sampler(name, gamma, run)
+    return Sampler(name, gamma, run, verification)
 
 
 def _rows(batch_size: int, results: list[tuple[Sampler, list[Measured]]]) -> list[dict]:
@@ -130,6 +139,7 @@ def _rows(batch_size: int, results: list[tuple[Sampler, list[Measured]]]) -> lis
             "engine": sampler.engine,
             "batch_size": batch_size,
             "gamma": sampler.gamma,
+            "verification": sampler.verification,
             "tokens_per_s": statistics.median(speeds[sampler]),
             "tokens_per_s_min": min(speeds[sampler]),
             "tokens_per_s_max": max(speeds[sampler]),
@@ -173,6 +183,7 @@ def _changes(steps: list[StepStats]) -> int:
 def _report(args: argparse.Namespace, rows: list[dict]) -> None:
     columns = {
         "engine": "engine",
+        "verification": "verification",
         "batch_size": "batch size",
         "gamma": "tokens guessed",
         "tokens_per_s": "tokens/s",
@@ -193,12 +204,17 @@ def _report(args: argparse.Namespace, rows: list[dict]) -> None:
     write_json(args.json, {"rows": rows, "hardware": hardware(), "setup": setup})
 
 
-def _choices(text: str) -> list[str]:
-    names = text.split(",") if text else []
-    unknown = sorted(set(names) - PEERS.keys())
-    if unknown:
-        raise argparse.ArgumentTypeError(f"unknown peer {', '.join(unknown)}; there is {', '.join(PEERS)}")
-    return names
+def _some_of(kind: str, known: Iterable[str]) -> Callable[[str], list[str]]:
+    """The parser of a comma-separated list of names out of `known`; it may be empty."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",") if text else []
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"unknown {kind} {', '.join(unknown)}; there is {', '.join(known)}")
+        return names
+
+    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -206,7 +222,13 @@ def _parser() -> argparse.ArgumentParser:
     add_policy_arguments(parser)
     parser.add_argument("--batch-sizes", type=positives, default=[1, 4, 8, 16, 32], metavar="1,8,32")
     parser.add_argument("--fixed-gammas", type=positives, default=[1, 2, 3, 5], metavar="1,2,3")
-    parser.add_argument("--peers", type=_choices, default=["transformers"], metavar=",".join(PEERS))
+    parser.add_argument("--peers", type=_some_of("peer", PEERS), default=["transformers"], metavar=",".join(PEERS))
+    parser.add_argument(
+        "--verification",
+        type=_some_of("verification", VERIFICATIONS),
+        default=["coupled"],
+        metavar=",".join(VERIFICATIONS),
+    )
     parser.add_argument("--draft", metavar="DIR", help="a head from pretrain-draft; by default one is warmed up")
     parser.add_argument("--num-prompts", type=positive, default=8, metavar="N", help="least prompts per turn")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from transformers import GenerationConfig, TrainingArguments
 from trl import GRPOConfig, RLOOConfig
 
+from spec_rollout.backends.vllm_engine import require_vllm
 from spec_rollout.config import SpecConfig
 from spec_rollout.training.sampling_params import sampling_params
 
@@ -46,7 +47,8 @@ class SpecGRPOConfig(SpecConfig, GRPOConfig):
         GRPOConfig.__post_init__(self)
         SpecConfig.__post_init__(self)
         refuse_conflicts(self)
-        if self.importance_sampling_correction:
+        samples_elsewhere = self.rollout_backend == "vllm" and self.vllm_importance_sampling_correction
+        if self.importance_sampling_correction or samples_elsewhere:
             _refuse_uncorrectable(self)
 
 
@@ -91,9 +93,11 @@ def refuse_conflicts(args: GRPOConfig | RLOOConfig) -> None:
     for name in ("use_vllm", "use_transformers_continuous_batching"):
         if getattr(args, name):
             raise ValueError(
-                f"{name}=True cannot be combined with speculative rollouts, which are sampled in the trainer's own "
-                f"process: set {name}=False, or use TRL's own trainer and configuration."
+                f"{name}=True cannot be combined with speculative rollouts: set {name}=False, and for vLLM "
+                "rollout_backend='vllm', or use TRL's own trainer and configuration."
             )
+    if getattr(args, "rollout_backend", "embedded") == "vllm":
+        _refuse_unserved_by_vllm(args)
     if args.max_completion_length is None:
         raise ValueError(
             "max_completion_length=None leaves completions unbounded: give a number of tokens, at least 1."
@@ -106,6 +110,26 @@ def refuse_conflicts(args: GRPOConfig | RLOOConfig) -> None:
     if args.generation_kwargs:
         given = {"max_new_tokens": args.max_completion_length, "do_sample": True, **args.generation_kwargs}
         sampling_params(GenerationConfig(**given))
+
+
+def _refuse_unserved_by_vllm(args: GRPOConfig | RLOOConfig) -> None:
+    if args.vllm_mode == "colocate":
+        require_vllm()
+    drafts = args.num_speculative_tokens != 0
+    learns = drafts and args.draft_refresh
+    for name, value, served, remedy in (
+        ("vllm_tensor_parallel_size", args.vllm_tensor_parallel_size, 1, "set it to 1"),
+        ("vllm_structured_outputs_regex", args.vllm_structured_outputs_regex, None, "leave it out"),
+        ("min_p", args.min_p or None if drafts else None, None, "vLLM ignores it while it speculates; leave it out"),
+        (
+            "vllm_importance_sampling_correction",
+            getattr(args, "vllm_importance_sampling_correction", True) or not learns,
+            True,
+            "the draft learns from the pass that it takes; set it to True, or draft_refresh to False",
+        ),
+    ):
+        if value != served:
+            raise ValueError(f"{name}={value!r} cannot be honoured with rollout_backend='vllm': {remedy}.")
 
 
 def _refuse_uncorrectable(args: GRPOConfig) -> None:

@@ -25,6 +25,12 @@ def refuse_partitioned(trainer: Trainer) -> None:
             "ds3_gather_for_generation=False leaves the ZeRO-3 policy partitioned, but each rank samples on its own: "
             "set ds3_gather_for_generation=True, or use ZeRO-2 or TRL's own trainer if the policy does not fit."
         )
+    partitioned = trainer._dist.is_zero3 or trainer._dist.is_fsdp
+    if getattr(trainer.args, "rollout_backend", "embedded") == "vllm" and partitioned:
+        raise ValueError(
+            "rollout_backend='vllm' takes a policy that is whole on each rank, but ZeRO-3 and FSDP partition it: use "
+            "DDP or ZeRO-2, or rollout_backend='embedded'."
+        )
     if trainer._dist.fsdp_version == 1:
         raise ValueError(
             "fsdp_version=1 shards the policy while it decodes, but each rank samples on its own: set fsdp_version: 2 "

@@ -56,6 +56,8 @@ class SpecGRPOTrainer(SpeculativeRollouts, GRPOTrainer):
     ):
         super().__init__(model, reward_funcs, args, *others, **options)
         self._corrects = getattr(self.args, "importance_sampling_correction", False)
+        if self.sampler.learns_from_trainer:
+            self._corrects = self._corrects or self.args.vllm_importance_sampling_correction
         if self._corrects and self.rollout_func is not None:
             raise ValueError(
                 "importance_sampling_correction=True needs the log-probs of this package's sampler, but a "
@@ -126,6 +128,11 @@ def make_rollout_func(config: SpecConfig | None = None) -> Callable[[list, GRPOT
     def rollout_func(prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
         refuse_conflicts(trainer.args)
         refuse_partitioned(trainer)
+        if sampler.learns_from_trainer:
+            raise ValueError(
+                "rollout_backend='vllm' learns from the trainer's passes, which a rollout function does not see: use "
+                "SpecGRPOTrainer."
+            )
         prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
         with sampler.gathered(trainer):
             completions = sampler.sample(trainer, prompt_ids, images, fields)

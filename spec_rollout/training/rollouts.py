@@ -45,10 +45,20 @@ class SpeculativeRollouts:
         own = getattr(self, "rollout_func", None) is None
         with self.sampler.gathered(self) if own else nullcontext():
             output = super()._generate(prompts)
-            if self.model.training:
-                self.sampler.refresh(self)
-        self.sampler.log(self)
+            if not self.sampler.learns_from_trainer:
+                self._finish_phase()
         return output
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self.sampler.learns_from_trainer:
+            self._finish_phase()
+        return output
+
+    def _finish_phase(self) -> None:
+        if self.model.training:
+            self.sampler.refresh(self)
+        self.sampler.log(self)
 
     def _sample_turn(self, prompt_ids, images, multimodal_fields) -> list[Completion]:
         # TRL's tool loop comes back here; near the end of the context it expects a short completion, not an error.
@@ -56,9 +66,10 @@ class SpeculativeRollouts:
         return self.sampler.sample(self, prompt_ids, images, multimodal_fields, clip=later_turn)
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *others, **options):
-        output = super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, *others, **options
-        )
+        with self.sampler.listening(input_ids, attention_mask, logits_to_keep):
+            output = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *others, **options
+            )
         if self._to_compare is not None:
             (sampled, mask), self._to_compare = self._to_compare, None
             log_difference(self, sampled, output[0], attention_mask[:, -logits_to_keep:] if mask is None else mask)

@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from torch import Tensor, nn
+from transformers import Trainer
 from trl.extras.profiling import profiling_context
 
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.backends.trace import FOLDER, TraceRecorder
+from spec_rollout.backends.vllm import VLLMBackend
 from spec_rollout.config import SpecConfig
 from spec_rollout.gamma import GammaController
 from spec_rollout.records import Completion, RefreshStats, SamplingParams
 from spec_rollout.training.gathering import gathered_policy, own_random_stream
 from spec_rollout.training.metrics import local_sums, metrics
+from spec_rollout.training.progress import rollout_bar
 from spec_rollout.training.sampling_params import sampling_params
 
 DRAFT_FOLDER = "draft"
@@ -39,13 +41,20 @@ class TrainerSampler:
 
     def __init__(self, config: SpecConfig):
         self.config = config
-        self.backend: EmbeddedBackend | None = None
+        self.backend: EmbeddedBackend | VLLMBackend | None = None
         self._policy: nn.Module | None = None
         """While it is gathered."""
         self._draft_folder: Path | None = None
         self._calls: dict[str, tuple[int, int]] = {}
         self._seconds = 0.0
         self._refreshed = RefreshStats()
+        self._unheard = False
+        """Whether the trainer has yet to read the last rollouts."""
+
+    @property
+    def learns_from_trainer(self) -> bool:
+        """Whether the draft learns from the trainer's pass over the rollouts instead of from the rollouts."""
+        return self.config.rollout_backend == "vllm"
 
     @contextmanager
     def gathered(self, trainer: Trainer) -> Iterator[nn.Module]:
@@ -74,11 +83,16 @@ class TrainerSampler:
         began = time.perf_counter()
         with self.gathered(trainer) as policy, own_random_stream(trainer):
             if self.backend is None:
-                self._make_backend(policy, trainer._tokenizer)
+                self._make_backend(policy, trainer)
             seed = self._seed(trainer)
             if self.config.profile_rollouts:
                 self._record(trainer, seed)
-            with profiling_context(trainer, "spec_rollout.generate"):
+            if self.learns_from_trainer:
+                self.backend.policy_version = trainer.state.global_step
+                self._unheard = trainer.model.training
+            shown = self.config.rollout_backend == "embedded" and trainer.is_world_process_zero()
+            shown = shown and not trainer.args.disable_tqdm
+            with profiling_context(trainer, "spec_rollout.generate"), rollout_bar(self.backend, len(prompts), shown):
                 completions = self.backend.generate(
                     prompts,
                     params,
@@ -88,6 +102,17 @@ class TrainerSampler:
                 )
         self._seconds += time.perf_counter() - began
         return completions
+
+    @contextmanager
+    def listening(self, ids: Tensor, mask: Tensor, width: int) -> Iterator[None]:
+        """Within it the policy reads `ids` [N, T], whose last `width` columns are completions, with `mask` [N, T]; the
+        first time after a generation phase the draft learns from that pass, if that is where it learns."""
+        if not self._unheard or self.backend is None:
+            yield
+            return
+        self._unheard = False
+        with self.backend.listen(ids, mask, mask[:, :-width].sum(1).tolist()):
+            yield
 
     def refresh(self, trainer: Trainer) -> None:
         """Let the draft learn from the rollouts since the last call."""
@@ -142,8 +167,13 @@ class TrainerSampler:
         if self.backend is not None:
             self.backend.load(folder)
 
-    def _make_backend(self, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-        backend = EmbeddedBackend(policy, self.config, tokenizer)
+    def _make_backend(self, policy: nn.Module, trainer: Trainer) -> None:
+        if self.config.rollout_backend == "vllm":
+            from spec_rollout.training.vllm import engine_starter
+
+            backend = VLLMBackend(policy, self.config, engine_starter(trainer, self.config))
+        else:
+            backend = EmbeddedBackend(policy, self.config, trainer._tokenizer)
         if self._draft_folder is not None:
             backend.load(self._draft_folder)
         self.backend = backend

@@ -230,6 +230,32 @@ def test_a_gain_that_is_worth_nothing_ends_the_training(tmp_path, monkeypatch, y
     assert backend.learner.budget.wish == 0
 
 
+@pytest.mark.parametrize(("remaining", "goes_on"), [(9, True), (2, False)])
+def test_a_young_head_must_repay_all_the_steps_to_come(tmp_path, monkeypatch, remaining, goes_on):
+    """5 s saved in each rollout to come, against the 30 steps of 1 s that are left after 130."""
+    monkeypatch.setattr(RolloutValue, "hope", lambda self, rates: 5.0)
+    monkeypatch.setattr(learner, "YOUNG_STEPS", 160)
+    backend = backend_for("llama", tmp_path, gamma=None)
+    backend.generate(PROMPTS * 4, PARAMS)
+    backend.learner.trainer.steps = 130 - BURST
+    judged = []
+    train = DraftTrainer.train
+
+    def judging(self, buffer, seconds, worth=None, temperature=1.0):
+        self.step_seconds = 0.0  # so that it begins
+
+        def judge(before, after):
+            self.step_seconds = 1.0
+            judged.append(worth(before, after))
+            return 0.0
+
+        return train(self, buffer, seconds, judge, temperature)
+
+    monkeypatch.setattr(DraftTrainer, "train", judging)
+    backend.refresh(remaining=remaining)
+    assert judged == [5.0 * remaining - 30.0] and (judged[0] > 0) == goes_on
+
+
 def test_a_head_that_did_not_pay_is_trained_again_once_it_has_saved_enough(tmp_path):
     backend = learned("llama", tmp_path, draft_overhead=0.05)
     budget = backend.learner.budget
@@ -237,7 +263,7 @@ def test_a_head_that_did_not_pay_is_trained_again_once_it_has_saved_enough(tmp_p
     budget.earn = lambda seconds: RefreshBudget.earn(budget, 10.0)
     steps = []
     for turn in range(6):
-        backend.learner.trainer._step_seconds = 0.2  # more than the least share of one phase, 0.0625 s
+        backend.learner.trainer.step_seconds = 0.2  # more than the least share of one phase, 0.0625 s
         backend.generate(PROMPTS, PARAMS, seed=(turn,))
         steps.append(backend.refresh().steps)
     assert steps[:2] == [0, 0] and any(steps)

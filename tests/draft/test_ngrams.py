@@ -12,6 +12,7 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.draft import ngrams
 from spec_rollout.draft.ngrams import CANDIDATES, LONGEST, ORDERS, History, NgramTable
 from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.engine.gumbel_max import draw, noise_width
 from spec_rollout.records import SamplingParams
 from tests.tiny import PROMPTS, assert_same, policy
 
@@ -54,16 +55,17 @@ def test_the_longest_known_run_counts(sequences, ending):
 
 def test_guesses_go_on_from_guesses():
     table = NgramTable([torch.tensor([5, 6, 7, 8, 9])], CPU)
-    assert table.guess(recent([1, 5]), 4, None).tolist() == [[6, 7, 8, 9]]
+    assert table.guess(recent([1, 5]), 4, None, 10).tolist() == [[6, 7, 8, 9]]
 
 
 def test_guesses_share_the_noise_of_the_target():
     """What was drawn from the counts themselves is always guessed, where the most frequent one is half the time."""
     table = NgramTable([torch.tensor([1, 2, 1, 3])], CPU)
-    uniform = torch.rand(500, 1, 6, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(500, 1, noise_width(6), generator=torch.Generator().manual_seed(0))
     noise = -(-uniform.log()).log()
-    drawn = (torch.tensor([-torch.inf, -torch.inf, 0.0, 0.0, -torch.inf, -torch.inf]) + noise[:, 0]).argmax(-1)
-    assert (table.guess(recent([1]).expand(500, -1), 1, noise)[:, 0] == drawn).all()
+    z = torch.tensor([-torch.inf, -torch.inf, 0.0, 0.0, -torch.inf, -torch.inf])
+    drawn = draw(z.expand(500, -1), noise[:, 0])[0]
+    assert (table.guess(recent([1]).expand(500, -1), 1, noise, 6)[:, 0] == drawn).all()
     assert 0.4 < (drawn == 2).float().mean() < 0.6
 
 
@@ -100,7 +102,7 @@ def test_the_second_rollout_guesses_from_the_first_and_no_token_changes(gamma, s
         backend.take_stats()
         if turn == 1 and gamma is None:  # whether it pays is the machine's business
             backend.ngrams.calibrate(backend.engine, slots)
-            backend.ngrams.controller.choose = lambda rows, context: rows % 4
+            backend.ngrams.controller.choose = lambda rows, context: 1 + rows % 4
         expected = plain.generate(PROMPTS * 4, PARAMS, seed=(turn,))
         assert_same(backend.generate(PROMPTS * 4, PARAMS, seed=(turn,)), expected)
         assert (backend.stats.mean_acceptance_length > 1) == (turn > 0)

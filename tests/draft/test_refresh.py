@@ -166,9 +166,9 @@ def test_optimiser_state_of_another_head_is_refused(buffer):
 def test_training_stops_when_its_time_is_spent(buffer):
     trainer = trainer_for(policy("llama"))
     assert trainer.train(buffer, seconds=0.0).steps == 0
-    trainer._step_seconds = 10.0
+    trainer.step_seconds = 10.0
     assert trainer.train(buffer, seconds=5.0).steps == 0
-    assert trainer.train(buffer, seconds=60.0).steps > 0 and trainer._step_seconds < 10
+    assert trainer.train(buffer, seconds=60.0).steps > 0 and trainer.step_seconds < 10
     assert trainer.train(FeatureBuffer(10), seconds=9.0).steps == 0
 
 

@@ -14,6 +14,7 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter, RandomDrafter
 from spec_rollout.engine import noise
 from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.engine.gumbel_max import block_size, num_blocks
 from spec_rollout.records import SamplingParams
 from tests.tiny import Scripted, make_policy, processed
 
@@ -34,14 +35,19 @@ class NoiseDrafter(RandomDrafter):
     """Guesses by the target's own noise alone: what comes true is then as far from independent of it as can be."""
 
     def propose(self, rows, gamma, gumbels, temperature):
-        return gumbels[:, :gamma].argmax(-1)
+        return self.favoured(gumbels[:, :gamma])
+
+    def favoured(self, gumbels):
+        """The token [B, T] that the noise of blocks and places [B, T, N] speaks for."""
+        blocks, places = gumbels.split([num_blocks(VOCAB), block_size(VOCAB)], -1)
+        return blocks.argmax(-1) * block_size(VOCAB) + places.argmax(-1)
 
 
-class ContraryDrafter(RandomDrafter):
+class ContraryDrafter(NoiseDrafter):
     """Guesses what the noise speaks against."""
 
-    def propose(self, rows, gamma, gumbels, temperature):
-        return gumbels[:, :gamma].argmin(-1)
+    def favoured(self, gumbels):
+        return super().favoured(-gumbels)
 
 
 def p_value(statistic: float, freedom: int) -> float:

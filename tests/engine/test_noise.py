@@ -134,7 +134,7 @@ def test_window(ahead, monkeypatch):
     waiting = [
         Request(i, [1] * int(generator.integers(1, 9)), key, 99) for i, key in enumerate(request_keys((1,), 40))
     ]
-    window = NoiseWindow(rows)
+    window = NoiseWindow(rows, 6)
     taken = 0
     while waiting:
         free = min(4 - rows.count, int(generator.integers(0, 3)))
@@ -148,7 +148,7 @@ def test_window(ahead, monkeypatch):
         for _ in range(int(generator.integers(1, 6))):
             width = int(generator.integers(1, 9))
             steps = rows.progress()[:, None] + torch.arange(width)
-            assert torch.equal(window.take(rows, width), gumbel(rows.key[: rows.count], steps, 7))
+            assert torch.equal(window.take(rows, width), gumbel(rows.key[: rows.count], steps, 6))
             emitted = generator.integers(1, width + 1, rows.count)
             rows.lengths[: rows.count] += emitted
             rows.length[: rows.count] += torch.from_numpy(emitted)
@@ -165,4 +165,4 @@ def test_window(ahead, monkeypatch):
 def test_a_window_for_a_large_vocabulary_stays_small(monkeypatch):
     monkeypatch.setattr("spec_rollout.engine.noise.AHEAD_NUMBERS", 100)
     rows = Rows(3, 10, 33, torch.device("cpu"))
-    assert NoiseWindow(rows).window.numel() <= 100
+    assert NoiseWindow(rows, 33).window.numel() <= 100

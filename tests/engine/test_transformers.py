@@ -7,7 +7,7 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.rows import Rows
-from spec_rollout.engine.sampling import Sampler, draw
+from spec_rollout.engine.sampling import Sampler
 from spec_rollout.engine.stops import Stops
 from spec_rollout.records import Completion, Request, SamplingParams
 from tests.tiny import MAIN, PROMPTS, VOCAB, Scripted, make_policy, policy, processed, reference, tokenizer
@@ -145,16 +145,6 @@ def test_a_moved_row_takes_what_it_has_seen_along():
     assert sampler.seen[0].nonzero().flatten().tolist() == [4, 5, 6]
     sampler.admit(rows, 0, [[7]])  # a new row starts afresh
     assert sampler.seen[0].nonzero().flatten().tolist() == [7]
-
-
-@pytest.mark.parametrize("noisy", [False, True])
-def test_draw(noisy):
-    """The best score wins by its margin over the second; ties go to the lower id; what is filtered out never wins."""
-    z = torch.tensor([[0.0, 3.0, 1.0, 3.0], [2.0, -torch.inf, -torch.inf, -torch.inf], [5.0, 1.0, 4.5, 2.0]])
-    noise = torch.tensor([[0.0, 0.0, 9.0, 0.0], [0.0, 50.0, 0.0, 0.0], [0.0, 0.0, 0.0, 3.75]]) if noisy else None
-    token, margin = draw(z, noise)
-    assert token.tolist() == ([2, 0, 3] if noisy else [1, 0, 0])
-    assert margin.tolist() == ([7.0, torch.inf, 0.75] if noisy else [0.0, torch.inf, 0.5])
 
 
 def test_stops_are_found_at_every_position_at_once():

@@ -56,16 +56,18 @@ def test_check_finds_one_wrong_token(folder, monkeypatch, capsys):
 def test_bench_measures_every_engine_at_every_batch_size(folder, tmp_path, capsys):
     out = tmp_path / "bench.json"
     options = ["--batch-sizes", "1,2", "--fixed-gammas", "1,3", "--repeats", "2", "--num-prompts", "2"]
-    options += ["--peers", "transformers,assisted,transformers_cb"]
+    options += ["--peers", "transformers,assisted,transformers_cb", "--verification", "coupled,rejection"]
     bench.main(["--policy", str(folder), *options, "--max-new-tokens", "8", "--json", str(out)])
     assert "assisted does not decode 2 rows at once" in capsys.readouterr().err
     figures = json.loads(out.read_text())
-    peers, ours = ["transformers", "assisted", "transformers_cb"], ["plain", "fixed", "fixed", "adaptive"]
+    peers, ours = ["transformers", "assisted", "transformers_cb"], ["plain", "fixed", "fixed", "adaptive", "adaptive"]
     wanted = [(e, 1) for e in peers + ours] + [(e, 2) for e in peers[::2] + ours]
     assert [(r["engine"], r["batch_size"]) for r in figures["rows"]] == wanted
     assert {r["gamma"] for r in figures["rows"] if r["engine"] in ours} == {None, 0, 1, 3}
     assert all(r["tokens_per_s"] > 0 and r["peak_memory_gib"] > 0 for r in figures["rows"])
     assert all(0 < r["host_time_share"] < 1 for r in figures["rows"] if r["engine"] in ours)
+    adaptive = [r["verification"] for r in figures["rows"] if r["engine"] == "adaptive"]
+    assert adaptive == ["coupled", "rejection"] * 2
     fixed = [r["regret_vs_best_fixed"] for r in figures["rows"] if r["engine"] in ("plain", "fixed")]
     assert fixed.count(0.0) >= 2  # the best one at each batch size
     assert all(r["speedup_vs_plain"] == 1 for r in figures["rows"] if r["engine"] == "plain")
@@ -149,6 +151,7 @@ def test_drift_follows_four_heads(folder, tmp_path, monkeypatch, capsys):
         ("check", ["--gammas", "8"], "each must be 0 to 7"),
         ("check", ["--batch-sizes", "0"], "at least 1"),
         ("bench", ["--peers", "sglang"], "unknown peer sglang"),
+        ("bench", ["--verification", "typical"], "unknown verification typical"),
         ("bench", ["--repeats", "-1"], "at least 1"),
     ],
 )

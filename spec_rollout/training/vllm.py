@@ -1,0 +1,108 @@
+"""TRL's vLLM with a draft beside the policy, in the trainer's process or on a server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+from transformers import Trainer
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.utils import ensure_master_addr_port
+
+from spec_rollout.backends.vllm_colocated import Colocated, engine_options
+from spec_rollout.backends.vllm_engine import VLLMEngine, require_vllm, speculative_config
+from spec_rollout.backends.vllm_server import Server
+from spec_rollout.config import SpecConfig
+
+
+class SpeculativeVLLMGeneration(VLLMGeneration):
+    """[`~trl.generation.vllm_generation.VLLMGeneration`] that starts vLLM with a draft and is driven as an `engine`.
+
+    How it walks through the policy's weights (adapters merged, names as vLLM wants them) is TRL's.
+
+    Args:
+        draft: folder of the head to start with; None for plain decoding.
+        most: bound of the number of guesses.
+    """
+
+    def __init__(self, trainer: Trainer, config: SpecConfig, draft: Path | None, most: int):
+        args = trainer.args
+        self.config, self.args, self.draft, self.most = config, args, draft, most
+        self.engine: VLLMEngine | None = None
+        super().__init__(
+            model=trainer.model,
+            accelerator=trainer.accelerator,
+            processing_class=trainer.processing_class,
+            mode=args.vllm_mode,
+            server_base_url=args.vllm_server_base_url,
+            server_host=args.vllm_server_host,
+            server_port=args.vllm_server_port,
+            server_timeout=args.vllm_server_timeout,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            max_model_length=args.vllm_max_model_length,
+            max_num_seqs=config.max_slots,
+            enable_sleep_mode=args.vllm_enable_sleep_mode,
+            model_impl=args.vllm_model_impl,
+            trust_remote_code=args.trust_remote_code,
+        )
+
+    def _init_vllm(self) -> None:
+        if self.mode == "server":
+            self._init_server()
+        else:
+            self._init_colocated()
+        self.accelerator.wait_for_everyone()
+
+    def _init_server(self) -> None:
+        host = self.server_host.replace("0.0.0.0", "127.0.0.1")
+        self.engine = Server(
+            self.server_base_url or f"http://{host}:{self.server_port}",
+            self.policy,
+            Path(self.args.output_dir, "weights"),
+            self.server_timeout,
+            main=self.accelerator.is_main_process,
+            wait=self.accelerator.wait_for_everyone if self.accelerator.num_processes > 1 else None,
+        )
+
+    def _init_colocated(self) -> None:
+        require_vllm()
+        from vllm import LLM
+
+        # vLLM's own launcher would set these; with this one its engine core stays in the trainer's process.
+        os.environ["RANK"] = str(self.accelerator.process_index)
+        os.environ["LOCAL_RANK"] = str(self.accelerator.local_process_index)
+        os.environ["WORLD_SIZE"] = str(self.accelerator.num_processes)
+        ensure_master_addr_port()
+        draft = speculative_config(self.draft, self.most, self.max_num_seqs) if self.draft else None
+        self.llm = LLM(
+            model=self.model.name_or_path,
+            dtype=self._dtype(),
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            max_model_len=self.max_model_length,
+            max_num_seqs=self.max_num_seqs,
+            enable_sleep_mode=self.enable_sleep_mode,
+            model_impl=self.model_impl,
+            distributed_executor_backend="external_launcher",
+            seed=self.accelerator.process_index,
+            max_num_batched_tokens=4096,
+            trust_remote_code=self.trust_remote_code,
+            **engine_options(draft),
+        )
+        self.engine = Colocated(self.llm, self.policy, self.enable_sleep_mode)
+
+    def policy(self) -> Iterator[tuple[str, Tensor]]:
+        """The live policy's weights under vLLM's names; all ranks walk through them together."""
+        return self._iter_named_params()
+
+    def _dtype(self) -> str:
+        """What the trainer computes in, so that both have the same log-probs but for rounding."""
+        if self.args.bf16:
+            return "bfloat16"
+        return "float16" if self.args.fp16 else str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+
+def engine_starter(trainer: Trainer, config: SpecConfig) -> Callable[[Path | None, int], VLLMEngine]:
+    """What `VLLMBackend` starts its engine with."""
+    return lambda draft, most: SpeculativeVLLMGeneration(trainer, config, draft, most).engine

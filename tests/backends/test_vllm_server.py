@@ -1,0 +1,95 @@
+"""A real vLLM server: weights that follow, and one that is killed in the middle of a rollout."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from spec_rollout.backends.vllm import VLLMBackend
+from spec_rollout.backends.vllm_server import Server
+from spec_rollout.config import SpecConfig
+from spec_rollout.engine.engine import RolloutEngine
+from tests.backends.vllm_tiny import GREEDY, PROMPTS, ROWS, needs_vllm, save_policy, teach
+from tests.tiny import assert_same
+
+pytestmark = [needs_vllm, pytest.mark.usefixtures("patient_watchman")]
+
+
+class Process:
+    """`spec-rollout serve` on a free port."""
+
+    def __init__(self, policy, log):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        line = f"serve --policy {policy} --max_slots {ROWS} --port {self.port} --dtype float32 --enforce-eager"
+        self.command = [sys.executable, "-m", "spec_rollout.cli", *line.split(), "--skip-tokenizer-init"]
+        self.log = log
+        self.start()
+
+    def start(self):
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+        environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                self.command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The server's process, and a backend that draws from it."""
+    folder = tmp_path_factory.mktemp("server")
+    model = save_policy(folder / "policy", tie_word_embeddings=True)
+    process = Process(folder / "policy", folder / "log")
+    url = f"http://127.0.0.1:{process.port}"
+    config = SpecConfig(max_slots=ROWS, num_speculative_tokens=3)
+    backend = VLLMBackend(model, config, lambda *_: Server(url, model.named_parameters, folder / "weights"))
+    yield process, backend
+    process.kill()
+
+
+def test_policy_and_draft_follow(server):
+    backend = server[1]
+    teach(backend)
+    backend.take_stats()
+    limits = [40 + i % 2 for i in range(len(PROMPTS))]
+    drawn = backend.generate(PROMPTS, GREEDY, max_new_tokens=limits)
+    assert_same(drawn, RolloutEngine(backend.model).generate(PROMPTS, GREEDY, max_new_tokens=limits))
+    stats = backend.take_stats()
+    assert backend.draft_healthy and stats.mean_acceptance_length > 2
+    assert stats.emitted == sum(limits)
+
+
+def test_a_server_that_is_killed_and_comes_back_costs_no_sample(server):
+    process, backend = server
+    with torch.no_grad():
+        for weight in backend.model.parameters():
+            weight.add_(0.03 * torch.randn_like(weight))
+    backend.policy_version += 1
+    many = PROMPTS * 20
+    expected = RolloutEngine(backend.model).generate(PROMPTS, GREEDY)
+    backend.take_stats()
+
+    def accident():
+        time.sleep(0.3)
+        process.kill()
+        process.start()
+
+    thread = threading.Thread(target=accident)
+    thread.start()
+    with pytest.warns(RuntimeWarning, match=f"127.0.0.1:{process.port}.* drawn again"):
+        drawn = backend.generate(many, GREEDY)
+    thread.join()
+    assert_same(drawn, expected * 20)
+    assert backend.take_stats().emitted == len(many) * GREEDY.max_new_tokens
