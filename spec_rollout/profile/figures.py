@@ -61,11 +61,14 @@ def throughput(
 
 
 def _speeds(group: Sequence[RolloutTrace]) -> dict[int, float]:
-    """Tokens per second of each turn."""
+    """Tokens per second of each turn; not of one that the end of the time cut short, if there are others."""
     turns = defaultdict(list)
     for trace in group:
         turns[trace.labels["turn"]].append(trace)
-    return {turn: sum(t.tokens for t in ts) / sum(t.seconds for t in ts) for turn, ts in turns.items()}
+    whole = max(len(ts) for ts in turns.values())
+    return {
+        turn: sum(t.tokens for t in ts) / sum(t.seconds for t in ts) for turn, ts in turns.items() if len(ts) == whole
+    }
 
 
 def gamma_map(costs: Costs, draft: AcceptanceModel, widest: int, rows: int, longest: int) -> dict:
