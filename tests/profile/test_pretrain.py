@@ -26,11 +26,10 @@ def test_the_head_is_made_and_taken_up(folder, capsys):
     line = f"pretrain-draft --policy {folder}/policy --prompts {folder}/prompts.jsonl --out {folder}/draft"
     assert cli.main([*line.split(), "--rollouts", "2", "--batch-size", "3", "--max-new-tokens", "12"]) == 0
     assert "acceptance by position" in capsys.readouterr().out
-    backend = EmbeddedBackend(build_policy(build_tokenizer()), SpecConfig(draft_model_path=str(folder / "draft")))
+    config = SpecConfig(draft_model_path=str(folder / "draft"), num_speculative_tokens=2)
+    backend = EmbeddedBackend(build_policy(build_tokenizer()), config)
     assert backend.drafter.ready and backend.draft_version >= 1
-    backend.engine.controller = None
-    backend.engine.config = SpecConfig(num_speculative_tokens=2)
-    backend.engine.generate([[3, 4, 5]], SamplingParams(max_new_tokens=9))
+    backend.generate([[3, 4, 5]], SamplingParams(max_new_tokens=9))
     assert backend.stats.drafted > 0
 
 

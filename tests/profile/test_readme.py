@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from spec_rollout import cli
-from spec_rollout.training import launch
+from spec_rollout.backends import vllm_serve
+from spec_rollout.training import config, launch
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,6 +48,9 @@ def stops_after_parsing(monkeypatch):
         parse_args(*given, **options)
         raise Parsed
 
+    def stop_serving():
+        raise Parsed
+
     def stop_training(config_class, argv):
         parse(config_class, [*argv, "--use_cpu", "true", "--bf16", "false"])  # a recipe may be for GPUs
         raise Parsed
@@ -54,6 +58,8 @@ def stops_after_parsing(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     monkeypatch.setattr(launch, "parse", stop_training)
+    monkeypatch.setattr(config, "require_vllm", lambda: None)
+    monkeypatch.setattr(vllm_serve, "require_vllm", stop_serving)
 
 
 def understood(words: list[str], monkeypatch) -> None:

@@ -46,7 +46,7 @@ def assert_unlike_turns(first: dict, second: dict) -> None:
 
 
 def setup(zero_stage=0, fsdp_version=None, gathers=True):
-    backend = SimpleNamespace(is_zero3=zero_stage == 3, fsdp_version=fsdp_version)
+    backend = SimpleNamespace(is_zero3=zero_stage == 3, is_fsdp=fsdp_version is not None, fsdp_version=fsdp_version)
     return SimpleNamespace(_dist=backend, args=SimpleNamespace(ds3_gather_for_generation=gathers))
 
 
