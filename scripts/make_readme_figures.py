@@ -44,7 +44,8 @@ def bench() -> str:
     sizes = sorted({row["batch_size"] for row in figures["rows"]})
     rows = []
     for size in sizes:
-        by = {row["engine"]: row for row in figures["rows"] if row["batch_size"] == size}
+        of_size = [row for row in figures["rows"] if row["batch_size"] == size]
+        by = {row["engine"]: row for row in of_size if row["verification"] != "rejection"}
         ours = by["adaptive"]
         speeds = [by[name]["tokens_per_s"] for name in ("transformers", "plain", "adaptive")]
         ratios = [ours[f"speedup_vs_{name}"] for name in ("transformers", "plain")]

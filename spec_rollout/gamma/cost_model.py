@@ -154,12 +154,24 @@ def _widen(per_tokens: np.ndarray, max_gamma: int) -> np.ndarray:
 def _cells(
     measurements: Sequence[Measurement], per_row: float = 0.0, per_token: float = 0.0
 ) -> dict[tuple[int, int], float]:
-    """Median seconds of each measured (rows, tokens) at context 0; at least a tenth of what was measured."""
+    """Median seconds of each measured (rows, tokens) at context 0, from its shortest context: where attention is not
+    linear, it leaves the least to correct. At least a tenth of what was measured."""
+    shortest = _shortest(measurements)
     samples: dict[tuple[int, int], list[float]] = {}
     for m in measurements:
+        if m.context > shortest[m.rows, m.tokens].context:
+            continue
         attention = m.rows * (per_row + per_token * m.tokens) * m.context
         samples.setdefault((m.rows, m.tokens), []).append(max(m.seconds - attention, 0.1 * m.seconds))
     return {cell: float(np.median(seconds)) for cell, seconds in samples.items()}
+
+
+def _shortest(measurements: Sequence[Measurement]) -> dict[tuple[int, int], Measurement]:
+    """Of each (rows, tokens), a measurement at the shortest context."""
+    found: dict[tuple[int, int], Measurement] = {}
+    for m in sorted(measurements, key=lambda m: m.context):
+        found.setdefault((m.rows, m.tokens), m)
+    return found
 
 
 def _context_slopes(measurements: Sequence[Measurement]) -> tuple[float, float]:
@@ -167,9 +179,7 @@ def _context_slopes(measurements: Sequence[Measurement]) -> tuple[float, float]:
 
     Compares each measurement with the one of the same rows and tokens at the shortest context.
     """
-    shortest: dict[tuple[int, int], Measurement] = {}
-    for m in sorted(measurements, key=lambda m: m.context):
-        shortest.setdefault((m.rows, m.tokens), m)
+    shortest = _shortest(measurements)
     pairs = [(m, shortest[m.rows, m.tokens]) for m in measurements]
     pairs = [(m, base) for m, base in pairs if m.context > base.context]
     if not pairs:

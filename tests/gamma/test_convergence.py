@@ -59,7 +59,7 @@ def test_speculation_that_only_looked_good_is_left(rows, rate):
     machine = Machine(skew=lambda rows, tokens: 1.6 if tokens > 1 else 1.0)
     world, _ = decoded(rows, rate, machine)
     assert world.best(rows, CONTEXT, MAX)[0] == 0
-    assert sum(g == 0 for g in world.gammas[WARM_UP:]) > 0.75 * STEPS
+    assert sum(g == 0 for g in world.gammas[WARM_UP:]) > 0.7 * STEPS
 
 
 @pytest.mark.parametrize(("rows", "rate"), [(40, 0.9), (70, 0.9), (100, 0.7)])

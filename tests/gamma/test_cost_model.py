@@ -275,3 +275,12 @@ def test_a_state_of_another_version_is_refused():
     state["correction"]["deviation"] = [[0.0]]
     with pytest.raises(ValueError, match="calibrate again"):
         CostModel.from_json(state)
+
+
+def test_attention_that_is_not_linear_spoils_no_short_context():
+    """A long context eight times as dear as a short one says: what was measured at the short one still holds there."""
+    short = [Measurement("verify", rows, t, 64, 0.05 + 1e-3 * rows * t) for rows in (1, 8) for t in (1, 4)]
+    long = [Measurement("verify", m.rows, m.tokens, 1024, m.seconds * (8 if m.rows == 8 else 1.1)) for m in short]
+    model = CostModel(short + long)
+    for m in short:
+        assert model.verify_seconds(m.rows, [m.tokens], 64)[0] == pytest.approx(m.seconds, rel=0.1)
