@@ -107,7 +107,7 @@ class History:
 
     Attributes:
         acceptance: expected rates of the first, second … guess, measured on rollouts that the table had not seen;
-            empty before the second phase.
+            empty before there are two.
     """
 
     def __init__(self, device: torch.device):
@@ -129,8 +129,11 @@ class History:
     def add(self, rollouts: Iterable[tuple[Sequence[int], Sequence[int]]]) -> None:
         """Take in prompts and completions, the token ids of both, of one phase."""
         pairs = [(torch.tensor([*p, *c], device=self.device), len(p)) for p, c in rollouts]
-        if self.sequences:
-            self._judge([self.table.hits(sequence, start) for sequence, start in pairs])
+        half = 0 if self.sequences else len(pairs) // 2
+        if half:  # the first phase is judged by its first half
+            self._table = NgramTable([sequence for sequence, _ in pairs[:half]], self.device)
+        if half or self.sequences:
+            self._judge([self.table.hits(sequence, start) for sequence, start in pairs[half:]])
         self.sequences += [sequence for sequence, _ in pairs]
         total = 0
         for kept, sequence in enumerate(reversed(self.sequences)):

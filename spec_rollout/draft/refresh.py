@@ -36,8 +36,8 @@ WARM_UP_STEPS = 3
 AVERAGE_SPAN, MOST_AVERAGED = 8, 25
 """Decoding with averaged weights raised the acceptance length at 3 guesses by 0.1 after 150 steps."""
 MAX_EPOCHS = 4
-BURST = 16
-"""Steps between two looks at whether training still pays."""
+BURST, FIRST_BURST = 16, 2
+"""Steps between two looks at whether training still pays; a new head's first ones tell what a step costs."""
 
 Worth = Callable[[list[float], list[float]], float]
 """Seconds that are saved by going from one list of acceptance rates, by position, to another."""
@@ -97,11 +97,12 @@ class DraftTrainer:
             paying = True
             while paying:
                 burst_began = time.perf_counter()
-                burst = self._burst(batches, began + seconds)
+                size = BURST if self.steps else FIRST_BURST
+                burst = self._burst(batches, size, began + seconds)
                 losses += burst
                 before, stats.acceptance = stats.acceptance, self.acceptance(unseen, temperature)
                 gain = math.inf if worth is None else worth(before, stats.acceptance)
-                paying = len(burst) == BURST and gain > time.perf_counter() - burst_began
+                paying = len(burst) == size and gain > time.perf_counter() - burst_began
                 paying = ranks.agree(paying, self.device)
         if losses:
             loss, tokens = torch.stack(losses).unbind(1)
@@ -144,12 +145,12 @@ class DraftTrainer:
         for optimizer, values in zip(self.optimizers, kept, strict=True):
             optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
 
-    def _burst(self, batches: Iterator[Pack], deadline: float) -> list[Tensor]:
-        """At most BURST steps; one starts when the mean of the steps before it still fits. Returns the loss and the
+    def _burst(self, batches: Iterator[Pack], size: int, deadline: float) -> list[Tensor]:
+        """At most `size` steps; one starts when the mean of the steps before it still fits. Returns the loss and the
         number of tokens of each, [2]."""
         losses: list[Tensor] = []
         began = time.perf_counter()
-        while len(losses) < BURST:
+        while len(losses) < size:
             now = time.perf_counter()
             if losses:
                 self.step_seconds = (now - began) / len(losses)

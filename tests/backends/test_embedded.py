@@ -9,7 +9,7 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.draft import learner, refresh
 from spec_rollout.draft.budget import RefreshBudget
 from spec_rollout.draft.eagle import EagleHead
-from spec_rollout.draft.refresh import BURST, DraftTrainer
+from spec_rollout.draft.refresh import BURST, FIRST_BURST, DraftTrainer
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import FixedGamma, GammaController
 from spec_rollout.gamma.saving import RolloutValue
@@ -226,7 +226,7 @@ def test_a_gain_that_is_worth_nothing_ends_the_training(tmp_path, monkeypatch, y
     monkeypatch.setattr(learner, "YOUNG_STEPS", 1000 if young_or_old == "hope" else 0)
     backend = backend_for("llama", tmp_path, gamma=None)
     backend.generate(PROMPTS * 4, PARAMS)
-    assert backend.refresh().steps == BURST
+    assert backend.refresh().steps == FIRST_BURST
     assert backend.learner.budget.wish == 0
 
 

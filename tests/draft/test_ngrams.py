@@ -78,6 +78,13 @@ def test_acceptance_is_measured_on_rollouts_that_the_table_has_not_seen():
     assert history.acceptance == pytest.approx([4 / 7, 2 / 3, 1 / 2])
 
 
+def test_the_first_phase_is_judged_by_its_first_half():
+    history = History(CPU)
+    history.add([([1], [2, 3, 4]), ([1], [2, 3, 9])])
+    assert history.acceptance == pytest.approx([2 / 3, 1 / 2, 0.0])
+    assert len(history.sequences) == 2 and history.table.guess(recent([3]), 1, None, 10).item() in (4, 9)
+
+
 def test_the_oldest_rollouts_give_way(monkeypatch):
     monkeypatch.setattr(ngrams, "MAX_TOKENS", 10)
     history = History(CPU)

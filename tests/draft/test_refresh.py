@@ -77,6 +77,7 @@ def test_acceptance_is_the_overlap_of_draft_and_target(buffer):
 
 def test_training_ends_after_a_burst_that_does_not_pay(buffer, monkeypatch):
     monkeypatch.setattr(refresh, "BURST", 4)
+    monkeypatch.setattr(refresh, "FIRST_BURST", 2)
     monkeypatch.setattr(refresh, "MAX_EPOCHS", 20)
     seen = []
 
@@ -85,7 +86,7 @@ def test_training_ends_after_a_burst_that_does_not_pay(buffer, monkeypatch):
         return 1e9 if len(seen) < 3 else 0.0
 
     stats = trainer_for(policy("llama")).train(buffer, 60.0, worth)
-    assert stats.steps == 3 * 4 and len(seen) == 3
+    assert stats.steps == 2 + 2 * 4 and len(seen) == 3
     assert all(one[1] == two[0] for one, two in pairwise(seen))  # each burst is judged from where the last one ended
     assert stats.acceptance_before == seen[0][0] and stats.acceptance == seen[-1][1]
 

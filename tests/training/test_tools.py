@@ -173,7 +173,7 @@ def test_malformed_calls_are_text(make_talking):
 
 def test_an_environment_acts(make_talking):
     unknown = (STEP[0], '\n{"name": "decrement", "arguments": ', *STEP[2:])
-    trainer = trained(make_talking(STEP, unknown, TALK, environment_factory=Counter))
+    trainer = trained(make_talking(STEP, unknown, TALK, environment_factory=Counter, options={"seed": 1}))
     assert speculated(trainer)
     last = trainer.reward_funcs[0].turns[-8:]
     for environment, turns in zip(trainer.environments, last, strict=True):
