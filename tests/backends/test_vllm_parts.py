@@ -143,6 +143,22 @@ def test_the_command_of_a_server(tmp_path):
         vllm_serve.serve_command(given, tmp_path / "draft")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"speculative_config": {"rejection_sample_method": "synthetic"}}, "rejection_sample_method='synthetic'"),
+        ({"model_config": {"logprobs_mode": "raw_logprobs"}}, "logprobs_mode='raw_logprobs'.*processed_logprobs"),
+    ],
+)
+def test_a_lossy_server_is_refused(change, message):
+    server = object.__new__(Server)
+    server.url = "http://here"
+    good = {"speculative_config": None, "model_config": {"logprobs_mode": "processed_logprobs"}}
+    server._refuse_lossy(good)
+    with pytest.raises(ValueError, match=f"http://here runs with {message}"):
+        server._refuse_lossy({**good, **change})
+
+
 def test_an_unreachable_server_is_named(tmp_path):
     with pytest.raises(ConnectionError, match=r"http://127.0.0.1:1 after 0 seconds.*spec-rollout serve"):
         Server("http://127.0.0.1:1/", dict, tmp_path, timeout=0)

@@ -16,7 +16,7 @@ from spec_rollout.backends.vllm_server import Server
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
 from tests.backends.vllm_tiny import GREEDY, PROMPTS, ROWS, needs_vllm, save_policy, teach
-from tests.tiny import assert_same
+from tests.tiny import VOCAB, assert_same, tokenizer
 
 pytestmark = [needs_vllm, pytest.mark.usefixtures("patient_watchman")]
 
@@ -29,7 +29,7 @@ class Process:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         line = f"serve --policy {policy} --max_slots {ROWS} --port {self.port} --dtype float32 --enforce-eager"
-        self.command = [sys.executable, "-m", "spec_rollout.cli", *line.split(), "--skip-tokenizer-init"]
+        self.command = [sys.executable, "-m", "spec_rollout.cli", *line.split()]
         self.log = log
         self.start()
 
@@ -50,11 +50,12 @@ class Process:
 def server(tmp_path_factory):
     """The server's process, and a backend that draws from it."""
     folder = tmp_path_factory.mktemp("server")
-    model = save_policy(folder / "policy", tie_word_embeddings=True)
+    model = save_policy(folder / "policy", tie_word_embeddings=True, vocab_size=VOCAB)
+    tokenizer().save_pretrained(folder / "policy")
     process = Process(folder / "policy", folder / "log")
     url = f"http://127.0.0.1:{process.port}"
     config = SpecConfig(max_slots=ROWS, num_speculative_tokens=3)
-    backend = VLLMBackend(model, config, lambda *_: Server(url, model.named_parameters, folder / "weights"))
+    backend = VLLMBackend(model, config, lambda *_: Server(url, model.named_parameters, folder / "weights", 120))
     yield process, backend
     process.kill()
 
