@@ -221,15 +221,3 @@ class Recorder(Protocol):
 
     def rollout(self, requests: Sequence[Request], completions: Sequence[Completion], stats: RolloutStats) -> None:
         """One `generate` call is complete; `stats` are its own."""
-
-
-class RolloutBackend(Protocol):
-    """Where a trainer's completions come from."""
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seed: Sequence[int]
-    ) -> list[Completion]:
-        """One completion per prompt entry, in order. `seed` is any sequence of non-negative integers."""
-
-    def refresh(self, *, remaining: int | None = None) -> RefreshStats:
-        """Let the draft learn from the rollouts since the last call; `remaining` phases are to come, if known."""

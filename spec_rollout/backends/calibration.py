@@ -83,6 +83,7 @@ def _draft_rows(engine: RolloutEngine, rows: int, widest: int) -> list[Measureme
 
 def _verify_rows(engine: RolloutEngine, rows: int, widest: int) -> list[Measurement]:
     """Numbers of tokens that double, at the short context, and one and the most at the long one."""
+    engine.drafter = None  # these guesses are not its
     rollout = _made_up(engine, rows, SHORT, widest)
     found = [_verify(rollout, SHORT, tokens) for tokens in powers_of_two(widest + 1)]
     long = min(LONG, (engine.target.context or LONG) - widest - 2)
@@ -120,7 +121,7 @@ def _verify(rollout: Rollout, context: int, tokens: int) -> Measurement:
 
 
 def _draft(rollout: Rollout, gamma: int, widest: int) -> Measurement:
-    noise = rollout.noise(widest + 1)
+    noise = rollout.noise(widest + 1)[..., : rollout.noise_width]
 
     def step():
         rollout.drafter.propose(rollout.rows, gamma, noise, 1.0)

@@ -213,7 +213,7 @@ class EmbeddedBackend:
         if not self.history:
             return math.inf
         self.ngrams.calibrate(self.engine, self._slots)
-        return self.ngrams.seconds(self._last_trace or self._trace, self.history.acceptance)
+        return self.history.seconds + self.ngrams.seconds(self._last_trace or self._trace, self.history.acceptance)
 
     def _head_seconds(self) -> float:
         """What they would take with the head."""

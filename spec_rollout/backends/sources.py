@@ -28,16 +28,18 @@ class Source:
         self.watched: Controller | None = self.controller
         self.drafter: Drafter | None = None
         self._state: dict | None = None
-        self._calibrated = 0
-        """Rows that costs were measured for."""
+        self._calibrated: tuple[int, dict | None] = 0, None
+        """Rows, and shape of the drafter, that costs were measured for."""
 
     def calibrate(self, engine: RolloutEngine, slots: int) -> None:
-        """Measure what steps cost, once and again when there are more rows; from then on the controller chooses."""
-        if slots <= self._calibrated or isinstance(self.controller, FixedGamma):
+        """Measure what steps cost, once and again when there are more rows or the drafter has another shape; from then
+        on the controller chooses."""
+        rows, shape = self._calibrated
+        if isinstance(self.controller, FixedGamma) or (slots <= rows and self.drafter.shape == shape):
             return
         engine.drafter = self.drafter
         cost = measured_cost(engine, slots, self.config.widest, self.config.calibration_cache)
-        self._calibrated = slots
+        self._calibrated = slots, self.drafter.shape
         if self.controller is not None:
             self.controller.cost = self.controller.cost.remeasured(cost)
             return
@@ -54,7 +56,7 @@ class Source:
         self._state = state
         if self.config.num_speculative_tokens is None:
             self.controller = self.watched = None
-            self._calibrated = 0
+            self._calibrated = 0, None
 
     def seconds(self, trace: Sequence[StepStats], rates: Sequence[float]) -> float:
         """What rollouts like those of `trace` would take with acceptance `rates`, PRIOR_RATE where they are unknown;

@@ -100,6 +100,9 @@ class TraceRecorder:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
+            whole = path.read_bytes()
+            with path.open("rb+") as file:  # a line that its writer did not end would spoil the next one
+                file.truncate(whole.rfind(b"\n") + 1)
 
     def step(self, rows: Rows, emitted: np.ndarray, gamma: int) -> None:
         """Count a pass with guesses by the place in the answer where each row stood."""

@@ -41,9 +41,16 @@ class EagleDrafter:
         """False until the head has been trained or loaded: it then only collects."""
         self.cache = SlotCache()
         self.features = None
-        self.shape = head.config.to_dict()
-        """What the time of a guess depends on."""
+        self._scores: list[Tensor] = []
+        """Of the last guesses, [B, Vd] each."""
         self.fused_width = len(head.config.aux_layers) * head.config.hidden_size
+
+    @property
+    def shape(self) -> dict:
+        """What the time of a guess depends on."""
+        own, ids = self.head.own_output, self.view.draft_ids
+        rows = len(own) if own is not None else self.head.config.vocab_size if ids is None else len(ids)
+        return self.head.config.to_dict() | {"output_rows": rows}
 
     def begin(self, rows: Rows) -> None:
         width = self.fused_width + self.head.config.hidden_size

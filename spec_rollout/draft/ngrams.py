@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -17,7 +18,7 @@ LONGEST = ORDERS[-1]
 CANDIDATES = 4
 """Tokens kept of those that followed a run."""
 MAX_TOKENS = 2**18
-"""Tokens of rollouts that are kept; the table that is made of them takes about 60 MB at most."""
+"""Tokens of rollouts that are kept; the table that is made of them takes 88 MB at most."""
 JUDGED = 3
 """Guesses whose acceptance is estimated."""
 
@@ -106,14 +107,16 @@ class History:
     """The latest rollouts, at most MAX_TOKENS tokens of them, and what they give to guess from.
 
     Attributes:
-        acceptance: expected rates of the first, second … guess, measured on rollouts that the table had not seen;
-            empty before there are two.
+        acceptance: rates at which the most frequent follower is the first, second … token, measured on rollouts that
+            the table had not seen; empty before there are two.
+        seconds: what making the table took last.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.sequences: list[Tensor] = []
         self.acceptance: list[float] = []
+        self.seconds = 0.0
         self._table: NgramTable | None = None
 
     def __bool__(self) -> bool:
@@ -123,7 +126,9 @@ class History:
     def table(self) -> NgramTable:
         """Made anew after rollouts have been added."""
         if self._table is None:
+            began = time.perf_counter()
             self._table = NgramTable(self.sequences, self.device)
+            self.seconds = time.perf_counter() - began
         return self._table
 
     def add(self, rollouts: Iterable[tuple[Sequence[int], Sequence[int]]]) -> None:

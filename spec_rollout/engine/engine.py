@@ -20,8 +20,9 @@ from spec_rollout.records import Completion, Controller, Drafter, Recorder, Roll
 class RolloutEngine:
     """Samples completions from `model`, any Hugging Face causal language model with standard attention.
 
-    The completions depend on the policy, the prompts, `params` and `seed` alone: not on the drafter, not on the number
-    of guessed tokens, not on how many rows share a batch. Without a `drafter` it is a plain batched decoder.
+    With `config.verification="coupled"` the completions depend on the policy, the prompts, `params` and `seed` alone:
+    not on the drafter, not on the number of guessed tokens, not on how many rows share a batch. Without a `drafter` it
+    is a plain batched decoder.
 
     Args:
         model: the policy; it is run in evaluation mode and left as it was found.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 FLOOR = -80.0
-"""A score this far below the best cannot win, with noise between -3.2 and 22.2; its weight counts as exp(FLOOR), since
+"""A score this far below the best cannot win, with noise between -2.9 and 22.2; its weight counts as exp(FLOOR), since
 exponentials of less can take ten times as long."""
 
 

@@ -57,5 +57,5 @@ def draw_by_rejection(
         p[:, :gamma].index_add_(2, ids, q, alpha=-1)
     uniform = (-(-noise[:, :gamma, -1]).exp()).exp()
     rest = draw(p.clamp_(min=LEAST).log_(), noise[..., :-1])[0]
-    accepted = uniform < wanted[..., 0]
+    accepted = uniform <= wanted[..., 0]  # what is certain is accepted, even where rounding makes `uniform` 1
     return torch.cat([torch.where(accepted, guesses, rest[:, :gamma]), rest[:, gamma:]], 1), normaliser

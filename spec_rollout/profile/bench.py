@@ -103,7 +103,7 @@ def _own(policy: Policy, drafter: Drafter, cost: CostModel, args: argparse.Names
     found = [_ours(policy, "plain", 0, None, None)]
     found += [_ours(policy, "fixed", gamma, drafter, FixedGamma(gamma)) for gamma in args.fixed_gammas]
     for verification in args.verification:
-        controller = GammaController(cost, SpecConfig().widest)
+        controller = GammaController(CostModel.from_json(cost.to_json()), SpecConfig().widest)  # each learns alone
         found.append(_ours(policy, "adaptive", None, drafter, controller, verification))
     return found
 

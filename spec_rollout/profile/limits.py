@@ -19,7 +19,7 @@ MATRIX = {"cpu": 1024, "cuda": 8192}
 REPEATS = 7
 
 
-def device_limits(model: nn.Module, head: nn.Module) -> Limits:
+def device_limits(model: nn.Module, drafter: EagleDrafter) -> Limits:
     """Bandwidth and arithmetic of the policy's device in its dtype, and what a pass of policy and head needs."""
     weight = model.get_input_embeddings().weight
     config = model.config.get_text_config(decoder=True)
@@ -27,7 +27,7 @@ def device_limits(model: nn.Module, head: nn.Module) -> Limits:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Limits(
         parameters=_multiplied(model),
-        draft_parameters=sum(p.numel() for p in head.parameters() if p.dim() == 2) + _output_size(model, head),
+        draft_parameters=sum(p.numel() for p in drafter.head.parameters() if p.dim() == 2) + _borrowed(drafter),
         kv_bytes_per_token=2 * config.num_hidden_layers * heads * width * weight.itemsize,
         bandwidth=_bandwidth(weight.device, _bytes(model.parameters())),
         flops=_flops(weight.device, weight.dtype),
@@ -56,11 +56,9 @@ def _multiplied(model: nn.Module) -> int:
     return total if output is None or output.weight is looked_up else total - looked_up.numel()
 
 
-def _output_size(model: nn.Module, head: nn.Module) -> int:
-    """Entries of the policy's output rows that the head borrows; none if it has its own."""
-    if head.own_output is not None:
-        return 0
-    return model.get_output_embeddings().weight.numel()
+def _borrowed(drafter: EagleDrafter) -> int:
+    """Entries of the policy's output rows that the head guesses through; none if it has its own."""
+    return 0 if drafter.head.own_output is not None else drafter.view.output_rows().numel()
 
 
 def _bandwidth(device: torch.device, size: int) -> float:

@@ -119,7 +119,7 @@ def _measure(
     backend, found.draft_rollouts = warm_backend(policy, prompts, config, deadline)
     found.drafter, found.learner = backend.drafter, backend.learner
     found.engine = measured_engine(policy, backend, slots)
-    found.limits = device_limits(policy.model, backend.drafter.head)
+    found.limits = device_limits(policy.model, backend.drafter)
     found.cost = measured_cost(found.engine, slots, WIDEST, None)
     recorder = Timed(slots, trace_file, deadline)
     recorder.cost(found.cost)
@@ -183,9 +183,11 @@ def profile_figures(found: Found, traces: list[RolloutTrace]) -> tuple[dict, Cos
     return figures, costs
 
 
-def _vllm_schedule(costs: Costs, draft: AcceptanceModel, slots: int, context: int) -> dict:
-    """The controller's table in the form of vLLM's speculative_config."""
+def _vllm_schedule(costs: Costs, draft: AcceptanceModel, slots: int, context: int) -> dict | None:
+    """The controller's table in the form of vLLM's speculative_config; None where guessing never pays."""
     ranges = GammaController(costs.steps, WIDEST, draft).schedule(slots, context)
+    if not any(gamma for _, _, gamma in ranges):
+        return None
     return {
         "num_speculative_tokens": max(gamma for _, _, gamma in ranges),
         "num_speculative_tokens_per_batch_size": [list(entry) for entry in ranges],

@@ -34,7 +34,7 @@ def section(config: SpecConfig, draft_version: int) -> str:
     drafter = f"an EAGLE-3 head that started from `{config.draft_model_path}`"
     if config.draft_model_path is None:
         drafter = "an EAGLE-3 head that started from random weights"
-    if config.draft_ngrams:
+    if config.draft_ngrams and config.rollout_backend == "embedded":
         drafter += ", and n-grams of earlier rollouts until it was faster"
     refresh = f"on the rollouts, after each generation phase; {draft_version} versions so far"
     return SECTION.format(

@@ -34,9 +34,9 @@ TEXT_FIELDS = ("token_type_ids", "mm_token_type_ids")
 class TrainerSampler:
     """Draws a trainer's completions, lets the draft learn from them, and logs both.
 
-    The backend is made at the first generation, from the unwrapped policy. Completions depend on the trainer's seed,
-    rank, step, and on how many generation calls that step has made before: not on torch's random streams, which are
-    left as they were found.
+    The backend is made at the first generation, from the unwrapped policy. The noise of the embedded one depends on
+    the trainer's seed, rank, step, and on how many generation calls that step has made before: not on torch's random
+    streams, which are left as they were found.
     """
 
     def __init__(self, config: SpecConfig):

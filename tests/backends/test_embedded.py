@@ -175,6 +175,21 @@ def test_a_training_that_fails_starts_over_and_decodes_plainly(tmp_path, monkeyp
     assert not backend.stats.drafted
 
 
+@pytest.mark.filterwarnings("error:The drafter broke")
+@pytest.mark.parametrize("ngrams", [True, False])
+def test_rejection_sampling_calibrates_learns_and_guesses(tmp_path, ngrams):
+    backend = backend_for("llama", tmp_path, gamma=None, verification="rejection", draft_ngrams=ngrams)
+    backend.generate(PROMPTS * 4, PARAMS)
+    backend.refresh()
+    backend.generate(PROMPTS * 8, PARAMS, seed=(1,))  # more rows are measured
+    assert backend.learner.trained and isinstance(backend.controller, GammaController)
+    source = backend.ngrams if backend.engine.drafter is backend.ngrams.drafter else backend.head
+    source.watched.choose = lambda rows, context: 2
+    backend.take_stats()
+    drawn = backend.generate(PROMPTS * 8, PARAMS, seed=(2,))
+    assert all(c.token_ids for c in drawn) and backend.stats.mean_acceptance_length > 1
+
+
 def test_a_drafter_that_breaks_in_a_rollout_is_not_healthy(tmp_path, monkeypatch):
     backend = learned("llama", tmp_path)
     with monkeypatch.context() as broken, pytest.warns(RuntimeWarning, match="The drafter broke"):

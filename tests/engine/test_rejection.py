@@ -121,3 +121,12 @@ def test_the_same_seed_and_guesses_give_the_same_tokens_another_gamma_does_not()
         engine = RolloutEngine(MODEL, config, drafter=ModelDrafter([0.5, -1.0, 1.0, 0.0]))
         drawn.append([c.token_ids for c in engine.generate([PROMPT] * 20, SamplingParams(max_new_tokens=20))])
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_what_is_certain_is_accepted_even_where_the_number_drawn_rounds_to_1():
+    z = torch.full((1, 2, VOCAB), -torch.inf)
+    z[..., 1] = 0.0
+    noise = torch.full((1, 2, rejection.noise_width(VOCAB) + 1), 22.0)
+    for proposal in (None, Proposal(torch.zeros(1, 1, VOCAB).index_fill(2, torch.tensor([1]), 200.0), None)):
+        drawn, _ = rejection.draw_by_rejection(z, noise, torch.tensor([[1]]), proposal, torch.empty_like(z))
+        assert drawn[0, 0] == 1

@@ -86,6 +86,8 @@ def test_a_line_that_was_not_written_to_its_end_is_left_out(tmp_path):
         recorded(TraceRecorder(4, path, {"step": step}), known)
     path.write_text(path.read_text()[:-9])
     assert [r.labels for r in read_traces([path]).rollouts] == [{"step": 0}]
+    recorded(TraceRecorder(4, path, {"step": 2}), known)  # a resumed run goes on in the same file
+    assert [r.labels for r in read_traces([path]).rollouts] == [{"step": 0}, {"step": 2}]
 
 
 @pytest.mark.parametrize(
