@@ -27,7 +27,7 @@ FIT_SAMPLES, FIT_TOKENS = 16, 4096
 LEAST_BATCH = 128
 """Tokens of a training step that must find memory."""
 COLD_TOKENS, COLD_PHASES = 24576, 4
-"""A new head waits for so many tokens of features, or half of what may be kept, but for no more than so many phases. On a
+"""A new head waits for so many tokens of features, or half of what may be kept, but no more than so many phases. On a
 policy of 6 M parameters 100 steps on 5 rollouts of 48 reached an acceptance length of 3.0 at 3 guesses, 120 steps that
 began with the first of them 2.4: a head that has learned a few prompts by heart is slow to learn what they share."""
 YOUNG_STEPS = 150

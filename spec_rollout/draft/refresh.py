@@ -71,11 +71,10 @@ class DraftTrainer:
         )
         self.rates = (rate, SCALE_RATE)
         self.generator = torch.Generator().manual_seed(seed)
-        self.steps, self.batch_tokens = 0, BATCH_TOKENS
-        self.step_seconds = 0.0
+        self.steps, self.batch_tokens, self.step_seconds = 0, BATCH_TOKENS, 0.0
         self.device = head.fc.weight.device
-        kind = self.device.type
-        self.precision = torch.autocast(kind, torch.bfloat16, enabled=_multiplies_bfloat16(kind))
+        faster = _multiplies_bfloat16(self.device.type)
+        self.precision = torch.autocast(self.device.type, torch.bfloat16, enabled=faster)
 
     def train(
         self, buffer: FeatureBuffer, seconds: float, worth: Worth | None = None, temperature: float = 1.0
