@@ -60,7 +60,8 @@ def grouped_sdpa(
         dropout_p=dropout,
         scale=scaling,
     )
-    return output.view(rows, heads, width, -1).transpose(1, 2).contiguous(), None
+    output = output.unflatten(2, (groups, width)).permute(0, 3, 1, 2, 4)  # [N, T, K, G, D]; strides are the kernel's
+    return output.reshape(rows, width, heads, -1).contiguous(), None
 
 
 AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)
