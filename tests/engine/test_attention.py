@@ -33,7 +33,7 @@ def tensors(groups: int, width: int, window: int | None = None, dtype: torch.dty
 
 @pytest.fixture
 def calls(monkeypatch):
-    """(queries, keys) of every call of torch's attention, whose output lies as CUDA's kernels leave it, [N, T, H, D]."""
+    """(queries, keys) of every call of torch's attention; its output lies as CUDA kernels leave it, [N, T, H, D]."""
     found, honest = [], nn.functional.scaled_dot_product_attention
 
     def recorded(query, key, *args, **kwargs):
