@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from spec_rollout.engine.guarded_drafter import GuardedDrafter
 from spec_rollout.engine.gumbel_max import draw, noise_width
 from spec_rollout.engine.rejection import draw_by_rejection, numbers
 from spec_rollout.engine.rows import Rows
@@ -17,7 +17,7 @@ from spec_rollout.engine.sampling import Sampler
 from spec_rollout.engine.scheduler import Admission, Scheduler
 from spec_rollout.engine.stops import Stops
 from spec_rollout.engine.verify import Verdict, verify
-from spec_rollout.records import Completion, Request, SamplingParams, StepStats
+from spec_rollout.records import Completion, Drafter, Request, SamplingParams, StepStats
 
 if TYPE_CHECKING:
     from spec_rollout.engine.engine import RolloutEngine
@@ -38,7 +38,8 @@ class Rollout:
     """The slots of one `generate` call. Each verb is one phase of the loop in `RolloutEngine`."""
 
     def __init__(self, engine: RolloutEngine, requests: list[Request], params: SamplingParams):
-        self.target, self.cache, self.stats, self.drafter = engine.target, engine.cache, engine.stats, engine.drafter
+        self.target, self.cache, self.stats = engine.target, engine.cache, engine.stats
+        self.draft = GuardedDrafter(engine.drafter, engine.stats)
         device = self.target.device
         widest = max(r.max_new_tokens for r in requests)
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
@@ -50,17 +51,19 @@ class Rollout:
         self.rejection = engine.config.verification == "rejection" and not params.greedy
         self.noise_width = noise_width(self.target.vocab_size)
         self.sampler = Sampler(params, self.rows, numbers(self.target.vocab_size) if self.rejection else None)
-        self.invalid = torch.zeros(
-            slots, dtype=torch.bool, device=device
-        )  # active rows whose guesses were no token ids
+        self.invalid = torch.zeros(slots, dtype=torch.bool, device=device)  # rows whose guesses were no token ids
         self.near_tie = NEAR_TIE.get(self.target.precision, 0.0) / min(self.sampler.temperature, 1.0)
         self.stops = Stops(params, engine.tokenizer, device)
         self.eos = set(params.eos_token_ids)
         self.tokens = torch.zeros(len(requests), widest, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(len(requests), widest, device=device)
         self.outcome = torch.zeros(len(requests), 5, dtype=torch.int64, device=device)  # see `_leave`
-        if self.drafter is not None:
-            self._guarded(lambda: self.drafter.begin(self.rows))
+        self.draft.guard(lambda drafter: drafter.begin(self.rows))
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """None once it broke."""
+        return self.draft.drafter
 
     @property
     def done(self) -> bool:
@@ -97,24 +100,15 @@ class Rollout:
 
     def _prefill(self, admission: Admission) -> None:
         """All prompt tokens but the last, which the first verify pass takes."""
-        lengths = [len(r.prompt) - 1 for r in admission.fresh]
-        first = 0
-        while first < len(lengths):
-            last = first + 1
-            while last < len(lengths) and max(lengths[first : last + 1]) * (last + 1 - first) <= PREFILL_TOKENS:
-                last += 1
-            width = max(lengths[first:last])
-            if width:
-                slots = (admission.first + first, admission.first + last)
-                place = torch.arange(width, device=self.rows.device).expand(last - first, -1)
-                ids = self.rows.tokens[slots[0] : slots[1], :width]
-                _, hidden = self.target.forward(self.cache, slots, ids, place, width, keep_logits=1)
-                if self.drafter is not None:
-                    self._guarded(lambda s=slots, p=place, h=hidden: self.drafter.observe(self.rows, s, p[:, 0], h))
-            first = last
-        if self.drafter is not None and lengths:
-            admitted = (admission.first, admission.first + len(lengths))
-            self._guarded(lambda: self.drafter.admit(self.rows, admitted))
+        for slots, width in admission.passes(PREFILL_TOKENS):
+            place = torch.arange(width, device=self.rows.device).expand(slots[1] - slots[0], -1)
+            ids = self.rows.tokens[slots[0] : slots[1], :width]
+            _, hidden = self.target.forward(self.cache, slots, ids, place, width, keep_logits=1)
+            seen = (self.rows, slots, place[:, 0], hidden)
+            self.draft.guard(lambda drafter, seen=seen: drafter.observe(*seen))
+        if admission.fresh:
+            admitted = (admission.first, admission.first + len(admission.fresh))
+            self.draft.guard(lambda drafter: drafter.admit(self.rows, admitted))
 
     def noise(self, width: int) -> Tensor | None:
         """Gumbel noise [B, width, N] of the next `width` samples of each row; drawn once for draft and target."""
@@ -122,24 +116,11 @@ class Rollout:
 
     def propose(self, gamma: int, noise: Tensor | None) -> Tensor:
         """Guesses [B, γ]; [B, 0] when none are wanted or the drafter broke."""
-        guesses = None
-        if gamma and self.drafter is not None:
-            guesses = self._guarded(lambda: self._proposal(gamma, noise))
-        if guesses is None:
-            guesses = self.rows.tokens[: self.rows.count, :0]
+        noise = None if noise is None else noise[..., : self.noise_width]
+        guesses = self.draft.propose(self.rows, gamma, noise, self.sampler.temperature)
         valid = guesses.clamp(0, self.rows.vocab_size - 1)  # an invalid id must not reach the embedding
         self.invalid = (guesses != valid).any(1)
         return valid
-
-    def _proposal(self, gamma: int, noise: Tensor | None) -> Tensor:
-        noise = None if noise is None else noise[..., : self.noise_width]
-        guesses = self.drafter.propose(self.rows, gamma, noise, self.sampler.temperature)
-        fits = guesses.dim() == 2 and len(guesses) == self.rows.count and guesses.shape[1] <= gamma
-        if not fits or guesses.dtype != torch.int64:
-            raise ValueError(
-                f"it guessed {guesses.dtype} {tuple(guesses.shape)} where int64 {(self.rows.count, gamma)} was wanted"
-            )
-        return guesses
 
     def forward(self, guesses: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Logits [B, γ + 1, V] and hidden states after the newest token and each guess, in one ragged pass."""
@@ -161,7 +142,8 @@ class Rollout:
         flags = (close.long(), self.invalid[: self.rows.count].long())
         report = torch.stack([*verdict, *flags]).cpu().numpy()  # the one point where the host waits
         if report[5].any():
-            self._switch_off(ValueError(f"it guessed a token id outside the {self.rows.vocab_size} of the vocabulary"))
+            error = ValueError(f"it guessed a token id outside the {self.rows.vocab_size} of the vocabulary")
+            self.draft.switch_off(error)
         if report[4].any():
             samples = self._settle(samples, margin, noise, seen, close)
             verdict = self._judge(guesses, samples)
@@ -175,9 +157,8 @@ class Rollout:
         room = self.sampler.room(z)
         if not self.rejection:
             return draw(z, noise, room)
-        proposal = None
-        if guesses.numel() and self.drafter is not None:
-            proposal = self._guarded(self.drafter.proposal)  # without it the guesses are taken as given: the same law
+        # Without a proposal the guesses are taken as given: the same law.
+        proposal = self.draft.guard(lambda drafter: drafter.proposal()) if guesses.numel() else None
         samples, normaliser = draw_by_rejection(z, noise[..., self.noise_width :], guesses, proposal, room)
         return samples, torch.full_like(normaliser, torch.inf), normaliser  # another γ draws another sample anyway
 
@@ -213,8 +194,7 @@ class Rollout:
         rows.drafted[:count] += samples.shape[1] - 1
         rows.accepted[:count] += verdict.accepted
         self.rows.lengths[:count] += self.report.emitted
-        if self.drafter is not None:
-            self._guarded(lambda: self.drafter.observe(rows, (0, count), start, hidden))
+        self.draft.guard(lambda drafter: drafter.observe(rows, (0, count), start, hidden))
 
     def finish_step(self, verdict: Verdict, gamma: int) -> StepStats:
         """Release the rows that ended and close the gaps they leave."""
@@ -232,8 +212,7 @@ class Rollout:
 
     def _leave(self, slots: Tensor, verdict: Verdict) -> None:
         rows = self.rows
-        if self.drafter is not None:
-            self._guarded(lambda: self.drafter.finish(rows, slots))
+        self.draft.guard(lambda drafter: drafter.finish(rows, slots))
         request = rows.request[slots]
         place = rows.start[slots, None] + torch.arange(self.tokens.shape[1], device=rows.device)
         place = place.clamp(max=rows.capacity - 1)
@@ -250,8 +229,7 @@ class Rollout:
             self.rows.copy(src, dst)
             self.sampler.copy(src, dst)
         self.cache.copy(src, dst, int(self.rows.lengths[target].max()))
-        if self.drafter is not None:
-            self._guarded(lambda: self.drafter.copy(self.rows, src, dst))
+        self.draft.guard(lambda drafter: drafter.copy(self.rows, src, dst))
 
     def completions(self) -> list[Completion]:
         """The finished completions, in the order of the requests."""
@@ -262,24 +240,6 @@ class Rollout:
         size, ended, steps, drafted, accepted = outcome
         reason = "length" if not ended else "eos" if tokens[size - 1] in self.eos else "stop"
         return Completion(tokens[:size], logprobs[:size], reason, steps, drafted, accepted)
-
-    def _guarded(self, call):
-        """A drafter that breaks is switched off for the rest of the rollout: it can cost speed, never tokens."""
-        try:
-            return call()
-        except Exception as error:  # whatever it is, the rollout goes on
-            self._switch_off(error)
-            return None
-
-    def _switch_off(self, error: Exception) -> None:
-        self.drafter = None
-        self.stats.drafter_failures += 1
-        warnings.warn(
-            f"The drafter broke and is off for the rest of this rollout, which goes on with plain decoding "
-            f"(num_speculative_tokens=0): {type(error).__name__}: {error}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
 
 
 def _round_up(value: int, step: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from spec_rollout.records import Request
@@ -23,6 +24,21 @@ class Admission:
     @property
     def requests(self) -> list[Request]:
         return self.fresh + self.siblings
+
+    def passes(self, most: int) -> Iterator[tuple[tuple[int, int], int]]:
+        """The slots (start, stop) of the fresh requests, pass by pass, each with the most prompt tokens but the last
+        of any of them: at most `most` tokens a pass, padding included, unless a single prompt is longer. Prompts of
+        one token need none."""
+        lengths = [len(request.prompt) - 1 for request in self.fresh]
+        start = 0
+        while start < len(lengths):
+            stop = start + 1
+            while stop < len(lengths) and max(lengths[start : stop + 1]) * (stop + 1 - start) <= most:
+                stop += 1
+            width = max(lengths[start:stop])
+            if width:
+                yield (self.first + start, self.first + stop), width
+            start = stop
 
 
 class Scheduler:

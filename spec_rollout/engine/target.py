@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from spec_rollout.engine.attention import GROUPED_SDPA, takes_grouped_sdpa
 from spec_rollout.engine.kv_cache import SlotCache, causal_mask
 from spec_rollout.records import UnsupportedModelError
 
@@ -68,9 +69,9 @@ class Target:
                 module.training = True
 
     def _attention(self, implementation: str) -> str:
-        if implementation in ("eager", "sdpa"):
-            return implementation
-        return "sdpa" if getattr(self.model, "_supports_sdpa", False) else "eager"
+        if implementation not in ("eager", "sdpa"):
+            implementation = "sdpa" if getattr(self.model, "_supports_sdpa", False) else "eager"
+        return GROUPED_SDPA if implementation == "sdpa" and takes_grouped_sdpa(self.model) else implementation
 
     def forward(
         self,
