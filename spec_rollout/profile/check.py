@@ -11,10 +11,12 @@ import torch
 from tqdm import tqdm
 
 from spec_rollout.config import SpecConfig
+from spec_rollout.draft.ngrams import History, NgramDrafter
 from spec_rollout.draft.references import OracleDrafter, RandomDrafter
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import FixedGamma
 from spec_rollout.profile.workload import (
+    WARM_UP_PROMPTS,
     Policy,
     add_policy_arguments,
     arithmetic_prompts,
@@ -97,6 +99,14 @@ def _drafter(kind: str, policy: Policy, expected: list[Completion]) -> Drafter:
         return RandomDrafter()
     if kind == "oracle":
         return OracleDrafter(expected)
+    if kind == "ngrams":
+        history, earlier = (
+            History(policy.model.device),
+            arithmetic_prompts(policy.tokenizer, WARM_UP_PROMPTS, seed=1000),
+        )
+        drawn = RolloutEngine(policy.model).generate(earlier, policy.params)
+        history.add((prompt, completion.token_ids) for prompt, completion in zip(earlier, drawn, strict=True))
+        return NgramDrafter(history, RandomDrafter())
     drafter = warm_backend(policy, SpecConfig(num_speculative_tokens=3)).drafter
     drafter.buffer = None
     return drafter
@@ -145,5 +155,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gammas", type=_gammas, default=_gammas("0,1,3,7,random"), metavar="0,1,random")
     parser.add_argument("--batch-sizes", type=positives, default=[1, 8, 48], metavar="1,8,48")
     parser.add_argument("--num-prompts", type=positive, default=256, metavar="N")
-    parser.add_argument("--drafter", choices=("head", "random", "oracle"), default="head")
+    parser.add_argument("--drafter", choices=("head", "ngrams", "random", "oracle"), default="head")
     return parser

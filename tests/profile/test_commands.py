@@ -24,7 +24,7 @@ def quick(monkeypatch, tmp_path):
 CHECK = ["--gammas", "0,2,random", "--batch-sizes", "1,4", "--num-prompts", "6", "--max-new-tokens", "12"]
 
 
-@pytest.mark.parametrize("drafter", ["head", "random", "oracle"])
+@pytest.mark.parametrize("drafter", ["head", "ngrams", "random", "oracle"])
 def test_check_finds_no_difference(folder, tmp_path, drafter):
     out = tmp_path / "check.json"
     assert cli.main(["check", "--policy", str(folder), *CHECK, "--drafter", drafter, "--json", str(out)]) == 0
