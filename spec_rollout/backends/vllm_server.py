@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
@@ -22,27 +22,29 @@ from torch import Tensor
 
 from spec_rollout.backends.vllm_engine import EngineRestarted, PolicyWeights, completion, sampling_options
 from spec_rollout.backends.vllm_steps import Guesses, step_stats
+from spec_rollout.config import SpecConfig
 from spec_rollout.records import Completion, Controller, SamplingParams, StepStats
 
 RETRY_S = 2.0
+LONGEST_S = 3600.0
+"""A rollout or a push that takes longer than this hangs."""
 COUNTERS = "vllm:spec_decode_num_"
 HINT = "start one with `spec-rollout serve`, and give its address by vllm_server_base_url, or _host and _port"
 
 
 class Server:
-    """A `VLLMEngine` behind a server's address.
+    """A `VLLMEngine` behind a server's address, for one process: its counters of guesses are everybody's.
 
     Args:
         url: such as http://127.0.0.1:8000.
         policy: the live policy.
         folder: where weights are handed over.
-        timeout: seconds to wait for the server, at the start and when it is lost.
-        main: whether this rank hands over the weights; all ranks draw.
-        wait: waits for the other ranks; None if there are none.
+        config: the numbers of guesses that are asked for.
+        timeout: seconds to wait for the server, at the start, when it is lost, and for its short answers.
 
     Raises:
         ConnectionError: there is no server, or one that does not take our weights.
-        ValueError: the server samples lossily.
+        ValueError: the server samples lossily, or guesses other numbers of tokens.
     """
 
     live_schedule = False
@@ -52,19 +54,20 @@ class Server:
         url: str,
         policy: PolicyWeights,
         folder: str | Path,
+        config: SpecConfig,
         timeout: float = 240.0,
-        main: bool = True,
-        wait: Callable[[], None] | None = None,
     ):
         self.url, self.policy, self.folder, self.timeout = url.rstrip("/"), policy, Path(folder), timeout
-        self.main, self.wait = main, wait
         self.controller: Controller | None = None
         self._steps: list[StepStats] = []
         self._held: list[int] | None = None
         self._await_health()
         self.model = self._request("/v1/models")["data"][0]["id"]
         self.versions()
-        self._refuse_lossy(self._request("/server_info?config_format=json")["vllm_config"])
+        served = self._request("/server_info?config_format=json")["vllm_config"]
+        self._refuse_lossy(served)
+        self.speculates = bool(served.get("speculative_config"))
+        self._refuse_other_guesses(served.get("speculative_config") or {}, config)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, limits: Sequence[int] | None = None
@@ -89,21 +92,19 @@ class Server:
         return completions
 
     def load(self, draft: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.policy() if self.main}
-        if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=self.folder) as folder:
-                files = [_write(Path(folder, "policy.safetensors"), tensors)]
-                files.append(None if draft is None else _write(Path(folder, "draft.safetensors"), dict(draft)))
-                self._call("live_load", *files, version)
-            self._request("/reset_prefix_cache", {})
-        if self.wait is not None:
-            self.wait()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=self.folder) as folder:
+            files = [_write(Path(folder, "policy.safetensors"), self.policy())]
+            files.append(None if draft is None else _write(Path(folder, "draft.safetensors"), draft))
+            self._call("live_load", *files, version, seconds=LONGEST_S)
+        self._request("/reset_prefix_cache", {})
         self._held = self.versions()
 
     def versions(self) -> list[int]:
         try:
             return self._call("live_versions")
+        except EngineRestarted:
+            raise
         except RuntimeError as error:
             raise ConnectionError(f"The server at {self.url} cannot take weights ({error}): {HINT}.") from error
 
@@ -116,6 +117,9 @@ class Server:
     def take_steps(self) -> tuple[list[StepStats], float]:
         taken, self._steps = self._steps, []
         return taken, 0.0
+
+    def sleep(self) -> None:
+        """It has its device to itself."""
 
     def _refuse_lossy(self, config: dict) -> None:
         """
@@ -131,10 +135,30 @@ class Server:
             if value != served:
                 raise ValueError(f"The vLLM server at {self.url} runs with {name}={value!r}: it must be {served!r}.")
 
+    def _refuse_other_guesses(self, speculative: dict, config: SpecConfig) -> None:
+        """
+        Raises:
+            ValueError: the server was not started with as many guesses as `config` asks for, which it cannot change.
+        """
+        most, asked = speculative.get("num_speculative_tokens", 0), config.num_speculative_tokens
+        schedule = speculative.get("num_speculative_tokens_per_batch_size") or [[1, 1, most]]
+        numbers = sorted({part[-1] for part in schedule})
+        if asked is None:
+            honoured = 0 < most <= config.max_num_speculative_tokens
+            bound = f"at least 1 and at most max_num_speculative_tokens={config.max_num_speculative_tokens}"
+        else:
+            honoured, bound = numbers == [asked], f"{asked} in each step"
+        if not honoured:
+            found = " or ".join(map(str, numbers))
+            raise ValueError(
+                f"num_speculative_tokens={asked} asks for {bound}, but the vLLM server at {self.url} was started to "
+                f"guess {found}: give the trainer and `spec-rollout serve` the same number, 0 for plain decoding."
+            )
+
     def _draw(self, prompts: list[list[int]], params: SamplingParams, bound: int) -> list[Completion]:
-        options = sampling_options(params, bound, speculates=True)
+        options = sampling_options(params, bound, self.speculates)
         body = {"model": self.model, "prompt": prompts, "return_token_ids": True, **options}
-        choices = self._request("/v1/completions", body)["choices"]
+        choices = self._request("/v1/completions", body, LONGEST_S)["choices"]
         return [
             completion(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"], params.eos_token_ids)
             for c in sorted(choices, key=lambda c: c["index"])
@@ -166,36 +190,39 @@ class Server:
                 counts[f"{name}:{place}" if place else name] += int(float(value))
         return counts
 
-    def _call(self, method: str, *arguments: Any) -> Any:
+    def _call(self, method: str, *arguments: Any, seconds: float | None = None) -> Any:
         """One of the methods of `LiveWeights`."""
-        reply = self._request("/collective_rpc", {"method": method, "args": list(arguments)})
+        reply = self._request("/collective_rpc", {"method": method, "args": list(arguments)}, seconds)
         return reply["results"][0] if reply else None
 
-    def _request(self, path: str, body: dict | None = None) -> Any:
-        """The decoded reply.
+    def _request(self, path: str, body: dict | None = None, seconds: float | None = None) -> Any:
+        """The decoded reply, which may take `seconds`, by default `timeout`.
 
         Raises:
             EngineRestarted: the server was lost meanwhile, and is there again.
-            ConnectionError: it was lost and did not come back in time.
+            ConnectionError: it was lost and did not come back in time, or it does not answer in time.
             RuntimeError: it refused.
         """
+        seconds = seconds or self.timeout
         data = None if body is None else json.dumps(body).encode()
         request = Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
-            with urlopen(request) as reply:
+            with urlopen(request, timeout=seconds) as reply:
                 text = reply.read().decode()
         except HTTPError as error:
             raise RuntimeError(f"{path}: status {error.code}, {error.read().decode()[:300]}") from error
+        except TimeoutError as error:
+            raise ConnectionError(
+                f"The vLLM server at {self.url} has not answered {path} within {seconds:.0f} seconds: its own log may "
+                "say why; start it again and resume the run."
+            ) from error
         except (OSError, HTTPException) as error:
             self._await_health()
             self._lost(f"It was lost ({error!r}).")
         return json.loads(text) if text.startswith(("{", "[")) else text
 
     def _lost(self, what: str) -> None:
-        message = f"The vLLM server at {self.url}: {what}"
-        if self.wait is not None:  # the other ranks do not know
-            raise ConnectionError(f"{message} With several ranks the run must be resumed from its last checkpoint.")
-        raise EngineRestarted(message)
+        raise EngineRestarted(f"The vLLM server at {self.url}: {what}")
 
     def _await_health(self) -> None:
         deadline = time.monotonic() + self.timeout
@@ -211,6 +238,6 @@ class Server:
             time.sleep(RETRY_S)
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> str:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+def _write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors}, path)
     return str(path.resolve())

@@ -26,10 +26,19 @@ class Watchman:
         head: is looked through for the cause.
         expected: acceptance rate of the first guess when the head was last trained; None if that is not known.
         learns: whether the head will be trained again, which ends the watch.
+        decides: whether the engine asks for γ; a server guesses as it was started, whatever the watch finds.
     """
 
-    def __init__(self, controller: Controller, head: EagleHead, expected: float | None = None, learns: bool = True):
-        self.controller, self.head, self.expected, self.learns = controller, head, expected, learns
+    def __init__(
+        self,
+        controller: Controller,
+        head: EagleHead,
+        expected: float | None = None,
+        learns: bool = True,
+        decides: bool = True,
+    ):
+        self.controller, self.head, self.expected = controller, head, expected
+        self.learns, self.decides = learns, decides
         self.alarm: str | None = None
         """What is wrong, once something is."""
         self._guesses = self._accepted = 0
@@ -54,8 +63,9 @@ class Watchman:
         cause = moved if self.head.finite else "its weights are not finite"
         self.alarm = f"{rate:.1%} of its first guesses came true{before}: {cause}"
         until = "until it has learned again" if self.learns else "for good, as draft_refresh=False"
+        state = "is off (num_speculative_tokens=0)" if self.decides else "guesses in vain on the server"
         warnings.warn(
-            f"The draft head is off (num_speculative_tokens=0) {until}: {self.alarm}. No sample is affected.",
+            f"The draft head {state} {until}: {self.alarm}. No sample is affected.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -120,6 +120,14 @@ def _refuse_unserved_by_vllm(args: GRPOConfig | RLOOConfig) -> None:
     for name, value, served, remedy in (
         ("vllm_tensor_parallel_size", args.vllm_tensor_parallel_size, 1, "set it to 1"),
         ("vllm_structured_outputs_regex", args.vllm_structured_outputs_regex, None, "leave it out"),
+        (
+            "vllm_mode",
+            args.vllm_mode if args.world_size > 1 else "colocate",
+            "colocate",
+            f"a server counts the guesses of all {args.world_size} processes together; run one process, or set it to "
+            "'colocate'",
+        ),
+        ("calibration_cache", args.calibration_cache, None, "vLLM is measured anew in each run; leave it out"),
         ("min_p", args.min_p or None if drafts else None, None, "vLLM ignores it while it speculates; leave it out"),
         (
             "vllm_importance_sampling_correction",

@@ -61,9 +61,8 @@ class SpeculativeVLLMGeneration(VLLMGeneration):
             self.server_base_url or f"http://{host}:{self.server_port}",
             self.policy,
             Path(self.args.output_dir, "weights"),
+            self.config,
             self.server_timeout,
-            main=self.accelerator.is_main_process,
-            wait=self.accelerator.wait_for_everyone if self.accelerator.num_processes > 1 else None,
         )
 
     def _init_colocated(self) -> None:

@@ -55,7 +55,9 @@ def server(tmp_path_factory):
     process = Process(folder / "policy", folder / "log")
     url = f"http://127.0.0.1:{process.port}"
     config = SpecConfig(max_slots=ROWS, num_speculative_tokens=3)
-    backend = VLLMBackend(model, config, lambda *_: Server(url, model.named_parameters, folder / "weights", 120))
+    backend = VLLMBackend(
+        model, config, lambda *_: Server(url, model.named_parameters, folder / "weights", config, 120)
+    )
     yield process, backend
     process.kill()
 
