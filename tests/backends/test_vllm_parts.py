@@ -320,7 +320,7 @@ def test_a_fall_to_chance_is_told_as_it_is(tmp_path, monkeypatch, live, learns, 
 
 
 @pytest.mark.parametrize(
-    ("live", "message"), [(True, "The draft head is off"), (False, "The server guesses with an old draft until")]
+    ("live", "message"), [(True, "The draft head is off"), (False, "The server guesses with another draft until")]
 )
 def test_a_draft_that_did_not_arrive_is_told_as_it_is(monkeypatch, live, message):
     monkeypatch.setattr(FakeEngine, "draft_probe", lambda self: {})
