@@ -210,7 +210,7 @@ class VLLMBackend:
         if self._lost:
             live = self.engine.live_schedule
             use = (
-                "The draft head is off (num_speculative_tokens=0)" if live else "The server guesses with an old draft"
+                "The draft head is off (num_speculative_tokens=0)" if live else "The server guesses with another draft"
             )
             warnings.warn(
                 f"{use} until the next push: {self._lost}. No sample is affected.", RuntimeWarning, stacklevel=3

@@ -1,5 +1,6 @@
 """vLLM as the engine: its own code, tiny policies, in this process."""
 
+import copy
 from itertools import accumulate
 
 import pytest
@@ -24,14 +25,25 @@ def plain(model, params=GREEDY, prompts=PROMPTS):
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory):
+def once_taught(tmp_path_factory):
     """A backend at 3 guesses whose head has learned the greedy completions; its policy ties its embeddings."""
     backend = make_backend(
         save_policy(tmp_path_factory.mktemp("policy"), tie_word_embeddings=True), num_speculative_tokens=3
     )
     teach(backend)
-    backend.take_stats()
     return backend
+
+
+@pytest.fixture
+def taught(once_taught):
+    """The same; what a test does to the weights is undone."""
+    parts = (once_taught.model, once_taught.learner.head)
+    before = [copy.deepcopy(part.state_dict()) for part in parts]
+    once_taught.take_stats()
+    yield once_taught
+    for part, state in zip(parts, before, strict=True):
+        part.load_state_dict(state)
+    once_taught._pushed = None
 
 
 def test_greedy_completions_are_those_without_speculation(taught):
@@ -86,10 +98,11 @@ def test_the_exported_head_guesses_as_ours_does(taught, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("part", ["embed_tokens", "q_proj", "down_proj", "input_layernorm", "norm"])
 def test_every_kind_of_weight_of_a_moved_policy_arrives(taught, part):
+    noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in taught.model.named_parameters():
             if name.split(".")[-2] == part:
-                weight.add_(0.05 * torch.randn_like(weight))
+                weight.add_(0.05 * torch.randn(weight.shape, generator=noise))
     taught.policy_version += 1
     assert_same(taught.generate(PROMPTS, GREEDY), plain(taught.model))
 
@@ -122,7 +135,6 @@ def test_a_policy_that_does_not_arrive_is_an_error(taught, monkeypatch):
     taught.policy_version += 1
     with pytest.raises(RuntimeError, match="version"):
         taught.generate(PROMPTS, GREEDY)
-    taught._pushed = None
 
 
 def test_after_sleep_both_are_pushed_again(taught, monkeypatch):

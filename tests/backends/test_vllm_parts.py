@@ -144,9 +144,9 @@ def test_the_command_of_a_server(tmp_path):
     given.num_speculative_tokens, given.draft = 2, str(tmp_path)
     with pytest.raises(ValueError, match="not a readable draft head"):
         vllm_serve.serve_command(given, tmp_path / "draft")
-    head = EagleHead(HeadConfig.for_target(policy("llama").config))
+    head, given.draft = EagleHead(HeadConfig.for_target(policy("llama").config)), str(tmp_path / "head")
     for measured in (None, FixedGamma(2).state_dict()):
-        save_head(tmp_path, head, None, None, {"controller": {"vllm": measured}})
+        save_head(given.draft, head, None, None, {"controller": {"vllm": measured}})
         assert "[[1, 4, 2]]" in " ".join(vllm_serve.serve_command(given, tmp_path / "draft"))
 
 
@@ -320,7 +320,7 @@ def test_a_fall_to_chance_is_told_as_it_is(tmp_path, monkeypatch, live, learns, 
 
 
 @pytest.mark.parametrize(
-    ("live", "message"), [(True, "The draft head is off"), (False, "The server guesses with an old draft until")]
+    ("live", "message"), [(True, "The draft head is off"), (False, "The server guesses with another draft until")]
 )
 def test_a_draft_that_did_not_arrive_is_told_as_it_is(monkeypatch, live, message):
     monkeypatch.setattr(FakeEngine, "draft_probe", lambda self: {})

@@ -5,8 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 import torch
@@ -74,25 +72,26 @@ def test_policy_and_draft_follow(server):
     assert stats.emitted == sum(limits)
 
 
-def test_a_server_that_is_killed_and_comes_back_costs_no_sample(server):
+def test_a_server_that_is_killed_and_comes_back_costs_no_sample(server, monkeypatch):
     process, backend = server
+    noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in backend.model.parameters():
-            weight.add_(0.03 * torch.randn_like(weight))
+            weight.add_(0.03 * torch.randn(weight.shape, generator=noise))
     backend.policy_version += 1
     many = PROMPTS * 20
     expected = RolloutEngine(backend.model).generate(PROMPTS, GREEDY)
     backend.take_stats()
 
-    def accident():
-        time.sleep(0.3)
+    def accident(*given, draw=Server._draw):
+        monkeypatch.setattr(Server, "_draw", draw)
+        drawn = draw(*given)
         process.kill()
         process.start()
+        return drawn
 
-    thread = threading.Thread(target=accident)
-    thread.start()
+    monkeypatch.setattr(Server, "_draw", accident)
     with pytest.warns(RuntimeWarning, match=f"127.0.0.1:{process.port}.* drawn again"):
         drawn = backend.generate(many, GREEDY)
-    thread.join()
     assert_same(drawn, expected * 20)
     assert backend.take_stats().emitted == len(many) * GREEDY.max_new_tokens
