@@ -239,5 +239,6 @@ class Server:
 
 
 def _write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors}, path)
+    # Copies: adapters that are merged into the live weights on the way here are unmerged before the file is written.
+    save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors}, path)
     return str(path.resolve())
