@@ -38,8 +38,8 @@ class SpecConfig:
     verification: str = field(
         default="coupled",
         metadata={
-            "help": "How the embedded engine judges guesses: `coupled` compares them with the target's own samples, the "
-            "same at any number of guesses; `rejection` is classical rejection sampling, lossless in law only.",
+            "help": "How the embedded engine judges guesses: `coupled` compares them with the target's own samples, "
+            "the same at any number of guesses; `rejection` is classical rejection sampling, lossless in law only.",
             "choices": VERIFICATIONS,
         },
     )
