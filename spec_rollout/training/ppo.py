@@ -19,9 +19,10 @@ from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 from spec_rollout.training.advantages import generalized_advantages, is_open_ended, token_rewards, whiten
 from spec_rollout.training.grpo import SpecGRPOTrainer
 from spec_rollout.training.mismatch import log_difference
-from spec_rollout.training.ppo_config import PPOConfig, refuse_arguments, refuse_launch
+from spec_rollout.training.ppo_config import PPOConfig
 from spec_rollout.training.ppo_loss import KLController, policy_loss, value_loss
 from spec_rollout.training.ppo_metrics import rollout_metrics, token_means
+from spec_rollout.training.ppo_refusals import refuse_arguments, refuse_launch
 from spec_rollout.training.value_head import (
     TOKENS,
     attach_value_function,

@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification
 
-from spec_rollout.training.ppo_config import refuse_launch
+from spec_rollout.training.ppo_refusals import refuse_launch
 from spec_rollout.training.value_head import TOKENS
 from tests.training.test_grpo import assert_same, trained, weights
 
