@@ -57,7 +57,7 @@ PICTURES = (
         "As rows finish, more is guessed. The last panel adds up what plain decoding would have taken longer.",
         lambda figures: figures["rollout"],
         panels.rollout,
-        4.6,
+        4.3,
     ),
     Picture(
         "acceptance_by_position",

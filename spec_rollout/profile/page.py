@@ -20,7 +20,7 @@ h2 { font-size: 19px; margin: 40px 0 12px; }
 .note { color: var(--muted); margin: 12px 0 0; max-width: 90ch; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0 0; }
 .tile, figure, .panel { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.tile { padding: 14px 16px; }
+.tile { padding: 14px 16px; max-width: 400px; }
 .tile b { display: block; font-size: 26px; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--muted); font-size: 14px; }
 .advice { padding: 6px 20px 6px 36px; margin: 0; }

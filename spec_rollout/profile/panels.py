@@ -102,7 +102,7 @@ def gamma_map(figure: Figure, data: dict) -> None:
             colour = RAMP[min(gamma, len(RAMP) - 1)]
             axis.add_patch(Rectangle((x, y), 0.96, 0.94, facecolor=colour))
             axis.text(x + 0.48, y + 0.6, str(gamma), ha="center", va="center", fontweight="bold")
-            axis.text(x + 0.48, y + 0.25, f"{speedup:.1f}×", ha="center", va="center", fontsize=7)
+            axis.text(x + 0.48, y + 0.25, f"{speedup:.1f}×", ha="center", va="center", fontsize=7.5)
     axis.set(xlim=(0, len(data["batch_sizes"])), ylim=(0, len(data["contexts"])))
     axis.set_xticks([i + 0.48 for i in range(len(data["batch_sizes"]))], data["batch_sizes"])
     axis.set_yticks([i + 0.47 for i in range(len(data["contexts"]))], data["contexts"])
@@ -126,7 +126,7 @@ def rollout(figure: Figure, data: dict) -> None:
     right.grid(False)
     guesses.fill_between(seconds, data["drafted"], step="pre", color=SOFT, linewidth=0, label="guessed")
     guesses.fill_between(seconds, data["accepted"], step="pre", color=OURS, linewidth=0, label="came true")
-    guesses.set(ylabel="tokens per step", ylim=(0, None))
+    guesses.set(ylabel="tokens per step", ylim=(0, 1.4 * max(data["drafted"]) or 1))  # room for the legend
     guesses.legend(loc="upper right", ncols=2)
     saved.plot(seconds, data["saved_s"], color=OURS, linewidth=1.6)
     saved.axhline(0, color=MUTED, linewidth=0.8)
@@ -143,7 +143,7 @@ def by_position(figure: Figure, data: dict[str, list[dict]]) -> None:
         y = [row["rate"] for row in rows]
         axis.bar(x, y, color=(OURS, PLAIN)[i], width=0.94 * width, label=name)
         for a, b in zip(x, y, strict=True):
-            axis.text(a, b + 0.02, f"{b:.2f}", ha="center", fontsize=9 if len(shown) == 1 else 7)
+            axis.text(a, b + 0.02, f"{b:.2f}", ha="center", fontsize=9 if len(shown) == 1 else 7.5)
     longest = max(shown.values(), key=len)
     axis.set(ylim=(0, 1.1), xlabel="guess", ylabel="acceptance rate", xticks=[row["position"] for row in longest])
     axis.grid(axis="x", visible=False)
@@ -182,7 +182,7 @@ def time_split(figure: Figure, data: list[dict]) -> None:
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.set(xlim=(0, 100), xlabel="% of the rollout")
-    figure.legend(loc="outside upper center", ncols=len(PARTS), columnspacing=0.9, handlelength=1, handletextpad=0.4)
+    figure.legend(loc="outside upper center", ncols=3, columnspacing=1.2, handlelength=1, handletextpad=0.4)
 
 
 def limits(figure: Figure, data: list[dict]) -> None:

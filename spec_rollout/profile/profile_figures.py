@@ -65,6 +65,8 @@ def profile_figures(found: Found, recorded: Sequence[RolloutTrace]) -> tuple[dic
         for source, own, of in ((HEAD, adaptive, traces), (NGRAMS, table, table))
         if own
     }
+    plain = [t for t in recorded if t.labels["sampler"] == "plain"]
+    unassisted = costs if found.embedded else Costs.fitted(found.costs[HEAD], plain)
     mapped = any(s.gamma for s in steps) and found.embedded
     last = max(adaptive, key=lambda t: (t.slots, t.labels["turn"]), default=None)
     context = int(statistics.median(s.context for s in steps)) if steps else 0
@@ -72,7 +74,7 @@ def profile_figures(found: Found, recorded: Sequence[RolloutTrace]) -> tuple[dic
         "throughput": worked_out.throughput(recorded, guesses),
         "gamma_map": worked_out.gamma_map(costs, draft, WIDEST, slots, longest) if mapped else None,
         "vllm_schedule": _vllm_schedule(costs, draft, slots, context),
-        "rollout": worked_out.one_rollout(last, costs) if last else None,
+        "rollout": worked_out.one_rollout(last, unassisted) if last else None,
         "acceptance": worked_out.acceptance(traces, WIDEST),
         "ngrams": _ngrams(found.history, table),
         "time_split": worked_out.time_split(traces) if found.embedded else [],

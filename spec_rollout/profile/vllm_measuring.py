@@ -19,6 +19,8 @@ from spec_rollout.profile.measuring import WARM_TOKENS, Measuring, OutOfTime, Sa
 from spec_rollout.profile.workload import Policy
 from spec_rollout.records import Request, RolloutStats
 
+PLAIN = "plain"
+"""Source of rollouts on the vLLM that has no draft: its steps say nothing about the other's."""
 SHARE = 0.4
 """Of a GPU's memory for each of the two vLLMs."""
 
@@ -34,8 +36,7 @@ class VLLMMeasuring(Measuring):
         config = SpecConfig(rollout_backend="vllm", max_slots=slots, draft_model_path=str(draft), draft_refresh=False)
         plain = SpecConfig(rollout_backend="vllm", max_slots=slots, num_speculative_tokens=0)
         backends = {
-            name: VLLMBackend(policy.model, c, _starter(policy, slots))
-            for name, c in (("plain", plain), (HEAD, config))
+            name: VLLMBackend(policy.model, c, _starter(policy, slots)) for name, c in ((PLAIN, plain), (HEAD, config))
         }
         for backend in backends.values():
             backend.generate(batch, policy.params, max_new_tokens=[WARM_TOKENS] * len(batch))
@@ -45,6 +46,7 @@ class VLLMMeasuring(Measuring):
     def sample(self, sampler: Sampler, batch: list[list[int]], seed: tuple[int, ...], labels: dict) -> None:
         """One recorded rollout; the time is looked at behind it."""
         self.recorder.labels = sampler.labels | labels
+        self.recorder.source = HEAD if sampler.gamma != 0 else PLAIN
         requests = [Request(i, prompt, (0, 0), self.policy.params.max_new_tokens) for i, prompt in enumerate(batch)]
         engine = self._ready(sampler)
         torch.manual_seed(request_keys(seed, 1)[0][0] & 0x7FFFFFFF)
@@ -56,7 +58,7 @@ class VLLMMeasuring(Measuring):
             raise OutOfTime
 
     def _ready(self, sampler: Sampler) -> VLLMEngine:
-        engine = self.engines["plain" if sampler.gamma == 0 else HEAD]
+        engine = self.engines[PLAIN if sampler.gamma == 0 else HEAD]
         engine.control(self.controller(sampler))
         return engine
 
