@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spec_rollout.backends.vllm_engine import VLLMEngine
+from spec_rollout.backends.vllm_engine import EngineRestarted, VLLMEngine
 from spec_rollout.backends.vllm_worker import probe
 from spec_rollout.draft.checkpoint import save_head
 from spec_rollout.draft.eagle import EagleHead
@@ -56,9 +56,12 @@ def mismatch(engine: VLLMEngine, tensors: dict[str, Tensor] | None, version: int
     """What is wrong with the weights in vLLM after `tensors` were pushed under `version`; None if nothing is.
 
     Raises:
+        EngineRestarted: vLLM holds what it was started with, so it was restarted after the push.
         RuntimeError: vLLM does not hold the policy that was pushed, so its samples would be another policy's.
     """
     policy, draft = engine.versions()
+    if policy == 0:
+        raise EngineRestarted(f"vLLM holds the policy that it starts with after version {version} was pushed.")
     if policy != version:
         raise RuntimeError(
             f"vLLM holds version {policy} of the policy after version {version} was pushed: its samples would not be "

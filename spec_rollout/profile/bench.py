@@ -8,6 +8,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from itertools import pairwise
 
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import CostModel, FixedGamma, GammaController
 from spec_rollout.profile.memory import peak_memory_gib, reset_peak_memory
 from spec_rollout.profile.peers import PEERS, Measured, Sampler
+from spec_rollout.profile.vllm_peers import VLLM, VLLM_EAGLE, VLLMPeers, require_vllm_in
 from spec_rollout.profile.workload import (
     Policy,
     add_policy_arguments,
@@ -37,15 +39,21 @@ from spec_rollout.records import Controller, Drafter, RolloutStats, StepStats
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    in_vllm = [name for name in args.peers if name in (VLLM, VLLM_EAGLE)]
+    if in_vllm:
+        require_vllm_in(args.vllm_python)
     policy = load_policy(args.policy, args.dtype, args.max_new_tokens)
     widest = max(args.batch_sizes)
     drafter = _drafter(policy, args.draft, widest)
     measuring = RolloutEngine(policy.model, SpecConfig(max_slots=widest), drafter=drafter)
     cost = measured_cost(measuring, widest, SpecConfig().widest, None)
     rows = []
-    for batch_size in args.batch_sizes:
-        samplers = [*_peers(policy, batch_size, args.peers), *_own(policy, drafter, cost, args)]
-        rows += _rows(batch_size, measure(policy, samplers, batch_size, args))
+    setup = args.policy, args.dtype, widest, drafter, args.fixed_gammas, args.vllm_python
+    with closing(VLLMPeers(in_vllm, policy, *setup)) as vllm:
+        for batch_size in args.batch_sizes:
+            peers = [*_peers(policy, batch_size, [n for n in args.peers if n in PEERS]), *vllm.samplers()]
+            samplers = [*peers, *_own(policy, drafter, cost, args)]
+            rows += _rows(batch_size, measure(policy, samplers, batch_size, args))
     _report(args, rows)
     return 0
 
@@ -143,7 +151,7 @@ def _rows(batch_size: int, results: list[tuple[Sampler, list[Measured]]]) -> lis
             "tokens_per_s": statistics.median(speeds[sampler]),
             "tokens_per_s_min": min(speeds[sampler]),
             "tokens_per_s_max": max(speeds[sampler]),
-            **_decoding(runs),
+            **_decoding(sampler, runs),
             "peak_memory_gib": max((m.peak_memory_gib for m in runs if m.peak_memory_gib is not None), default=None),
             "speedup_vs_transformers": _ratio(speeds[sampler], base.get("transformers")),
             "speedup_vs_plain": _ratio(speeds[sampler], base["plain"]),
@@ -157,8 +165,8 @@ def _ratio(mine: list[float], theirs: list[float] | None) -> float | None:
     return statistics.median(a / b for a, b in zip(mine, theirs, strict=True)) if theirs else None
 
 
-def _decoding(runs: list[Measured]) -> dict[str, float | None]:
-    """What our own engine says of its steps; None for another's."""
+def _decoding(sampler: Sampler, runs: list[Measured]) -> dict[str, float | None]:
+    """What our own engine, or vLLM, says of its steps; None for another's."""
     names = ("mean_acceptance_length", "mean_gamma", "gamma_changes_per_100_steps", "host_time_share")
     if runs[0].stats is None:
         return dict.fromkeys(names)
@@ -170,7 +178,7 @@ def _decoding(runs: list[Measured]) -> dict[str, float | None]:
         RolloutStats(steps).mean_acceptance_length,
         sum(step.gamma for step in steps) / len(steps),
         100 * sum(_changes(one.steps) for one in stats) / len(steps),
-        1 - passes / seconds,
+        None if sampler.engine in (VLLM, VLLM_EAGLE) else 1 - passes / seconds,  # vLLM times whole steps
     )
     return dict(zip(names, values, strict=True))
 
@@ -222,7 +230,9 @@ def _parser() -> argparse.ArgumentParser:
     add_policy_arguments(parser)
     parser.add_argument("--batch-sizes", type=positives, default=[1, 4, 8, 16, 32], metavar="1,8,32")
     parser.add_argument("--fixed-gammas", type=positives, default=[1, 2, 3, 5], metavar="1,2,3")
-    parser.add_argument("--peers", type=_some_of("peer", PEERS), default=["transformers"], metavar=",".join(PEERS))
+    peers = [*PEERS, VLLM, VLLM_EAGLE]
+    parser.add_argument("--peers", type=_some_of("peer", peers), default=["transformers"], metavar=",".join(peers))
+    parser.add_argument("--vllm-python", default=sys.executable, metavar="PATH", help="interpreter that has vLLM")
     parser.add_argument(
         "--verification",
         type=_some_of("verification", VERIFICATIONS),

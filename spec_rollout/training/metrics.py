@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from spec_rollout.config import SpecConfig
 from spec_rollout.records import RefreshStats, RolloutStats
 
 PREFIX = "speculative/"
+POSITIONS = SpecConfig().max_num_speculative_tokens
+"""Guesses of a step that are told apart, the same on every rank."""
 
 
 def local_sums(
@@ -36,7 +39,13 @@ def local_sums(
         "draft_acceptance": refresh.acceptance[0] if refresh.acceptance else 0.0,
         "draft_version": version,
         "draft_healthy": float(healthy),
+        **{f"drafted_{i}": sum(step.rows for step in speculative if step.gamma >= i) for i in _positions()},
+        **{f"accepted_{i}": sum(sum(step.accepted[i - 1 : i]) for step in speculative) for i in _positions()},
     }
+
+
+def _positions() -> range:
+    return range(1, POSITIONS + 1)
 
 
 def metrics(sums: dict[str, float]) -> dict[str, float]:
@@ -60,6 +69,8 @@ def metrics(sums: dict[str, float]) -> dict[str, float]:
     if sums["drafted"]:
         figures["acceptance_rate"] = sums["accepted"] / sums["drafted"]
         figures["ngram_share"] = sums["ngram_drafted"] / sums["drafted"]
+        guessed = [i for i in _positions() if sums[f"drafted_{i}"]]
+        figures |= {f"acceptance_rate_{i}": sums[f"accepted_{i}"] / sums[f"drafted_{i}"] for i in guessed}
     if sums["refresh_tokens"]:
         figures["draft_loss"] = sums["refresh_loss"] / sums["refresh_tokens"]
         figures["draft_acceptance"] = sums["draft_acceptance"] / ranks

@@ -326,3 +326,17 @@ def test_a_draft_that_did_not_arrive_is_told_as_it_is(monkeypatch, live, message
     monkeypatch.setattr(FakeEngine, "draft_probe", lambda self: {})
     with pytest.warns(RuntimeWarning, match=message):
         fake_backend(FakeEngine(live), trained=True, num_speculative_tokens=3).generate([[1, 2]])
+
+
+def test_a_restart_between_a_push_and_its_read_back_is_not_the_end(monkeypatch):
+    engine = FakeEngine()
+    load = engine.load
+
+    def load_and_restart(draft, version):
+        load(draft, version)
+        engine.held, engine.load = [0, 0], load
+
+    engine.load = load_and_restart
+    with pytest.warns(RuntimeWarning, match="starts with after version 1 was pushed. The rollout is drawn again"):
+        assert len(fake_backend(engine, num_speculative_tokens=3).generate([[1, 2]] * 4)) == 4
+    assert engine.pushes == 2 and engine.held == [2, 2] and len(engine.steps) == 0

@@ -72,7 +72,8 @@ def test_policy_and_draft_follow(server):
     assert stats.emitted == sum(limits)
 
 
-def test_a_server_that_is_killed_and_comes_back_costs_no_sample(server, monkeypatch):
+@pytest.mark.parametrize("after", ["_draw", "_call"])  # a rollout; a push, before it is read back
+def test_a_server_that_is_killed_and_comes_back_costs_no_sample(server, monkeypatch, after):
     process, backend = server
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -83,15 +84,19 @@ def test_a_server_that_is_killed_and_comes_back_costs_no_sample(server, monkeypa
     expected = RolloutEngine(backend.model).generate(PROMPTS, GREEDY)
     backend.take_stats()
 
-    def accident(*given, draw=Server._draw):
-        monkeypatch.setattr(Server, "_draw", draw)
-        drawn = draw(*given)
-        process.kill()
-        process.start()
-        return drawn
+    whole = getattr(Server, after)
 
-    monkeypatch.setattr(Server, "_draw", accident)
-    with pytest.warns(RuntimeWarning, match=f"127.0.0.1:{process.port}.* drawn again"):
+    def accident(self, *given, **options):
+        done = whole(self, *given, **options)
+        if given[0] != "live_versions":  # asked ahead of the push
+            monkeypatch.setattr(Server, after, whole)
+            process.kill()
+            process.start()
+            self._await_health()
+        return done
+
+    monkeypatch.setattr(Server, after, accident)
+    with pytest.warns(RuntimeWarning, match="drawn again"):
         drawn = backend.generate(many, GREEDY)
     assert_same(drawn, expected * 20)
     assert backend.take_stats().emitted == len(many) * GREEDY.max_new_tokens

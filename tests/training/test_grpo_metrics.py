@@ -28,6 +28,9 @@ def test_ratios_are_taken_of_sums():
     assert metrics(total(first, second)) == pytest.approx(
         {
             "speculative/acceptance_rate": 6 / 13,
+            "speculative/acceptance_rate_1": 3 / 5,  # of the rows that guessed so far
+            "speculative/acceptance_rate_2": 2 / 4,
+            "speculative/acceptance_rate_3": 1 / 4,
             "speculative/ngram_share": 4 / 13,
             "speculative/mean_acceptance_length": 11 / 5,
             "speculative/num_speculative_tokens": 4 / 3,
