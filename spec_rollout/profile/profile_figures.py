@@ -73,7 +73,7 @@ def profile_figures(found: Found, recorded: Sequence[RolloutTrace]) -> tuple[dic
     figures = {
         "throughput": worked_out.throughput(recorded, guesses),
         "gamma_map": worked_out.gamma_map(costs, draft, WIDEST, slots, longest) if mapped else None,
-        "vllm_schedule": _vllm_schedule(costs, draft, slots, context),
+        "vllm_schedule": vllm_schedule(costs, draft, slots, context),
         "rollout": worked_out.one_rollout(last, unassisted) if last else None,
         "acceptance": worked_out.acceptance(traces, WIDEST),
         "ngrams": _ngrams(found.history, table),
@@ -105,7 +105,7 @@ def _ngrams(history: History | None, traces: Sequence[RolloutTrace]) -> dict | N
     }
 
 
-def _vllm_schedule(costs: Costs, draft: AcceptanceModel, slots: int, context: int) -> dict | None:
+def vllm_schedule(costs: Costs, draft: AcceptanceModel, slots: int, context: int) -> dict | None:
     """The controller's table in the form of vLLM's speculative_config; None where guessing never pays."""
     ranges = GammaController(costs.steps, WIDEST, draft).schedule(slots, context)
     if not any(gamma for _, _, gamma in ranges):

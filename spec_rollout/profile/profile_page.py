@@ -26,6 +26,11 @@ def warning(figures: dict) -> str | None:
     return f"{cause} before every sampler had run at every batch size: what is here was measured until then."
 
 
+def schedule_text(schedule: dict | None) -> str:
+    """To be pasted, where there is one."""
+    return json.dumps(schedule) if schedule else "Guessing pays at no batch size: leave speculative_config out."
+
+
 def _meta(figures: dict) -> str:
     setup, device = figures["setup"], figures["hardware"]
     draft = setup["draft_model"] or f"a draft that learned from {setup['draft_rollouts']} rollouts"
@@ -65,10 +70,9 @@ def _parts(figures: dict) -> dict:
         "turns": "turns",
     }
     rows = [[row[key] for key in columns.values()] for row in figures["throughput"]]
-    schedule = json.dumps(figures["vllm_schedule"], indent=None)
     return {
         "tiles": tiles,
         "advice": [item["text"] for item in figures["advice"]],
         "tables": [("Every sampler at every batch size", list(columns), rows)],
-        "code": [("The schedule for vLLM's speculative_config", schedule)],
+        "code": [("The schedule for vLLM's speculative_config", schedule_text(figures["vllm_schedule"]))],
     }

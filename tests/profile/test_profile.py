@@ -12,11 +12,16 @@ import pytest
 
 from spec_rollout import cli
 from spec_rollout.backends import calibration
-from spec_rollout.backends.trace import read_traces
+from spec_rollout.backends.trace import RolloutTrace, read_traces
+from spec_rollout.gamma import CostModel, Measurement
 from spec_rollout.profile import measuring, profile
 from spec_rollout.profile.charts import profile_charts
 from spec_rollout.profile.cost_file import read_costs
 from spec_rollout.profile.page import number
+from spec_rollout.profile.profile_figures import vllm_schedule
+from spec_rollout.profile.profile_page import schedule_text
+from spec_rollout.profile.replay import Costs, acceptance
+from spec_rollout.records import StepStats
 
 DOCS = Path(__file__).parents[2] / "docs" / "profile.md"
 LINE = "--batch-sizes 1,3 --fixed-gammas 2 --turns 2 --max-new-tokens 12 --seconds 1000000"
@@ -92,10 +97,25 @@ def test_parts_add_up(figures):
         assert sum(parts) == pytest.approx(1) and min(parts) > -0.01
     rollout = figures["rollout"]
     assert len({len(rollout[name]) for name in ("seconds", "rows", "gamma", "drafted", "accepted", "saved_s")}) == 1
-    ranges = figures["vllm_schedule"]["num_speculative_tokens_per_batch_size"]
-    assert ranges[0][0] == 1 and ranges[-1][1] == 3
-    assert all(a[1] + 1 == b[0] for a, b in pairwise(ranges))
     assert figures["memory"]["weights"] > 0 and figures["memory"]["kv_cache"] > 0
+
+
+def test_a_schedule_covers_every_number_of_rows_and_is_there_only_where_guessing_pays():
+    cells = [Measurement("verify", rows, tokens, 64, 0.01 * rows) for rows in (1, 8) for tokens in (1, 8)]
+    cells += [Measurement("draft", rows, 1, 64, 0.001 * rows) for rows in (1, 8)]
+    steps = [StepStats(8, 3, 64, 24, [7, 6, 5])] * 50
+    found = vllm_schedule(Costs(CostModel(cells)), acceptance([trace_of(steps)]), 8, 64)
+    ranges = found["num_speculative_tokens_per_batch_size"]
+    assert ranges[0][0] == 1 and ranges[-1][1] == 8 and all(a[1] + 1 == b[0] for a, b in pairwise(ranges))
+    assert found["num_speculative_tokens"] == max(gamma for _, _, gamma in ranges) > 0
+    assert json.loads(schedule_text(found)) == found
+    hopeless = acceptance([trace_of([StepStats(8, 3, 64, 8, [0, 0, 0])] * 50)])
+    assert vllm_schedule(Costs(CostModel(cells)), hopeless, 8, 64) is None
+    assert "no batch size" in schedule_text(None)
+
+
+def trace_of(steps: list[StepStats]) -> RolloutTrace:
+    return RolloutTrace({}, 8, 1.0, 0.0, [], [], [], [], [], [], steps)
 
 
 def test_the_page_shows_the_figures_and_asks_nothing_of_the_network(out, figures):
@@ -115,7 +135,7 @@ def test_the_page_shows_the_figures_and_asks_nothing_of_the_network(out, figures
     for item in figures["advice"]:
         assert item["figures"] and escape(item["text"]) in page
     assert page.count("<li>") == len(figures["advice"]) >= 3
-    assert json.dumps(figures["vllm_schedule"]).replace('"', "&quot;") in page
+    assert escape(schedule_text(figures["vllm_schedule"])) in page
     for name in ("throughput", "speedup", "gamma_map", "rollout", "time_split", "limits", "memory"):
         assert (out / f"{name}.png").stat().st_size > 5000 and f'<figure id="{name}"' in page
     assert "prefers-color-scheme: dark" in page and "#1b2733" not in page.split("</style>")[1]
