@@ -22,7 +22,9 @@ from spec_rollout.draft.eagle import EagleHead, HeadConfig
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 SPECULATORS = "speculators_model_type"
 FEATURE_SCALE = "feature_scale"
-WEIGHTS, CONFIG, OPTIMIZER = "model.safetensors", "config.json", "optimizer.safetensors"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+OPTIMIZER = Path("training", "optimizer.safetensors")
+"""In a folder of its own, since vLLM takes every safetensors file beside the weights for weights."""
 
 
 def save_head(
@@ -60,6 +62,7 @@ def save_head(
     try:
         save_file(tensors, staging / WEIGHTS)
         if optimizer:
+            (staging / OPTIMIZER).parent.mkdir()
             save_file({name: t.detach().cpu().contiguous() for name, t in optimizer.items()}, staging / OPTIMIZER)
         (staging / CONFIG).write_text(json.dumps(_config(head.config, size, extra), indent=2) + "\n")
         staging.chmod(0o755)

@@ -88,8 +88,8 @@ class Process:
 class VLLMPeers:
     """Long-lived vLLMs, so that their start is not measured; to be closed.
 
-    One without a head is `vllm`; another holds our head and is `vllm_eagle` with each number of guesses, and with
-    those that a controller of ours chooses before each of vLLM's steps.
+    One without a head is `vllm`; another holds our head and is `vllm_eagle` with each number of guesses, with none (it
+    runs the head all the same), and with those that a controller of ours chooses before each of vLLM's steps.
 
     Args:
         names: of the peers that are asked for.
@@ -129,7 +129,7 @@ class VLLMPeers:
         if VLLM in self.processes:
             found.append(self._sampler(VLLM, 0, None))
         if VLLM_EAGLE in self.processes:
-            found += [self._sampler(VLLM_EAGLE, gamma, "rejection") for gamma in [*self.gammas, None]]
+            found += [self._sampler(VLLM_EAGLE, gamma, "rejection") for gamma in [0, *self.gammas, None]]
         return found
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spec_rollout.draft.checkpoint import CONFIG, WEIGHTS, load_head, save_head
+from spec_rollout.draft.checkpoint import CONFIG, WEIGHTS, load_head, load_optimizer, save_head
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from tests.tiny import VOCAB, policy
 
@@ -24,7 +24,12 @@ def shape():
 def folder(shape, tmp_path):
     ids = torch.tensor([0, 3, 4, 9, 50])
     save_head(
-        tmp_path / "draft", EagleHead(shape, seed=3), torch.randn(5, shape.hidden_size), ids, {"draft_version": 7}
+        tmp_path / "draft",
+        EagleHead(shape, seed=3),
+        torch.randn(5, shape.hidden_size),
+        ids,
+        {"draft_version": 7},
+        {"momentum": torch.ones(2)},
     )
     return tmp_path / "draft"
 
@@ -45,6 +50,8 @@ def test_the_folder_has_the_shape_that_serving_engines_read(shape, folder):
     assert tensors["fc.weight"].shape == (width, len(shape.aux_layers) * width)
     assert tensors["midlayer.self_attn.q_proj.weight"].shape[1] == 2 * width
     assert tensors["lm_head.weight"].shape == (5, width)
+    assert [path.name for path in folder.glob("*.safetensors")] == [WEIGHTS]  # they would read any other too
+    assert load_optimizer(folder)["momentum"].tolist() == [1, 1]
 
 
 def test_saving_again_replaces_the_folder_as_a_whole(shape, folder):
