@@ -214,7 +214,9 @@ class Controller(Protocol):
 
 
 class Recorder(Protocol):
-    """Looks on while completions are sampled."""
+    """Looks on while completions are sampled; `source` tells it who guesses, the "head" or "ngrams"."""
+
+    source: str
 
     def step(self, rows: Rows, emitted: np.ndarray, gamma: int) -> None:
         """The active rows have just emitted `emitted` [B] tokens each after `gamma` guesses; none has left yet."""

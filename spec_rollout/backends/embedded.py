@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from spec_rollout.backends.sources import Source
+from spec_rollout.backends.trace import HEAD, NGRAMS
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.eagle import EagleHead
@@ -207,6 +208,8 @@ class EmbeddedBackend:
             self._calibrate_head()
         source = self.ngrams if self._ngram_seconds() < self._head_seconds() else self.head
         self.engine.drafter, self.engine.controller = source.drafter, source.watched
+        if self.engine.recorder is not None:
+            self.engine.recorder.source = NGRAMS if source is self.ngrams else HEAD
 
     def _ngram_seconds(self) -> float:
         """What rollouts like the last ones would take with guesses from earlier ones."""

@@ -17,6 +17,8 @@ from spec_rollout.records import Completion, RefreshStats, Request, RolloutStats
 VERSION = 1
 FOLDER = "rollouts"
 """Where a training run keeps its traces, below its output directory."""
+HEAD, NGRAMS = "head", "ngrams"
+"""Who guesses: the draft head, or what followed the same tokens in earlier rollouts."""
 PLACE = 16
 """Width, in completion tokens, of the parts of the answer over which passes are counted."""
 STEP_SECONDS = ("draft_s", "verify_s", "sample_s", "host_s")
@@ -36,6 +38,7 @@ class RolloutTrace:
         steps: every pass of the decode loop.
         place_passes, place_emitted: row passes with guesses, and what they emitted, by the place in the answer at
             which they began, in parts of PLACE tokens.
+        source: who guessed, HEAD or NGRAMS.
     """
 
     labels: dict[str, Any]
@@ -51,6 +54,7 @@ class RolloutTrace:
     steps: list[StepStats]
     place_passes: list[int] = field(default_factory=list)
     place_emitted: list[int] = field(default_factory=list)
+    source: str = HEAD
 
     @property
     def tokens(self) -> int:
@@ -68,16 +72,17 @@ class RolloutTrace:
         steps = [
             StepStats(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)
         ]
-        return cls(**{name: line[name] for name in cls.__dataclass_fields__ if name != "steps"}, steps=steps)
+        older = {"source": HEAD} | line
+        return cls(**{name: older[name] for name in cls.__dataclass_fields__ if name != "steps"}, steps=steps)
 
 
 @dataclass
 class Trace:
-    """What files hold: rollouts, trainings of the draft, and the calibrated cost of a step if it is there."""
+    """What files hold: rollouts, trainings of the draft, and the calibrated cost of a step by who guesses."""
 
     rollouts: list[RolloutTrace] = field(default_factory=list)
     refreshes: list[dict] = field(default_factory=list)
-    cost: dict | None = None
+    costs: dict[str, dict] = field(default_factory=dict)
 
 
 class TraceRecorder:
@@ -88,14 +93,15 @@ class TraceRecorder:
         slots: the engine's `max_slots`.
 
     Attributes:
-        labels: of the rollouts to come.
+        labels, source: of the rollouts to come.
         rollouts: those recorded, without a `path`.
     """
 
     def __init__(self, slots: int, path: Path | None = None, labels: dict[str, Any] | None = None):
         self.slots, self.path, self.labels = slots, path, labels or {}
+        self.source = HEAD
         self.rollouts: list[RolloutTrace] = []
-        self._cost_known = False
+        self._known_costs: set[str] = set()
         self._passes, self._emitted = np.zeros(0), np.zeros(0)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +135,7 @@ class TraceRecorder:
             steps=stats.steps,
             place_passes=self._passes.astype(int).tolist(),
             place_emitted=self._emitted.astype(int).tolist(),
+            source=self.source,
         )
         self._passes, self._emitted = np.zeros(0), np.zeros(0)
         if self.path is None:
@@ -141,11 +148,11 @@ class TraceRecorder:
         figures = {name: value for name, value in asdict(stats).items() if value == value}  # NaN is no json
         self._write({"version": VERSION, "kind": "refresh", "labels": dict(self.labels), **figures})
 
-    def cost(self, cost: CostModel) -> None:
-        """What steps cost on this device, once."""
-        if not self._cost_known:
-            self._cost_known = True
-            self._write({"version": VERSION, "kind": "cost", "cost": cost.to_json()})
+    def cost(self, cost: CostModel, source: str = HEAD) -> None:
+        """What steps cost on this device with the guesses of `source`, once for each."""
+        if source not in self._known_costs:
+            self._known_costs.add(source)
+            self._write({"version": VERSION, "kind": "cost", "source": source, "cost": cost.to_json()})
 
     def _write(self, line: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -171,7 +178,7 @@ def read_traces(paths: Iterable[Path]) -> Trace:
                 if line["version"] != VERSION:
                     raise ValueError(f"it is of version {line['version']}, this is version {VERSION}")
                 if line["kind"] == "cost":
-                    trace.cost = line["cost"]
+                    trace.costs[line.get("source", HEAD)] = line["cost"]
                     continue
                 key = (path, *sorted(line["labels"].items(), key=str))
                 if line["kind"] == "rollout":

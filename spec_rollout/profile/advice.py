@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spec_rollout.backends.trace import RolloutTrace
+from spec_rollout.backends.trace import NGRAMS, RolloutTrace
 from spec_rollout.gamma import AcceptanceModel
 from spec_rollout.profile.replay import Costs, Work, replay
 
@@ -20,7 +20,8 @@ def advise(
 ) -> list[dict]:
     """Sentences, the most telling first; `figures` are those of profile.json so far."""
     adaptive = [row for row in figures["throughput"] if row["sampler"] == "adaptive" and row["speedup_vs_plain"]]
-    found = [_speed(adaptive), _where(figures.get("rollout")), _fixed(figures["throughput"])]
+    rows = figures["throughput"]
+    found = [_speed(adaptive), _where(figures.get("rollout")), _fixed(rows), _earlier(rows)]
     tails = [t for t in traces if t.labels["sampler"] == "adaptive"]
     if tails:
         largest = max(tails, key=lambda t: t.slots)
@@ -44,7 +45,7 @@ def _speed(adaptive: list[dict]) -> dict | None:
     last = adaptive[-1]
     text = (
         f"Speculation pays most at {_rows(best['batch_size'])}: {best['speedup_vs_plain']:.2f}\u00a0× plain decoding; "
-        f"at {_rows(last['batch_size'])}, the largest batch, {last['speedup_vs_plain']:.2f}\u00a0×."
+        f"at {_rows(last['batch_size'])}, the largest batch measured, {last['speedup_vs_plain']:.2f}\u00a0×."
     )
     if last["speedup_vs_plain"] < 1 and best["speedup_vs_plain"] > 1 + WORTH:
         text += f" Fewer slots (max_slots: {best['batch_size']}) keep more of the rollout where it pays."
@@ -80,8 +81,8 @@ def _fixed(throughput: list[dict]) -> dict | None:
         if row["sampler"] != "adaptive" or not rivals:
             continue
         best = max(rivals, key=lambda r: r["tokens_per_s"])
-        if row["turns"] > 1 and best["tokens_per_s_min"] > row["tokens_per_s_max"]:
-            gain = best["tokens_per_s"] / row["tokens_per_s"] - 1
+        gain = best["tokens_per_s"] / row["tokens_per_s"] - 1
+        if row["turns"] > 1 and best["tokens_per_s_min"] > row["tokens_per_s_max"] and gain > WORTH:
             return _item(
                 f"At {_rows(row['batch_size'])} num_speculative_tokens: {best['gamma']} drew {gain:.0%} more tokens "
                 "per second than the adaptive number. Measure longer (--seconds) before you fix it: it then holds for "
@@ -89,6 +90,22 @@ def _fixed(throughput: list[dict]) -> dict | None:
                 gain=gain,
             )
     return None
+
+
+def _earlier(throughput: list[dict]) -> dict | None:
+    """What guesses bring that need no training."""
+    table = [row for row in throughput if row["sampler"] == NGRAMS and row["speedup_vs_plain"]]
+    if not table:
+        return None
+    best = max(table, key=lambda row: row["speedup_vs_plain"])
+    pays = best["speedup_vs_plain"] > 1
+    end = "they serve until the draft is predicted to be faster" if pays else "here they do not pay"
+    return _item(
+        f"Guesses from earlier rollouts, which need no training, reach {best['speedup_vs_plain']:.2f}\u00a0× plain "
+        f"decoding at {_rows(best['batch_size'])}: {end}.",
+        speedup=best["speedup_vs_plain"],
+        acceptance_length=best["mean_acceptance_length"],
+    )
 
 
 def _better_draft(trace: RolloutTrace, costs: Costs, rates: Sequence[float], draft: AcceptanceModel) -> dict | None:
@@ -164,7 +181,7 @@ def _limit(limits: dict) -> dict | None:
 def _memory(memory: dict[str, int]) -> dict | None:
     total = sum(memory.values())
     draft = memory.get("draft", 0) + memory.get("features", 0) + memory.get("draft_training", 0)
-    if draft < LARGE_SHARE * total:
+    if draft <= LARGE_SHARE * total:
         return None
     return _item(
         f"The draft with its features and its training holds {draft / 2**20:.0f} MiB, {draft / total:.0%} of the "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 4.6, 3.0
+WIDTH, HEIGHT = 4.0, 2.8
 """Inches. At this size the text is readable on a phone and no larger than the page's in two or three columns."""
 
 INK, MUTED, LINE, OURS, PLAIN, SOFT = "#1b2733", "#66727d", "#dde4ea", "#c8385a", "#4f7aa3", "#c6d7e6"

@@ -21,6 +21,13 @@ class Picture(NamedTuple):
     height: float = HEIGHT
 
 
+def _by_position(figures: dict) -> dict[str, list[dict]] | None:
+    """Of the draft head, and of guesses from earlier rollouts if there are such."""
+    table = (figures.get("ngrams") or {}).get("by_position")
+    found = {"draft head": figures["acceptance"]["by_position"], "earlier rollouts": table}
+    return found if any(found.values()) else None
+
+
 PICTURES = (
     Picture(
         "throughput",
@@ -50,13 +57,13 @@ PICTURES = (
         "As rows finish, more is guessed. The last panel adds up what plain decoding would have taken longer.",
         lambda figures: figures["rollout"],
         panels.rollout,
-        4.6,
+        4.3,
     ),
     Picture(
         "acceptance_by_position",
         "Acceptance by position",
         "How often a guess comes true, of the times that all before it did.",
-        lambda figures: figures["acceptance"]["by_position"],
+        _by_position,
         panels.by_position,
     ),
     Picture(

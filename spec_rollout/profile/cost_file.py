@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from spec_rollout.backends.trace import HEAD, NGRAMS
 from spec_rollout.gamma import CostModel, Measurement
 from spec_rollout.profile.replay import Costs
 
@@ -56,8 +57,9 @@ class Limits:
         return CostModel(cells)
 
 
-def read_costs(path: Path) -> Costs:
-    """Costs from a file in one of the two forms of docs/profile.md.
+def read_costs(path: Path, source: str = HEAD) -> Costs:
+    """Costs of rollouts with the guesses of `source`, from a file in one of the two forms of docs/profile.md. To
+    limits, guesses from earlier rollouts are free but for `draft_launch_s`.
 
     Raises:
         ValueError: it is neither; the message says what is wrong.
@@ -67,8 +69,10 @@ def read_costs(path: Path) -> Costs:
         if state["version"] != VERSION:
             raise ValueError(f"it is of version {state['version']}, this is version {VERSION}")
         if "limits" in state:
-            return Costs(Limits(**state["limits"]).cost_model())
-        return Costs(CostModel.from_json(state["cost"]), state["prefill_factor"], state["rollout_s"])
+            free = {"draft_parameters": 0.0} if source == NGRAMS else {}
+            return Costs(Limits(**state["limits"] | free).cost_model())
+        cost = state["ngram_cost" if source == NGRAMS else "cost"]
+        return Costs(CostModel.from_json(cost), state["prefill_factor"], state["rollout_s"])
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
             f"{path} holds no costs ({type(error).__name__}: {error}): give the cost.json of `spec-rollout profile`, "
@@ -76,11 +80,12 @@ def read_costs(path: Path) -> Costs:
         ) from error
 
 
-def costs_to_json(costs: Costs) -> dict:
-    """As `read_costs` takes it."""
-    return {
+def costs_to_json(costs: Costs, ngrams: CostModel | None = None) -> dict:
+    """As `read_costs` takes it; `ngrams` are the costs of steps with guesses from earlier rollouts."""
+    state = {
         "version": VERSION,
         "cost": costs.steps.to_json(),
         "prefill_factor": costs.prefill_factor,
         "rollout_s": costs.rollout_s,
     }
+    return state if ngrams is None else state | {"ngram_cost": ngrams.to_json()}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from spec_rollout.backends.trace import PLACE, RolloutTrace
+from spec_rollout.backends.trace import NGRAMS, PLACE, RolloutTrace
 from spec_rollout.gamma import AcceptanceModel, GammaController
 from spec_rollout.profile.cost_file import Limits
 from spec_rollout.profile.replay import Costs, Work, position_rates, replay
@@ -24,22 +25,34 @@ def by_sampler(traces: Sequence[RolloutTrace]) -> dict[tuple[int, str, int | Non
     groups = defaultdict(list)
     for trace in traces:
         groups[trace.labels["batch_size"], trace.labels["sampler"], trace.labels["gamma"]].append(trace)
-    order = {"plain": 0, "fixed": 1, "adaptive": 2}
+    order = {"plain": 0, "fixed": 1, NGRAMS: 2, "adaptive": 3}
     return dict(sorted(groups.items(), key=lambda item: (item[0][0], order[item[0][1]], item[0][2] or 0)))
 
 
-def throughput(
-    traces: Sequence[RolloutTrace], costs: Costs | None, rates: Sequence[float], draft: AcceptanceModel
-) -> list[dict]:
+class Guesses(NamedTuple):
+    """What a replay of rollouts with the guesses of one source needs: costs as its controller knows them, acceptance
+    by position, and what the controller knows of it."""
+
+    costs: Costs
+    rates: Sequence[float]
+    draft: AcceptanceModel
+
+    def predict(self, trace: RolloutTrace, gamma: int | None) -> RolloutStats:
+        return replay(Work.of(trace), self.costs, trace.slots, gamma, self.rates, self.draft)
+
+
+def throughput(traces: Sequence[RolloutTrace], guesses: dict[str, Guesses]) -> list[dict]:
     """Tokens per second of every sampler at every batch size: the median over the turns, and what the controller's
-    costs predict for the same completions. Speed-ups are medians of the ratios within a turn."""
+    costs predict for the same completions, by the source of `guesses`. Speed-ups are medians of the ratios within a
+    turn."""
     groups, rows = by_sampler(traces), []
     speeds = {key: _speeds(group) for key, group in groups.items()}
     for (size, sampler, gamma), group in groups.items():
         mine, plain = speeds[size, sampler, gamma], speeds.get((size, "plain", 0), {})
         ratios = [speed / plain[turn] for turn, speed in mine.items() if turn in plain]
         stats = RolloutStats([step for trace in group for step in trace.steps])
-        replays = [replay(Work.of(t), costs, t.slots, gamma, rates, draft) for t in group] if costs else []
+        known = guesses.get(group[0].source)
+        replays = [known.predict(t, gamma) for t in group] if known else []
         rows.append(
             {
                 "batch_size": size,
@@ -106,15 +119,23 @@ def one_rollout(trace: RolloutTrace, costs: Costs) -> dict:
 def acceptance(traces: Sequence[RolloutTrace], widest: int) -> dict:
     """Acceptance by position; mean acceptance length by place in the answer and by length of the prompt, the latter
     over rollouts in which every pass carried guesses."""
+    return {
+        "by_position": by_position(traces, widest),
+        "by_place": _by_place(traces),
+        "by_prompt_tokens": _by_prompt(traces),
+    }
+
+
+def by_position(traces: Sequence[RolloutTrace], widest: int) -> list[dict]:
+    """How often the first, second … guess came true, of the rows that reached it."""
     steps = [s for t in traces for s in t.steps if s.gamma]
     reached = [
         sum(s.rows if i == 0 else s.accepted[i - 1] for s in steps if len(s.accepted) > i) for i in range(widest)
     ]
     rates = position_rates(steps, widest) if steps else []
-    by_position = [
+    return [
         {"position": i + 1, "rate": float(rates[i]), "reached": n} for i, n in enumerate(reached) if n >= LEAST_PASSES
     ]
-    return {"by_position": by_position, "by_place": _by_place(traces), "by_prompt_tokens": _by_prompt(traces)}
 
 
 def _by_place(traces: Sequence[RolloutTrace]) -> list[dict]:
@@ -136,6 +157,7 @@ def _by_prompt(traces: Sequence[RolloutTrace]) -> list[dict]:
         for t in traces
         if t.labels["sampler"] == "fixed"
         for row in zip(t.prompt_tokens, t.completion_tokens, t.num_steps, strict=True)
+        if row[2]  # vLLM does not count them
     ]
     rows.sort()
     parts = [rows[len(rows) * i // PROMPT_PARTS : len(rows) * (i + 1) // PROMPT_PARTS] for i in range(PROMPT_PARTS)]
@@ -155,7 +177,7 @@ def time_split(traces: Sequence[RolloutTrace]) -> list[dict]:
     """Where the time of the plain and the adaptive rollouts went, in shares of it, at every batch size."""
     rows = []
     for (size, sampler, _), group in by_sampler(traces).items():
-        if sampler == "fixed":
+        if sampler not in ("plain", "adaptive"):
             continue
         steps, seconds = [s for t in group for s in t.steps], sum(t.seconds for t in group)
         parts = {

@@ -12,12 +12,12 @@ import numpy as np
 from tqdm import tqdm
 
 from spec_rollout.backends.embedded import EmbeddedBackend
-from spec_rollout.backends.trace import TraceRecorder
+from spec_rollout.backends.trace import HEAD, NGRAMS, TraceRecorder
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import CostModel, FixedGamma, GammaController
 from spec_rollout.profile.workload import Policy, warm_up
-from spec_rollout.records import RolloutStats
+from spec_rollout.records import Drafter, RolloutStats
 
 WIDEST = SpecConfig().max_num_speculative_tokens
 WARM_UP_SHARE, WARM_UP_ROUNDS = 0.3, 5
@@ -52,6 +52,11 @@ class Sampler:
     gamma: int | None
 
     @property
+    def source(self) -> str:
+        """Who guesses."""
+        return NGRAMS if self.name == NGRAMS else HEAD
+
+    @property
     def labels(self) -> dict:
         return {"sampler": self.name, "gamma": self.gamma}
 
@@ -69,12 +74,14 @@ def warm_backend(
     policy: Policy, prompts: Sequence[list[int]], config: SpecConfig, deadline: float
 ) -> tuple[EmbeddedBackend, int]:
     """A backend with the head of `config.draft_model_path`, or with one that learns here for WARM_UP_SHARE of the time
-    until `deadline`; and the number of rollouts that it learned from."""
+    until `deadline`, and with earlier rollouts to guess from; and the number of those that the head learned from."""
     backend = EmbeddedBackend(policy.model, config, policy.tokenizer)
+    backend.engine.recorder = Timed(config.max_slots, None, deadline)
     if config.draft_model_path:
+        backend.generate(batches(prompts, config.max_slots, 1000)[0], policy.params)  # for guesses from it
+        backend.engine.recorder = None
         return backend, 0
     enough = time.perf_counter() + WARM_UP_SHARE * (deadline - time.perf_counter())
-    backend.engine.recorder = Timed(config.max_slots, None, deadline)
     turns, learned = [batches(prompts, config.max_slots, 1000 + turn)[0] for turn in range(WARM_UP_ROUNDS)], 0
     for stats in warm_up(backend, turns, policy.params):
         learned += stats.steps > 0
@@ -93,13 +100,32 @@ def measured_engine(policy: Policy, backend: EmbeddedBackend, slots: int) -> Rol
 class Measuring:
     """Runs every sampler at every batch size, again and again, until the turns or the time are over.
 
-    One engine and one draft serve all of them, so a slow moment of the machine meets all. The adaptive sampler keeps
-    one controller throughout, as in training.
+    One engine and one draft serve all of them, so a slow moment of the machine meets all. The adaptive samplers keep
+    their controllers throughout, as in training.
+
+    Args:
+        drafters: who guesses, by source.
+        costs: what steps cost with each of them.
     """
 
-    def __init__(self, policy: Policy, engine: RolloutEngine, cost: CostModel, recorder: TraceRecorder):
-        self.policy, self.engine, self.recorder = policy, engine, recorder
-        self.drafter, self.controller = engine.drafter, GammaController(cost, WIDEST)
+    def __init__(
+        self,
+        policy: Policy,
+        engine: RolloutEngine,
+        drafters: dict[str, Drafter],
+        costs: dict[str, CostModel],
+        recorder: TraceRecorder,
+    ):
+        self.policy, self.engine, self.recorder, self.drafters = policy, engine, recorder, drafters
+        self.costs = costs
+        self.controllers = {
+            source: GammaController(CostModel.from_json(cost.to_json()), WIDEST) for source, cost in costs.items()
+        }
+
+    def samplers(self, gammas: Sequence[int]) -> list[Sampler]:
+        """All that are compared."""
+        table = [Sampler(NGRAMS, None)] if NGRAMS in self.controllers else []
+        return [Sampler("plain", 0), *(Sampler("fixed", gamma) for gamma in gammas), *table, Sampler("adaptive", None)]
 
     def run(self, prompts: Sequence[list[int]], sizes: Sequence[int], gammas: Sequence[int], turns: int) -> None:
         """Record all rollouts; the progress bar counts them.
@@ -107,7 +133,7 @@ class Measuring:
         Raises:
             OutOfTime: the recorder says so.
         """
-        samplers = [Sampler("plain", 0), *(Sampler("fixed", gamma) for gamma in gammas), Sampler("adaptive", None)]
+        samplers = self.samplers(gammas)
         with tqdm(total=turns * len(sizes) * len(samplers), desc="measuring", unit="run", file=sys.stderr) as bar:
             for size in sizes:
                 self._warm(batches(prompts, size, 0)[0])
@@ -121,22 +147,26 @@ class Measuring:
     def sample(self, sampler: Sampler, batch: list[list[int]], seed: tuple[int, ...], labels: dict) -> None:
         """One recorded rollout."""
         self.use(sampler)
-        self.recorder.labels = sampler.labels | labels
+        self.recorder.labels, self.recorder.source = sampler.labels | labels, sampler.source
         self.engine.recorder = self.recorder
         self.engine.generate(batch, self.policy.params, seed=seed)
         self.engine.stats = RolloutStats()
 
     def use(self, sampler: Sampler) -> None:
         """Decode as `sampler` does from now on."""
-        adaptive = sampler.gamma is None
-        self.engine.drafter = self.drafter if sampler.gamma != 0 else None
-        self.engine.controller = self.controller if adaptive else FixedGamma(sampler.gamma)
+        self.engine.drafter = self.drafters[sampler.source] if sampler.gamma != 0 else None
+        self.engine.controller = self.controller(sampler)
+
+    def controller(self, sampler: Sampler) -> GammaController | FixedGamma:
+        """Who decides for `sampler` how far to guess."""
+        return self.controllers[sampler.source] if sampler.gamma is None else FixedGamma(sampler.gamma)
 
     def _warm(self, batch: list[list[int]]) -> None:
         """A few tokens that do not count: first passes of a new shape are slow."""
         self.engine.recorder = None
-        for gamma in (0, 3):
-            self.use(Sampler("fixed", gamma))
+        samplers = [Sampler("plain", 0), Sampler("fixed", 3)]
+        for sampler in samplers + [Sampler(NGRAMS, 3)] * (NGRAMS in self.drafters):
+            self.use(sampler)
             self.engine.generate(batch, self.policy.params, max_new_tokens=[WARM_TOKENS] * len(batch))
 
     @staticmethod

@@ -17,9 +17,10 @@ h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -0.01em
 h2 { font-size: 19px; margin: 40px 0 12px; }
 .meta { color: var(--muted); margin: 0; overflow-wrap: anywhere; }
 .warning { border-left: 4px solid var(--fixed0); padding: 8px 12px; background: var(--card); margin: 20px 0 0; }
+.note { color: var(--muted); margin: 12px 0 0; max-width: 90ch; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0 0; }
 .tile, figure, .panel { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.tile { padding: 14px 16px; }
+.tile { padding: 14px 16px; max-width: 400px; }
 .tile b { display: block; font-size: 26px; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--muted); font-size: 14px; }
 .advice { padding: 6px 20px 6px 36px; margin: 0; }
@@ -35,8 +36,8 @@ th, td { text-align: right; padding: 7px 10px; border-bottom: 1px solid var(--li
 th { color: var(--muted); font-weight: 600; }
 tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-pre { margin: 0; padding: 12px 0; overflow-x: auto; font: 13px/1.5 ui-monospace, "SFMono-Regular", Menlo,
-  "DejaVu Sans Mono", monospace; }
+pre { margin: 0; padding: 12px 0; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: 13px/1.5 ui-monospace, "SFMono-Regular", Menlo, "DejaVu Sans Mono", monospace; }
 """
 
 
@@ -47,18 +48,22 @@ def write_page(
     charts: Sequence[Chart],
     *,
     warning: str | None = None,
+    note: str | None = None,
     tiles: Sequence[tuple[str, str]] = (),
     advice: Sequence[str] = (),
     tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence]]] = (),
     code: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Write the page: a heading, what it was measured on, the main figures, advice, pictures, tables, text to paste.
+    """Write the page: a heading, what it was measured on, what a reader must know, the main figures, advice, pictures,
+    tables, text to paste.
 
     `tiles` are (figure, label), `tables` (heading, header, rows), `code` (heading, text).
     """
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="meta">{escape(meta)}</p>']
     if warning:
         parts.append(f'<p class="warning">{escape(warning)}</p>')
+    if note:
+        parts.append(f'<p class="note">{escape(note)}</p>')
     if tiles:
         cells = "".join(f'<div class="tile"><b>{escape(b)}</b><span>{escape(s)}</span></div>' for b, s in tiles)
         parts.append(f'<div class="tiles">{cells}</div>')

@@ -21,18 +21,24 @@ PARTS = {
 }
 
 
+NAMES = {"ngrams": "earlier rollouts"}
+"""What a legend calls a sampler, where that is not its name."""
+DASHED = (0, (4, 2))
+
+
 def _series(rows: Sequence[dict]) -> dict[str, list[dict]]:
     """Rows of the throughput by what the legend calls them."""
     series: dict[str, list[dict]] = {}
     for row in rows:
-        name = f"γ = {row['gamma']}" if row["sampler"] == "fixed" else row["sampler"]
+        name = f"γ = {row['gamma']}" if row["sampler"] == "fixed" else NAMES.get(row["sampler"], row["sampler"])
         series.setdefault(name, []).append(row)
     return series
 
 
 def _colours(names: Sequence[str]) -> dict[str, str]:
     fixed = [name for name in names if name.startswith("γ")]
-    return {name: FIXED[i % len(FIXED)] for i, name in enumerate(fixed)} | {"plain": PLAIN, "adaptive": OURS}
+    own = {"plain": PLAIN, "adaptive": OURS, NAMES["ngrams"]: INK}
+    return {name: FIXED[i % len(FIXED)] for i, name in enumerate(fixed)} | own
 
 
 def _rows_axis(axis: Axes, rows: Sequence[int]) -> None:
@@ -53,6 +59,7 @@ def throughput(figure: Figure, rows: list[dict]) -> None:
             [row["tokens_per_s"] for row in points],
             color=colours[name],
             linewidth=2 if own else 1,
+            linestyle=DASHED if name == NAMES["ngrams"] else "-",
             marker="o",
             markersize=4 if own else 2.5,
             label=name,
@@ -75,13 +82,15 @@ def speedup(figure: Figure, rows: list[dict]) -> None:
     for name, points in series.items():
         own = name == "adaptive"
         x, y = [row["batch_size"] for row in points], [row["speedup_vs_plain"] for row in points]
-        axis.plot(x, y, color=colours[name], marker="o", markersize=4 if own else 2.5, linewidth=2 if own else 1)
+        style = DASHED if name == NAMES["ngrams"] else "-"
+        size, width = (4, 2) if own else (2.5, 1)
+        axis.plot(x, y, color=colours[name], linestyle=style, marker="o", markersize=size, linewidth=width)
         if own:
             for a, b in zip(x, y, strict=True):
                 axis.annotate(f"{b:.2f}", (a, b), (0, 6), textcoords="offset points", ha="center", color=OURS)
     _rows_axis(axis, [row["batch_size"] for row in rows])
     axis.set_ylabel("× plain decoding")
-    axis.margins(y=0.15)
+    axis.margins(x=0.09, y=0.15)
 
 
 def gamma_map(figure: Figure, data: dict) -> None:
@@ -93,7 +102,7 @@ def gamma_map(figure: Figure, data: dict) -> None:
             colour = RAMP[min(gamma, len(RAMP) - 1)]
             axis.add_patch(Rectangle((x, y), 0.96, 0.94, facecolor=colour))
             axis.text(x + 0.48, y + 0.6, str(gamma), ha="center", va="center", fontweight="bold")
-            axis.text(x + 0.48, y + 0.25, f"{speedup:.1f}×", ha="center", va="center", fontsize=7)
+            axis.text(x + 0.48, y + 0.25, f"{speedup:.1f}×", ha="center", va="center", fontsize=7.5)
     axis.set(xlim=(0, len(data["batch_sizes"])), ylim=(0, len(data["contexts"])))
     axis.set_xticks([i + 0.48 for i in range(len(data["batch_sizes"]))], data["batch_sizes"])
     axis.set_yticks([i + 0.47 for i in range(len(data["contexts"]))], data["contexts"])
@@ -117,21 +126,29 @@ def rollout(figure: Figure, data: dict) -> None:
     right.grid(False)
     guesses.fill_between(seconds, data["drafted"], step="pre", color=SOFT, linewidth=0, label="guessed")
     guesses.fill_between(seconds, data["accepted"], step="pre", color=OURS, linewidth=0, label="came true")
-    guesses.set(ylabel="tokens per step", ylim=(0, None))
+    guesses.set(ylabel="tokens per step", ylim=(0, 1.4 * max(data["drafted"]) or 1))  # room for the legend
     guesses.legend(loc="upper right", ncols=2)
     saved.plot(seconds, data["saved_s"], color=OURS, linewidth=1.6)
     saved.axhline(0, color=MUTED, linewidth=0.8)
     saved.set(ylabel="saved, s", xlabel="seconds")
 
 
-def by_position(figure: Figure, data: list[dict]) -> None:
+def by_position(figure: Figure, data: dict[str, list[dict]]) -> None:
+    """Bars for each of `data`: the rates by position of who guesses."""
     axis = figure.add_subplot()
-    x, y = [row["position"] for row in data], [row["rate"] for row in data]
-    axis.bar(x, y, color=OURS, width=0.6)
-    for a, b in zip(x, y, strict=True):
-        axis.text(a, b + 0.02, f"{b:.2f}", ha="center")
-    axis.set(ylim=(0, 1.1), xlabel="guess", ylabel="acceptance rate", xticks=x)
+    shown = {name: rows for name, rows in data.items() if rows}
+    width = 0.66 if len(shown) == 1 else 0.42
+    for i, (name, rows) in enumerate(shown.items()):
+        x = [row["position"] + (i - (len(shown) - 1) / 2) * width for row in rows]
+        y = [row["rate"] for row in rows]
+        axis.bar(x, y, color=(OURS, PLAIN)[i], width=0.94 * width, label=name)
+        for a, b in zip(x, y, strict=True):
+            axis.text(a, b + 0.02, f"{b:.2f}", ha="center", fontsize=9 if len(shown) == 1 else 7.5)
+    longest = max(shown.values(), key=len)
+    axis.set(ylim=(0, 1.1), xlabel="guess", ylabel="acceptance rate", xticks=[row["position"] for row in longest])
     axis.grid(axis="x", visible=False)
+    if len(shown) > 1:
+        figure.legend(loc="outside upper center", ncols=2)
 
 
 def by_place(figure: Figure, data: list[dict]) -> None:
@@ -165,7 +182,7 @@ def time_split(figure: Figure, data: list[dict]) -> None:
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.set(xlim=(0, 100), xlabel="% of the rollout")
-    figure.legend(loc="outside upper center", ncols=len(PARTS), columnspacing=0.9, handlelength=1, handletextpad=0.4)
+    figure.legend(loc="outside upper center", ncols=3, columnspacing=1.2, handlelength=1, handletextpad=0.4)
 
 
 def limits(figure: Figure, data: list[dict]) -> None:

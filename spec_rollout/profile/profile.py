@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from spec_rollout.backends.calibration import measured_cost
-from spec_rollout.backends.trace import RolloutTrace, read_traces
-from spec_rollout.config import SpecConfig
-from spec_rollout.draft.drafter import EagleDrafter
-from spec_rollout.draft.learner import DraftLearner
-from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.gamma import AcceptanceModel, CostModel, GammaController
-from spec_rollout.profile import figures as worked_out
-from spec_rollout.profile.advice import advise
+from spec_rollout.backends.embedded import EmbeddedBackend
+from spec_rollout.backends.trace import HEAD, NGRAMS, RolloutTrace, read_traces
+from spec_rollout.backends.vllm_engine import require_vllm
+from spec_rollout.config import BACKENDS, SpecConfig
 from spec_rollout.profile.charts import profile_charts
-from spec_rollout.profile.cost_file import Limits, costs_to_json
+from spec_rollout.profile.cost_file import costs_to_json
 from spec_rollout.profile.limits import device_limits, memory
 from spec_rollout.profile.measuring import (
     WIDEST,
@@ -35,8 +30,8 @@ from spec_rollout.profile.measuring import (
     measured_engine,
     warm_backend,
 )
+from spec_rollout.profile.profile_figures import Found, profile_figures
 from spec_rollout.profile.profile_page import warning, write_profile_page
-from spec_rollout.profile.replay import Costs, acceptance, position_rates
 from spec_rollout.profile.workload import (
     Policy,
     add_policy_arguments,
@@ -56,24 +51,12 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 
 
-@dataclass
-class Found:
-    """What the measurement leaves besides the recorded rollouts; whatever it did not get to is None."""
-
-    limits: Limits | None = None
-    cost: CostModel | None = None
-    engine: RolloutEngine | None = None
-    drafter: EagleDrafter | None = None
-    learner: DraftLearner | None = None
-    draft_rollouts: int = 0
-    interrupted: bool = False
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    trace_file = _claim(args.out)
-    found = Found()
+    found = Found(args.rollout_backend)
     try:
+        _refuse(args)
+        trace_file = _claim(args.out)
         policy = load_policy(args.policy, args.dtype, args.max_new_tokens)
         _measure(args, policy, load_prompts(policy.tokenizer, args.prompts), trace_file, found)
     except OutOfTime:
@@ -90,6 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED if found.interrupted else 1
     _report(args, found, traces)
     return INTERRUPTED if found.interrupted else 0
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: vLLM is asked for what it does not do, or is not installed.
+    """
+    if args.rollout_backend == "vllm":
+        require_vllm()
+        if args.trace:
+            raise ValueError("--trace needs --rollout-backend embedded: vLLM's steps are not torch's alone.")
 
 
 def _claim(out: Path) -> Path:
@@ -114,19 +108,44 @@ def _measure(
         max_slots=slots,
         draft_model_path=draft,
         draft_refresh=draft is None,
-        draft_ngrams=False,
     )
     backend, found.draft_rollouts = warm_backend(policy, prompts, config, deadline)
-    found.drafter, found.learner = backend.drafter, backend.learner
-    found.engine = measured_engine(policy, backend, slots)
+    found.memory = lambda: memory(found.engine, backend.drafter, backend.learner)
+    found.history = backend.history
     found.limits = device_limits(policy.model, backend.drafter)
-    found.cost = measured_cost(found.engine, slots, WIDEST, None)
     recorder = Timed(slots, trace_file, deadline)
-    recorder.cost(found.cost)
-    measuring = Measuring(policy, found.engine, CostModel.from_json(found.cost.to_json()), recorder)
+    if args.rollout_backend == "vllm":
+        measuring = _on_vllm(policy, backend, slots, batches(prompts, slots, 0)[0], recorder)
+    else:
+        measuring = _on_embedded(policy, backend, slots, recorder, found)
+    found.costs = measuring.costs
+    for source, cost in found.costs.items():
+        recorder.cost(cost, source)
     if args.trace:
         _torch_trace(args.out / "torch_trace.json", measuring, batches(prompts, slots, 0)[0])
     measuring.run(prompts, args.batch_sizes, args.fixed_gammas, args.turns)
+
+
+def _on_embedded(policy: Policy, backend: EmbeddedBackend, slots: int, recorder: Timed, found: Found) -> Measuring:
+    drafters = {HEAD: backend.drafter, NGRAMS: backend.ngrams.drafter}
+    found.engine, costs = measured_engine(policy, backend, slots), {}
+    for source, drafter in drafters.items():
+        found.engine.drafter = drafter
+        costs[source] = measured_cost(found.engine, slots, WIDEST, None)
+    return Measuring(policy, found.engine, drafters, costs, recorder)
+
+
+def _on_vllm(
+    policy: Policy, backend: EmbeddedBackend, slots: int, batch: list[list[int]], recorder: Timed
+) -> Measuring:
+    from spec_rollout.profile.vllm_measuring import VLLMMeasuring
+
+    began = time.perf_counter()
+    with TemporaryDirectory(prefix="spec-rollout-") as folder:
+        backend.save(folder)
+        measuring = VLLMMeasuring(policy, Path(folder), slots, batch, recorder)
+    recorder.deadline += time.perf_counter() - began  # starting and compiling two vLLMs takes minutes
+    return measuring
 
 
 def _torch_trace(path: Path, measuring: Measuring, batch: list[list[int]]) -> None:
@@ -139,10 +158,10 @@ def _torch_trace(path: Path, measuring: Measuring, batch: list[list[int]]) -> No
 
 def _report(args: argparse.Namespace, found: Found, traces: list[RolloutTrace]) -> None:
     figures, costs = profile_figures(found, traces)
-    wanted = len(args.batch_sizes) * (len(args.fixed_gammas) + 2)
+    wanted = len(args.batch_sizes) * (len(args.fixed_gammas) + 1 + len(found.costs))
     figures = {"version": VERSION, "complete": len(figures["throughput"]) == wanted} | _setup(args, found) | figures
     write_json(args.out / "profile.json", figures)
-    write_json(args.out / "cost.json", costs_to_json(costs))
+    write_json(args.out / "cost.json", costs_to_json(costs, found.costs.get(NGRAMS)))
     write_json(args.json, figures)
     charts = profile_charts(figures, args.out)
     write_profile_page(args.out / "report.html", figures, charts)
@@ -155,45 +174,6 @@ def _report(args: argparse.Namespace, found: Found, traces: list[RolloutTrace]) 
     print(f"Page: {args.out / 'report.html'}")
 
 
-def profile_figures(found: Found, traces: list[RolloutTrace]) -> tuple[dict, Costs]:
-    """The measured part of profile.json, and the costs: the calibration, corrected by every recorded step.
-
-    The throughput is predicted with the controller's own costs, which the adaptive rollouts alone have corrected.
-    """
-    adaptive = [t for t in traces if t.labels["sampler"] == "adaptive"]
-    costs = Costs.fitted(found.cost, traces)
-    controllers = Costs.fitted(found.cost, adaptive) if adaptive else None
-    steps = [s for t in traces for s in t.steps]
-    guessed = any(s.gamma for s in steps)
-    rates = position_rates(steps, WIDEST) if guessed else [0.0] * WIDEST
-    draft = acceptance(adaptive or traces)
-    slots, longest = max(t.slots for t in traces), max(s.context for s in steps)
-    last = max(adaptive, key=lambda t: (t.slots, t.labels["turn"]), default=None)
-    figures = {
-        "throughput": worked_out.throughput(traces, controllers, rates, draft),
-        "gamma_map": worked_out.gamma_map(costs, draft, WIDEST, slots, longest) if guessed else None,
-        "vllm_schedule": _vllm_schedule(costs, draft, slots, int(statistics.median(s.context for s in steps))),
-        "rollout": worked_out.one_rollout(last, costs) if last else None,
-        "acceptance": worked_out.acceptance(traces, WIDEST),
-        "time_split": worked_out.time_split(traces),
-        "limits": asdict(found.limits) | {"passes": worked_out.against_limits(steps, found.limits)},
-        "memory": memory(found.engine, found.drafter, found.learner),
-    }
-    figures["advice"] = advise(figures, traces, costs, rates, draft)
-    return figures, costs
-
-
-def _vllm_schedule(costs: Costs, draft: AcceptanceModel, slots: int, context: int) -> dict | None:
-    """The controller's table in the form of vLLM's speculative_config; None where guessing never pays."""
-    ranges = GammaController(costs.steps, WIDEST, draft).schedule(slots, context)
-    if not any(gamma for _, _, gamma in ranges):
-        return None
-    return {
-        "num_speculative_tokens": max(gamma for _, _, gamma in ranges),
-        "num_speculative_tokens_per_batch_size": [list(entry) for entry in ranges],
-    }
-
-
 def _setup(args: argparse.Namespace, found: Found) -> dict:
     try:
         installed = version("spec-rollout")
@@ -204,6 +184,7 @@ def _setup(args: argparse.Namespace, found: Found) -> dict:
         "prompts": args.prompts,
         "draft_model": None if args.draft_model is None else str(args.draft_model),
         "draft_rollouts": found.draft_rollouts,
+        "rollout_backend": args.rollout_backend,
         "dtype": args.dtype,
         "max_new_tokens": args.max_new_tokens,
         "date": time.strftime("%Y-%m-%d"),
@@ -219,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts", default="arithmetic", help="file or dataset with a column `prompt`; the demo's problems otherwise"
     )
     parser.add_argument("--draft-model", type=Path, metavar="DIR", help="a draft head; one learns here otherwise")
+    parser.add_argument("--rollout-backend", choices=BACKENDS, default="embedded", help="who samples")
     parser.add_argument("--batch-sizes", type=positives, default=[1, 4, 16, 48], metavar="1,8,32")
     parser.add_argument("--fixed-gammas", type=positives, default=[1, 3, 5], metavar="1,3,5")
     parser.add_argument("--turns", type=positive, default=5, metavar="N", help="how often each sampler runs")

@@ -9,10 +9,13 @@ from pathlib import Path
 from spec_rollout.profile.canvas import Chart
 from spec_rollout.profile.page import number, write_page
 
+ENGINES = {"embedded": "the embedded engine", "vllm": "vLLM"}
+
 
 def write_profile_page(path: Path, figures: dict, charts: Sequence[Chart]) -> None:
     """Write the page of `figures`, as they stand in profile.json."""
-    write_page(path, "Rollout profile", _meta(figures), charts, warning=warning(figures), **_parts(figures))
+    cautions = {"warning": warning(figures), "note": figures["left_out"]}
+    write_page(path, "Rollout profile", _meta(figures), charts, **cautions, **_parts(figures))
 
 
 def warning(figures: dict) -> str | None:
@@ -23,12 +26,18 @@ def warning(figures: dict) -> str | None:
     return f"{cause} before every sampler had run at every batch size: what is here was measured until then."
 
 
+def schedule_text(schedule: dict | None) -> str:
+    """To be pasted, where there is one."""
+    return json.dumps(schedule) if schedule else "Guessing pays at no batch size: leave speculative_config out."
+
+
 def _meta(figures: dict) -> str:
     setup, device = figures["setup"], figures["hardware"]
     draft = setup["draft_model"] or f"a draft that learned from {setup['draft_rollouts']} rollouts"
     return (
-        f"{setup['policy']} · {setup['dtype']} · prompts: {setup['prompts']} · {draft} · {device['device']}, "
-        f"{device['threads']} threads · torch {device['torch']} · {setup['date']}"
+        f"{setup['policy']} · on {ENGINES[setup['rollout_backend']]} · {setup['dtype']} · prompts: "
+        f"{setup['prompts']} · {draft} · {device['device']}, {device['threads']} threads · torch {device['torch']} · "
+        f"{setup['date']}"
     )
 
 
@@ -61,10 +70,9 @@ def _parts(figures: dict) -> dict:
         "turns": "turns",
     }
     rows = [[row[key] for key in columns.values()] for row in figures["throughput"]]
-    schedule = json.dumps(figures["vllm_schedule"], indent=None)
     return {
         "tiles": tiles,
         "advice": [item["text"] for item in figures["advice"]],
         "tables": [("Every sampler at every batch size", list(columns), rows)],
-        "code": [("The schedule for vLLM's speculative_config", schedule)],
+        "code": [("The schedule for vLLM's speculative_config", schedule_text(figures["vllm_schedule"]))],
     }

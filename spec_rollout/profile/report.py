@@ -14,6 +14,7 @@ from spec_rollout.profile.runs import Run, Series, read_run, speedup, total_spee
 from spec_rollout.profile.workload import table, write_json
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 VERSION = 1
@@ -33,6 +34,10 @@ PANELS = (
     ),
     ("draft_acceptance", "First guess", "acceptance rate", "On rollouts held out of the draft's training."),
 )
+COLOURS, DASHED = (OURS, PLAIN, *FIXED) * 9, (0, (3, 2))
+FLOORS = {"mean_acceptance_length": 1, "num_speculative_tokens": 0, "seconds": 0, "refresh_seconds": 0}
+FLOORS |= {"draft_loss": 0, "draft_acceptance": 0}
+"""Where an axis begins that would otherwise begin at the least value."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,6 +89,11 @@ def report_figures(runs: Sequence[Run]) -> tuple[dict, Run | None]:
 def report_charts(figures: dict, folder: Path) -> list[Chart]:
     """A panel for each series that some run has."""
     charts = []
+    names = [run["name"] for run in figures["runs"]]
+    styles = {
+        name: (colour, DASHED if i % 2 else "-") for i, (name, colour) in enumerate(zip(names, COLOURS, strict=False))
+    }
+    steps = {int(step) for run in figures["runs"] for values in run["series"].values() for step in values}
     for key, title, label, note in PANELS:
         lines = {
             run["name"]: {int(step): value for step, value in run["series"][key].items()}
@@ -92,26 +102,35 @@ def report_charts(figures: dict, folder: Path) -> list[Chart]:
         }
         if not lines:
             continue
-        colours = dict(zip([run["name"] for run in figures["runs"]], (OURS, PLAIN, *FIXED) * 9, strict=False))
 
-        def paint(figure: Figure, lines=lines, colours=colours, key=key, label=label) -> None:
-            _lines(figure, lines, colours, label, 1.0 if key == "speedup" else None)
+        def paint(figure: Figure, lines=lines, key=key, label=label) -> None:
+            axis = _lines(figure, lines, styles)
+            axis.set(xlabel="training step", ylabel=label, xlim=_around(steps))
+            axis.set_ylim(bottom=FLOORS.get(key))
+            if key == "speedup":
+                axis.axhline(1, color=MUTED, linewidth=1)
 
         charts.append(draw(folder, key, title, note, paint))
     return charts
 
 
-def _lines(figure: Figure, lines: dict[str, Series], colours: dict[str, str], label: str, level: float | None) -> None:
+def _lines(figure: Figure, lines: dict[str, Series], styles: dict[str, tuple]) -> Axes:
+    """A line for each run; every other one is dashed, so that one which lies on another does not hide it."""
     axis = figure.add_subplot()
-    if level is not None:
-        axis.axhline(level, color=MUTED, linewidth=1)
     for name, values in lines.items():
         x, y = list(values), list(values.values())
-        axis.plot(x, y, color=colours[name], marker="o", markersize=2.5, linewidth=1.5, label=name)
-    axis.set(xlabel="training step", ylabel=label)
+        colour, style = styles[name]
+        axis.plot(x, y, color=colour, linestyle=style, marker="o", markersize=2.5, linewidth=1.5, label=name)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if len(lines) > 1:
         figure.legend(loc="outside upper center", ncols=2)
+    return axis
+
+
+def _around(steps: set[int]) -> tuple[float, float]:
+    """The same axis for all panels, with a little room."""
+    room = max(0.5, 0.04 * (max(steps) - min(steps)))
+    return min(steps) - room, max(steps) + room
 
 
 def _last(values: Series) -> float | None:

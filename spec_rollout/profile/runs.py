@@ -103,7 +103,10 @@ def _recorded(trace: Trace, ranks: int) -> dict[str, Series]:
     steps: dict[int, list[RolloutTrace]] = defaultdict(list)
     for rollout in trained_on(trace.rollouts):
         steps[rollout.labels["step"] + 1].append(rollout)
-    costs = None if trace.cost is None else Costs.fitted(CostModel.from_json(trace.cost), trace.rollouts)
+    costs = {
+        source: Costs.fitted(CostModel.from_json(cost), [r for r in trace.rollouts if r.source == source])
+        for source, cost in trace.costs.items()
+    }
     for step, rollouts in steps.items():
         stats = RolloutStats([s for r in rollouts for s in r.steps], sum(r.seconds for r in rollouts))
         series["mean_acceptance_length"][step] = stats.mean_acceptance_length
@@ -112,8 +115,9 @@ def _recorded(trace: Trace, ranks: int) -> dict[str, Series]:
         series["rollout_seconds"][step] = stats.seconds / ranks
         if stats.drafted:
             series["acceptance_rate"][step] = stats.acceptance_rate
-        if costs is not None:
-            plain = [replay(Work.of(r), costs, r.slots, 0, []).seconds for r in rollouts]
+        if costs:
+            other = next(iter(costs.values()))  # plain decoding costs the same whoever guesses
+            plain = [replay(Work.of(r), costs.get(r.source, other), r.slots, 0, []).seconds for r in rollouts]
             series["plain_seconds"][step] = sum(plain) / ranks
     for line in trace.refreshes:
         step = line["labels"]["step"] + 1

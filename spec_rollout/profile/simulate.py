@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from spec_rollout.backends.trace import RolloutTrace, Trace, read_traces
+from spec_rollout.backends.trace import HEAD, NGRAMS, RolloutTrace, Trace, read_traces
 from spec_rollout.config import SpecConfig
 from spec_rollout.gamma import CostModel
 from spec_rollout.profile.cost_file import read_costs
@@ -17,6 +17,7 @@ from spec_rollout.profile.replay import Costs, Work, acceptance, position_rates,
 from spec_rollout.profile.workload import positive, positives, table, write_json
 
 WIDEST = SpecConfig().max_num_speculative_tokens
+GUESSES = {HEAD: "guesses of the draft head", NGRAMS: "guesses from earlier rollouts"}
 
 
 @dataclass
@@ -71,23 +72,43 @@ def predict(
     )
 
 
-def own_costs(trace: Trace) -> Costs:
-    """The costs that a trace itself tells.
+def own_costs(trace: Trace, source: str) -> Costs:
+    """The costs that a trace itself tells of rollouts with the guesses of `source`.
 
     Raises:
         ValueError: it holds no calibration.
     """
-    if trace.cost is None:
+    if source not in trace.costs:
         raise ValueError(
-            "The trace holds no calibrated costs (no speculative rollout got that far): give them with --cost FILE."
+            f"The trace holds no calibrated costs of {GUESSES[source]} (no speculative rollout got that far): give "
+            "them with --cost FILE."
         )
-    return Costs.fitted(CostModel.from_json(trace.cost), trace.rollouts)
+    rollouts = [r for r in trace.rollouts if r.source == source]
+    return Costs.fitted(CostModel.from_json(trace.costs[source]), rollouts)
 
 
-def trained_on(rollouts: list[RolloutTrace]) -> list[RolloutTrace]:
-    """Without evaluation, and of a profile the adaptive rollouts alone."""
-    kept = [r for r in rollouts if r.labels.get("mode") != "eval" and r.labels.get("sampler") in (None, "adaptive")]
+def trained_on(rollouts: list[RolloutTrace], source: str = HEAD) -> list[RolloutTrace]:
+    """Without evaluation, and of a profile those alone in which the number of guesses of `source` was adapted."""
+    sampler = NGRAMS if source == NGRAMS else "adaptive"
+    kept = [r for r in rollouts if r.labels.get("mode") != "eval" and r.labels.get("sampler") in (None, sampler)]
     return kept or rollouts
+
+
+def guesser(rollouts: list[RolloutTrace]) -> str:
+    """Who guessed last."""
+    guessed = [r.source for r in trained_on(rollouts) if any(step.gamma for step in r.steps)]
+    return guessed[-1] if guessed else HEAD
+
+
+def guessed_by(rollouts: list[RolloutTrace], source: str) -> list[RolloutTrace]:
+    """
+    Raises:
+        ValueError: there are none.
+    """
+    found = [r for r in trained_on(rollouts, source) if r.source == source]
+    if not found:
+        raise ValueError(f"No rollout of the trace had {GUESSES[source]}: leave --source out.")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,8 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         trace = read_traces(args.trace)
         if not trace.rollouts:
             raise ValueError(f"{args.trace[0]} holds no rollout: give a trace with at least one.")
-        costs = own_costs(trace) if args.cost is None else read_costs(args.cost)
-        trace.rollouts = trained_on(trace.rollouts)[-args.last :]
+        source = args.source or guesser(trace.rollouts)
+        costs = own_costs(trace, source) if args.cost is None else read_costs(args.cost, source)
+        trace.rollouts = guessed_by(trace.rollouts, source)[-args.last :]
         slots = args.slots or [max(t.slots for t in trace.rollouts)]
         grid = list(itertools.product(slots, args.batch_sizes or [None], args.ranks))
         found = [predict(trace, costs, *setting, args.refresh_seconds) for setting in grid]
@@ -108,8 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         header,
         [(p.slots, p.batch_size, p.ranks, p.plain_s, p.speculative_s, p.refresh_s, p.speedup) for p in found],
     )
-    print(f"Predicted from {len(trace.rollouts)} recorded rollouts; seconds are those of the slowest rank.")
-    write_json(args.json, {"version": 1, "predictions": [asdict(p) | {"speedup": p.speedup} for p in found]})
+    recorded = f"{len(trace.rollouts)} recorded rollouts with {GUESSES[source]}"
+    print(f"Predicted from {recorded}; seconds are those of the slowest rank.")
+    predictions = [asdict(p) | {"speedup": p.speedup} for p in found]
+    write_json(args.json, {"version": 1, "source": source, "predictions": predictions})
     return 0
 
 
@@ -120,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slots", type=positives, metavar="16,64", help="rows decoded at once by each rank")
     parser.add_argument("--batch-sizes", type=positives, metavar="64,512", help="completions per generation phase")
     parser.add_argument("--ranks", type=positives, default=[1], metavar="1,8")
+    parser.add_argument("--source", choices=list(GUESSES), help="who guesses; who guessed last otherwise")
     parser.add_argument("--last", type=positive, default=8, metavar="N", help="use the last N rollouts of the trace")
     parser.add_argument(
         "--refresh-seconds", type=float, metavar="S", help="draft training per phase; the trace's mean otherwise"

@@ -17,7 +17,7 @@ from transformers import Trainer
 from trl.extras.profiling import profiling_context
 
 from spec_rollout.backends.embedded import EmbeddedBackend
-from spec_rollout.backends.trace import FOLDER, TraceRecorder
+from spec_rollout.backends.trace import FOLDER, HEAD, NGRAMS, TraceRecorder
 from spec_rollout.backends.vllm import VLLMBackend
 from spec_rollout.config import SpecConfig
 from spec_rollout.gamma import GammaController
@@ -121,10 +121,11 @@ class TrainerSampler:
         with self.gathered(trainer), own_random_stream(trainer), profiling_context(trainer, "spec_rollout.refresh"):
             self._refreshed = self.backend.refresh(remaining=_remaining(trainer))
         if self.config.profile_rollouts:
-            self.backend.engine.recorder.refresh(self._refreshed)
-            controller = self.backend.controller or self.backend.ngrams.controller
-            if isinstance(controller, GammaController):
-                self.backend.engine.recorder.cost(controller.cost)
+            recorder = self.backend.engine.recorder
+            recorder.refresh(self._refreshed)
+            for name, source in ((HEAD, self.backend.head), (NGRAMS, self.backend.ngrams)):
+                if isinstance(source.controller, GammaController):
+                    recorder.cost(source.controller.cost, name)
 
     def log(self, trainer: Trainer) -> None:
         """Append the figures of the rollouts since the last call to the trainer's metrics; every rank takes part."""

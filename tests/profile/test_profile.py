@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import escape
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,11 +12,16 @@ import pytest
 
 from spec_rollout import cli
 from spec_rollout.backends import calibration
-from spec_rollout.backends.trace import read_traces
+from spec_rollout.backends.trace import RolloutTrace, read_traces
+from spec_rollout.gamma import CostModel, Measurement
 from spec_rollout.profile import measuring, profile
 from spec_rollout.profile.charts import profile_charts
 from spec_rollout.profile.cost_file import read_costs
 from spec_rollout.profile.page import number
+from spec_rollout.profile.profile_figures import vllm_schedule
+from spec_rollout.profile.profile_page import schedule_text
+from spec_rollout.profile.replay import Costs, acceptance
+from spec_rollout.records import StepStats
 
 DOCS = Path(__file__).parents[2] / "docs" / "profile.md"
 LINE = "--batch-sizes 1,3 --fixed-gammas 2 --turns 2 --max-new-tokens 12 --seconds 1000000"
@@ -45,7 +51,7 @@ def figures(out) -> dict:
 def test_every_sampler_ran_at_every_batch_size(out, figures):
     assert figures["version"] == profile.VERSION and figures["complete"] and not figures["interrupted"]
     assert [(r["batch_size"], r["sampler"], r["gamma"], r["turns"]) for r in figures["throughput"]] == [
-        (b, s, g, 2) for b in (1, 3) for s, g in (("plain", 0), ("fixed", 2), ("adaptive", None))
+        (b, s, g, 2) for b in (1, 3) for s, g in (("plain", 0), ("fixed", 2), ("ngrams", None), ("adaptive", None))
     ]
     assert all(r["predicted_tokens_per_s"] > 0 and r["tokens_per_s"] > 0 for r in figures["throughput"])
     assert [r["speedup_vs_plain"] for r in figures["throughput"] if r["sampler"] == "plain"] == [1, 1]
@@ -64,10 +70,25 @@ def test_the_figures_are_those_of_the_trace(out, figures):
     )
     same = [[t.completion_tokens for t in traces if t.labels["sampler"] == s] for s in ("plain", "adaptive")]
     assert sorted(same[0]) == sorted(same[1])  # the same completions, whoever guesses
-    guessing = [s for t in traces for s in t.steps if s.gamma]
+    guessing = [s for t in traces if t.source == "head" for s in t.steps if s.gamma]
     first = figures["acceptance"]["by_position"][0]
     assert first["reached"] == sum(s.rows for s in guessing)
     assert first["rate"] == pytest.approx(sum(s.accepted[0] for s in guessing) / first["reached"])
+
+
+def test_guesses_from_earlier_rollouts_have_figures_of_their_own(out, figures):
+    trace = read_traces([out / "trace.jsonl"])
+    table = [t for t in trace.rollouts if t.labels["sampler"] == "ngrams"]
+    assert table and trace.costs.keys() == {"head", "ngrams"} == {t.source for t in trace.rollouts}
+    assert all((t.source == "ngrams") == (t in table) for t in trace.rollouts)
+    found = figures["ngrams"]
+    assert found["completions"] == 3 * 2 and found["tokens"] > 0  # two rollouts of the largest batch
+    for row in found["by_position"]:
+        steps = [s for t in table for s in t.steps if len(s.accepted) >= row["position"]]
+        assert row["rate"] == pytest.approx(
+            sum(s.accepted[row["position"] - 1] for s in steps) / max(1, row["reached"])
+        )
+    assert read_costs(out / "cost.json", "ngrams").steps.to_json() != read_costs(out / "cost.json").steps.to_json()
 
 
 def test_parts_add_up(figures):
@@ -76,20 +97,45 @@ def test_parts_add_up(figures):
         assert sum(parts) == pytest.approx(1) and min(parts) > -0.01
     rollout = figures["rollout"]
     assert len({len(rollout[name]) for name in ("seconds", "rows", "gamma", "drafted", "accepted", "saved_s")}) == 1
-    ranges = figures["vllm_schedule"]["num_speculative_tokens_per_batch_size"]
-    assert ranges[0][0] == 1 and ranges[-1][1] == 3
-    assert all(a[1] + 1 == b[0] for a, b in pairwise(ranges))
     assert figures["memory"]["weights"] > 0 and figures["memory"]["kv_cache"] > 0
+
+
+def test_a_schedule_covers_every_number_of_rows_and_is_there_only_where_guessing_pays():
+    cells = [Measurement("verify", rows, tokens, 64, 0.01 * rows) for rows in (1, 8) for tokens in (1, 8)]
+    cells += [Measurement("draft", rows, 1, 64, 0.001 * rows) for rows in (1, 8)]
+    steps = [StepStats(8, 3, 64, 24, [7, 6, 5])] * 50
+    found = vllm_schedule(Costs(CostModel(cells)), acceptance([trace_of(steps)]), 8, 64)
+    ranges = found["num_speculative_tokens_per_batch_size"]
+    assert ranges[0][0] == 1 and ranges[-1][1] == 8 and all(a[1] + 1 == b[0] for a, b in pairwise(ranges))
+    assert found["num_speculative_tokens"] == max(gamma for _, _, gamma in ranges) > 0
+    assert json.loads(schedule_text(found)) == found
+    hopeless = acceptance([trace_of([StepStats(8, 3, 64, 8, [0, 0, 0])] * 50)])
+    assert vllm_schedule(Costs(CostModel(cells)), hopeless, 8, 64) is None
+    assert "no batch size" in schedule_text(None)
+
+
+def trace_of(steps: list[StepStats]) -> RolloutTrace:
+    return RolloutTrace({}, 8, 1.0, 0.0, [], [], [], [], [], [], steps)
 
 
 def test_the_page_shows_the_figures_and_asks_nothing_of_the_network(out, figures):
     page = (out / "report.html").read_text()
-    for row in figures["throughput"]:
-        assert f"<td>{number(row['tokens_per_s'])}</td>" in page
+    shown = re.findall(r"<tr>((?:<td>.*?</td>)+)</tr>", page)
+    keys = ("batch_size", "sampler", "gamma", "tokens_per_s", "tokens_per_s_min", "tokens_per_s_max")
+    keys += ("predicted_tokens_per_s", "speedup_vs_plain", "mean_acceptance_length", "turns")
+    assert [re.findall("<td>(.*?)</td>", row) for row in shown] == [
+        [number(row[key]) for key in keys] for row in figures["throughput"]
+    ]
+    tiles = re.findall(r'<div class="tile"><b>(.*?)</b>', page)
+    adaptive = [row for row in figures["throughput"] if row["sampler"] == "adaptive"]
+    assert tiles[:2] == [f"{number(row['speedup_vs_plain'])}\u00a0×" for row in adaptive]
+    assert tiles[2] == number(max(row["tokens_per_s"] for row in adaptive))
+    bars = [f"{row['rate']:.2f}" for row in figures["acceptance"]["by_position"]]
+    assert all(f">{bar}</text>" in page for bar in bars)
     for item in figures["advice"]:
-        assert item["figures"]
+        assert item["figures"] and escape(item["text"]) in page
     assert page.count("<li>") == len(figures["advice"]) >= 3
-    assert json.dumps(figures["vllm_schedule"]).replace('"', "&quot;") in page
+    assert escape(schedule_text(figures["vllm_schedule"])) in page
     for name in ("throughput", "speedup", "gamma_map", "rollout", "time_split", "limits", "memory"):
         assert (out / f"{name}.png").stat().st_size > 5000 and f'<figure id="{name}"' in page
     assert "prefers-color-scheme: dark" in page and "#1b2733" not in page.split("</style>")[1]

@@ -10,11 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
+from datasets import Dataset
 
 from spec_rollout import cli
 from spec_rollout.backends import vllm_serve
 from spec_rollout.training import config, launch
+from spec_rollout.training.arithmetic import problems
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -105,6 +108,25 @@ def test_help_runs(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([name, "--help"])
     assert stopped.value.code in (0, None) and "usage" in capsys.readouterr().out
+
+
+def test_the_script_of_the_readme_trains(folder, tmp_path, monkeypatch):
+    """On a tiny policy and a few prompts: only what would be downloaded, and the length, is put in its place."""
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    few = "max_steps=2, per_device_train_batch_size=4, num_generations=2, max_completion_length=8, use_cpu=True"
+    for given, here in (
+        ('"Qwen/Qwen2.5-0.5B-Instruct"', repr(str(folder))),
+        ('output_dir="out"', f"output_dir={str(tmp_path)!r}, bf16=False, report_to='none', {few}"),
+    ):
+        assert script.count(given) == 1
+        script = script.replace(given, here)
+    prompts = Dataset.from_dict({"prompt": [problem.prompt for problem in problems("train", 8)]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: prompts)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    scope = {}
+    exec(compile(script, "README.md", "exec"), scope)
+    log = scope["trainer"].state.log_history
+    assert scope["trainer"].state.global_step == 2 and any("speculative/goodput" in entry for entry in log)
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "lint"])

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from spec_rollout import cli
-from spec_rollout.backends.trace import TraceRecorder
+from spec_rollout.backends.trace import HEAD, NGRAMS, TraceRecorder
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter
 from spec_rollout.engine.engine import RolloutEngine
@@ -22,12 +22,13 @@ CELLS = [Measurement("verify", rows, tokens, 64, 0.01 * rows + 0.001 * tokens) f
 CELLS += [Measurement("draft", rows, 1, 64, 0.002) for rows in (1, 8)]
 
 
-def rollout(slots: int, gamma: int, path=None):
+def rollout(slots: int, gamma: int, path=None, source: str = HEAD):
     known = RolloutEngine(policy("llama")).generate(PROMPTS, PARAMS)
     engine = RolloutEngine(
         policy("llama"), SpecConfig(max_slots=slots), drafter=OracleDrafter(known), controller=FixedGamma(gamma)
     )
     recorder = engine.recorder = TraceRecorder(slots, path, {"step": gamma})
+    recorder.source = source
     engine.generate(PROMPTS, PARAMS)
     return recorder
 
@@ -142,6 +143,26 @@ def test_other_costs_give_other_seconds(trace_file, tmp_path):
     cli.main(f"simulate --trace {trace_file} --cost {cost} --json {out}".split())
     (found,) = json.loads(out.read_text())["predictions"]
     assert found["speedup"] > 1.5  # a large model that reads its weights for few rows
+
+
+def test_guesses_from_earlier_rollouts_are_replayed_with_costs_of_their_own(trace_file, tmp_path, capsys):
+    path, out = tmp_path / "both.jsonl", tmp_path / "out.json"
+    recorder = rollout(4, 3, path, NGRAMS)
+    recorder.cost(CostModel([c for c in CELLS if c.kind == "verify"]), NGRAMS)
+    path.write_text(path.read_text() + trace_file.read_text())
+
+    def seconds(source: str) -> float:
+        assert cli.main(f"simulate --trace {path} --slots 4 --json {out}{source}".split()) == 0
+        return json.loads(out.read_text())
+
+    by_default = seconds("")
+    assert by_default["source"] == HEAD and by_default == seconds(" --source head")
+    table = seconds(" --source ngrams")
+    assert table["source"] == NGRAMS and table["predictions"][0]["speculative_s"] > 0
+    assert table["predictions"] != by_default["predictions"]
+    assert "with guesses from earlier rollouts" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds no calibrated costs of guesses from earlier rollouts"):
+        cli.main(["simulate", "--trace", str(trace_file), "--source", "ngrams"])
 
 
 @pytest.mark.parametrize(

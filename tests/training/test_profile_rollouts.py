@@ -21,7 +21,7 @@ def test_every_rollout_and_training_is_recorded(make_trainer, eager_head):
     assert [r.labels for r in trace.rollouts] == [{"mode": "train", "step": s, "call": 0} for s in range(3)]
     assert [r["labels"]["step"] for r in trace.refreshes] == [0, 1, 2]
     assert [r.completion_tokens for r in trace.rollouts] == [[len(ids) for ids in step] for step in seen]
-    assert trace.cost["measurements"]
+    assert all(cost["measurements"] for cost in trace.costs.values()) and trace.costs
 
 
 def test_without_it_nothing_is_written(make_trainer):

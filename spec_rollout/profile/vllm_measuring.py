@@ -1,0 +1,87 @@
+"""Real rollouts on vLLM: the samplers that `Measuring` compares, on engines of the profile's own process."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from spec_rollout.backends.trace import HEAD
+from spec_rollout.backends.vllm import VLLMBackend
+from spec_rollout.backends.vllm_colocated import Colocated, engine_options
+from spec_rollout.backends.vllm_engine import VLLMEngine, speculative_config
+from spec_rollout.config import SpecConfig
+from spec_rollout.engine.noise import request_keys
+from spec_rollout.profile.measuring import WARM_TOKENS, Measuring, OutOfTime, Sampler, Timed
+from spec_rollout.profile.workload import Policy
+from spec_rollout.records import Request, RolloutStats
+
+PLAIN = "plain"
+"""Source of rollouts on the vLLM that has no draft: its steps say nothing about the other's."""
+SHARE = 0.4
+"""Of a GPU's memory for each of the two vLLMs."""
+
+
+class VLLMMeasuring(Measuring):
+    """`Measuring` on two vLLMs: one without a draft for plain decoding, since one with a draft runs it even where it
+    guesses nothing, and one with the head in the folder `draft`.
+
+    Each sampler draws completions of its own, since vLLM's draws follow from the numbers of guesses.
+    """
+
+    def __init__(self, policy: Policy, draft: Path, slots: int, batch: list[list[int]], recorder: Timed):
+        config = SpecConfig(rollout_backend="vllm", max_slots=slots, draft_model_path=str(draft), draft_refresh=False)
+        plain = SpecConfig(rollout_backend="vllm", max_slots=slots, num_speculative_tokens=0)
+        backends = {
+            name: VLLMBackend(policy.model, c, _starter(policy, slots)) for name, c in ((PLAIN, plain), (HEAD, config))
+        }
+        for backend in backends.values():
+            backend.generate(batch, policy.params, max_new_tokens=[WARM_TOKENS] * len(batch))
+        self.engines: dict[str, VLLMEngine] = {name: backend.engine for name, backend in backends.items()}
+        super().__init__(policy, None, {HEAD: None}, {HEAD: backends[HEAD].controller.cost}, recorder)
+
+    def sample(self, sampler: Sampler, batch: list[list[int]], seed: tuple[int, ...], labels: dict) -> None:
+        """One recorded rollout; the time is looked at behind it."""
+        self.recorder.labels = sampler.labels | labels
+        self.recorder.source = HEAD if sampler.gamma != 0 else PLAIN
+        requests = [Request(i, prompt, (0, 0), self.policy.params.max_new_tokens) for i, prompt in enumerate(batch)]
+        engine = self._ready(sampler)
+        torch.manual_seed(request_keys(seed, 1)[0][0] & 0x7FFFFFFF)
+        began = time.perf_counter()
+        completions = engine.generate(batch, self.policy.params)
+        seconds = time.perf_counter() - began
+        self.recorder.rollout(requests, completions, RolloutStats(engine.take_steps()[0], seconds))
+        if time.perf_counter() > self.recorder.deadline:
+            raise OutOfTime
+
+    def _ready(self, sampler: Sampler) -> VLLMEngine:
+        engine = self.engines[PLAIN if sampler.gamma == 0 else HEAD]
+        engine.control(self.controller(sampler))
+        return engine
+
+    def _warm(self, batch: list[list[int]]) -> None:
+        for sampler in (Sampler("plain", 0), Sampler("fixed", 3)):
+            engine = self._ready(sampler)
+            engine.generate(batch, self.policy.params, [WARM_TOKENS] * len(batch))
+            engine.take_steps()
+
+
+def _starter(policy: Policy, slots: int) -> Callable[[Path | None, int], VLLMEngine]:
+    def start(draft: Path | None, most: int) -> VLLMEngine:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its steps are seen from its own process only
+        from vllm import LLM
+
+        llm = LLM(
+            model=policy.model.name_or_path,
+            dtype=str(policy.model.dtype).removeprefix("torch."),
+            max_num_seqs=slots,
+            gpu_memory_utilization=SHARE,
+            skip_tokenizer_init=True,
+            **engine_options(speculative_config(draft, most, slots) if draft else None),
+        )
+        return Colocated(llm, policy.model.named_parameters)
+
+    return start
