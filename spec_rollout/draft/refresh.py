@@ -14,6 +14,7 @@ from torch import Tensor
 from spec_rollout.draft import ranks
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.features import FeatureBuffer, Sample, hold_out
+from spec_rollout.draft.muon import Muon, multiplies_bfloat16
 from spec_rollout.draft.packing import Pack, pack
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.unroll import unroll
@@ -66,14 +67,14 @@ class DraftTrainer:
         matrices = [p for name, p in head.named_parameters() if p.ndim == 2 and name != "lm_head.weight"]
         adamw = [{"params": scales, "lr": SCALE_RATE}, {"params": output, "lr": OUTPUT_RATE}]
         self.optimizers = (
-            torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            Muon(matrices, lr=rate),
             torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=0.0),
         )
         self.rates = (rate, SCALE_RATE)
         self.generator = torch.Generator().manual_seed(seed)
         self.steps, self.batch_tokens, self.step_seconds = 0, BATCH_TOKENS, 0.0
         self.device = head.fc.weight.device
-        faster = _multiplies_bfloat16(self.device.type)
+        faster = multiplies_bfloat16(self.device.type)  # the draft only loses a little sharpness
         self.precision = torch.autocast(self.device.type, torch.bfloat16, enabled=faster)
 
     def train(
@@ -241,10 +242,3 @@ class DraftTrainer:
         for hidden, valid in unroll(head, embeds, batch, UNROLLED_STEPS):
             use = batch.learn & valid
             yield F.linear(hidden[use], rows).float().log_softmax(-1), target[everywhere[use]]
-
-
-def _multiplies_bfloat16(device: str) -> bool:
-    """Whether matrix products in bfloat16 are faster than in float32; the draft only loses a little sharpness."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()

@@ -132,6 +132,8 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
     from transformers import default_data_collator
     from trl import SFTConfig, SFTTrainer
 
+    from spec_rollout.draft.muon import multiplies_bfloat16
+
     args = SFTConfig(
         output_dir=scratch,
         seed=seed,
@@ -143,7 +145,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
         lr_scheduler_kwargs={"min_lr_rate": 0.05},
         warmup_steps=20,
         use_cpu=not torch.cuda.is_available(),
-        bf16=True,
+        bf16=multiplies_bfloat16("cuda" if torch.cuda.is_available() else "cpu"),
         gradient_checkpointing=False,
         logging_steps=0.1,  # of all steps
         save_strategy="no",
@@ -166,6 +168,8 @@ def make_optimizer(model: PreTrainedModel, learning_rate: float) -> torch.optim.
     """Muon for the matrices of the layers, AdamW for the rest, behind one optimizer."""
     import torch
 
+    from spec_rollout.draft.muon import Muon
+
     class Both(torch.optim.Optimizer):
         """Shares its parameter groups with its parts, so that a scheduler reaches them."""
 
@@ -180,7 +184,7 @@ def make_optimizer(model: PreTrainedModel, learning_rate: float) -> torch.optim.
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return Both(
-        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=learning_rate, weight_decay=0.1),
         torch.optim.AdamW(rest, lr=SCALE_RATE, betas=(0.9, 0.95), weight_decay=0.0),
     )
 
