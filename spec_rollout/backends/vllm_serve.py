@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from spec_rollout.backends import hub
 from spec_rollout.backends.vllm_colocated import engine_options
 from spec_rollout.backends.vllm_draft import save_start, start_vocabulary
 from spec_rollout.backends.vllm_engine import require_vllm, speculative_config
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given, others = parser.parse_known_args(argv)
     try:
         require_vllm()
+        hub.require(given.policy)
         with TemporaryDirectory(prefix="spec-rollout-") as folder:
             command = serve_command(given, Path(folder, "draft")) + others
             return subprocess.run(command, env={**os.environ, "VLLM_SERVER_DEV_MODE": "1"}, check=False).returncode

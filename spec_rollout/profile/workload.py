@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from spec_rollout.backends import hub
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
 from spec_rollout.records import RefreshStats, SamplingParams
@@ -59,9 +60,10 @@ def load_policy(name: str, dtype: str, max_new_tokens: int) -> Policy:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        hub.require(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype]).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"--policy {name} cannot be loaded: {str(error).splitlines()[0]}") from error
     eos = model.generation_config.eos_token_id
     eos = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]

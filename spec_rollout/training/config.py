@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 
 from transformers import GenerationConfig, TrainingArguments
@@ -96,6 +97,7 @@ def refuse_conflicts(args: GRPOConfig | RLOOConfig) -> None:
                 f"{name}=True cannot be combined with speculative rollouts: set {name}=False, and for vLLM "
                 "rollout_backend='vllm', or use TRL's own trainer and configuration."
             )
+    _refuse_strangers(args)
     if getattr(args, "rollout_backend", "embedded") == "vllm":
         _refuse_unserved_by_vllm(args)
     if args.max_completion_length is None:
@@ -110,6 +112,16 @@ def refuse_conflicts(args: GRPOConfig | RLOOConfig) -> None:
     if args.generation_kwargs:
         given = {"max_new_tokens": args.max_completion_length, "do_sample": True, **args.generation_kwargs}
         sampling_params(GenerationConfig(**given))
+
+
+def _refuse_strangers(args: GRPOConfig | RLOOConfig) -> None:
+    """Refuse processes that were started together but would train apart, as Accelerate leaves them without a GPU."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and args.world_size == 1:
+        raise ValueError(
+            f"WORLD_SIZE={started} processes were started, but no accelerator was found to join them on, so each "
+            "would train a policy of its own: set use_cpu=True (--use_cpu), or start one process."
+        )
 
 
 def _refuse_unserved_by_vllm(args: GRPOConfig | RLOOConfig) -> None:

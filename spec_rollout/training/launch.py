@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from spec_rollout.backends import hub
 from spec_rollout.training import arithmetic, gsm8k
 
 if TYPE_CHECKING:
@@ -88,11 +89,13 @@ def launch(trainer_class: type[Trainer], config_class: type[TrainingArguments], 
             [`~trl.ModelConfig`] and [`ScriptArguments`].
 
     Raises:
-        SystemExit: status 2, after saying which option is unknown or has a value that cannot be used.
+        SystemExit: status 2, after saying which option is unknown or has a value that cannot be used, or that there is
+            no such policy.
         ValueError: the dataset or a reward function cannot be loaded.
     """
     try:
         script, training, model = parse(config_class, argv)
+        hub.require(model.model_name_or_path, revision=model.model_revision)
     except ValueError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -178,6 +181,7 @@ def _load(script: ScriptArguments, split: str) -> Dataset:
         return saved[split]
     if not path.exists() and (path.is_absolute() or path.suffix in FILE_FORMATS or name.startswith(".")):
         raise ValueError(f"dataset_name={name} does not exist: give a dataset of the Hub, a folder or a file.")
+    hub.require(name, "dataset")
     return load_dataset(name, script.dataset_config, split=split)
 
 

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from trl import GRPOConfig, TrlParser
 
 from spec_rollout.config import SpecConfig
-from spec_rollout.training import SpecGRPOConfig
+from spec_rollout.training import PPOConfig, SpecGRPOConfig, SpecRLOOConfig
 from spec_rollout.training.config import spec_config
 from spec_rollout.training.sampling_params import sampling_params
 
@@ -72,6 +72,15 @@ def test_a_plain_configuration_is_checked_too(make_trainer):
         make_trainer(config_class=GRPOConfig, generation_kwargs={"num_beams": 2})
     with pytest.raises(ValueError, match="use_vllm=True cannot be combined"):
         make_trainer(config_class=GRPOConfig, use_vllm=True)
+
+
+def test_processes_that_would_train_apart_are_refused(tmp_path, monkeypatch, make_trainer):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for config in (SpecGRPOConfig, SpecRLOOConfig, PPOConfig):
+        with pytest.raises(ValueError, match=r"WORLD_SIZE=2 processes .*of its own: set use_cpu=True"):
+            config(str(tmp_path), bf16=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE=2"):
+        make_trainer(config_class=GRPOConfig, use_cpu=False)
 
 
 def test_every_honoured_option_arrives():
