@@ -145,7 +145,7 @@ class Target:
         length, width, extent = 6, 3, min(512, self.context or 512)
         ids = (torch.arange(2 * length, device=self.device) * 7 % self.vocab_size).view(2, length)
         cache = SlotCache()
-        cache.allocate(2, extent)
+        cache.allocate(3, extent + 1)
         start = torch.tensor([3, 1], device=self.device)
         whole = torch.stack([self.model(input_ids=row[None], use_cache=False).logits[0] for row in ids])
         try:
