@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from spec_rollout import cli
-from spec_rollout.draft import learner
 from spec_rollout.draft.budget import RefreshBudget
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.profile import arithmetic_run, bench, check, demo, drift, memory, probe, workload
@@ -131,7 +130,6 @@ def test_demo_compares_three_runs(folder, tmp_path, monkeypatch, capsys):
 def test_drift_follows_four_heads(folder, tmp_path, monkeypatch, capsys):
     for name, size in (("PROBE_PROMPTS", 4), ("CEILING_PROMPTS", 8), ("CEILING_STEPS", 3)):
         monkeypatch.setattr(probe, name, size)
-    monkeypatch.setattr(learner, "COLD_PHASES", 0)
     monkeypatch.setattr(RefreshBudget, "seconds", lambda self, remaining: 5.0 * self.overhead)
     line = ["--policy", str(folder), "--out", str(tmp_path), "--steps", "4", "--every", "2"]
     assert drift.main(line) == 0
