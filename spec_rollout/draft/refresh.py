@@ -29,18 +29,17 @@ PACK_WIDTH = 512
 """Most entries of a packed row; the rows of short rollouts are narrower, as attention grows with the square."""
 BATCH_TOKENS = 1024
 MATRIX_RATE = 0.22
-"""Learning rate of the matrices times the root of the hidden size, so that a step changes weights of any width by the
-same share. With Muon at this rate a cold head learned from one rollout what took AdamW twice the time."""
+"""Learning rate of the matrices times the root of the hidden size: a step changes any width by the same share. A cold
+head learned so, by Muon, from one rollout what took AdamW twice the time."""
 SCALE_RATE = 4e-3
-"""Learning rate of the norms' scales."""
+"""Of the norms' scales."""
 OUTPUT_RATE = 1e-4
 """Of an output head of its own, by AdamW: it is large, and was trained elsewhere."""
 WARM_UP_STEPS, FULL_STEPS, LEAST_RATE = 3, 25, 0.3
-"""The rates grow over the first steps, are whole up to the second number and then fall with the root of the steps,
-down to that share, with which a head follows a policy that moves."""
+"""The rates are whole until FULL_STEPS, then fall with the root of the steps, down to what follows a moving policy."""
 AVERAGE_SPAN, MOST_AVERAGED = 8, 25
 """Decoding with averaged weights raised the acceptance length at 3 guesses by 0.1 after 150 steps."""
-MAX_EPOCHS = 4
+MAX_EPOCHS = 8
 BURST, FIRST_BURST = 16, 3
 """Steps between two looks at whether training still pays; a new head's first ones tell what a step costs."""
 
@@ -58,8 +57,7 @@ class DraftTrainer:
     Attributes:
         batch_tokens: tokens of one optimiser step.
         step_seconds: what one took lately; 0 before the first.
-        average: a head of `head`'s weights averaged over the last steps, which guesses better than they do singly; the
-            one to decode with.
+        average: a head of `head`'s weights averaged over the last steps, which guesses better: the one to decode with.
     """
 
     def __init__(self, head: EagleHead, view: PolicyView, learning_rate: float | None = None, seed: int = 0):
@@ -106,8 +104,8 @@ class DraftTrainer:
                 losses += burst
                 before, stats.acceptance = stats.acceptance, self.acceptance(unseen, temperature)
                 gain = math.inf if worth is None else worth(before, stats.acceptance)
-                paying = len(burst) == size and gain > time.perf_counter() - burst_began
-                paying = ranks.agree(paying, self.device)
+                pays = len(burst) == size and gain > time.perf_counter() - burst_began
+                paying = ranks.agree(pays, self.device)
         if losses:
             loss, tokens = torch.stack(losses).unbind(1)
             stats.steps, stats.tokens, stats.loss = len(losses), int(tokens.sum()), loss.mean().item()
@@ -152,8 +150,7 @@ class DraftTrainer:
     def _burst(self, batches: Iterator[Pack], size: int, deadline: float) -> list[Tensor]:
         """At most `size` steps; one starts when the mean of the steps before it still fits. Returns the loss and the
         number of tokens of each, [2]."""
-        losses: list[Tensor] = []
-        times = [time.perf_counter()]
+        losses, times = [], [time.perf_counter()]
         while len(losses) < size:
             batch = next(batches, None)
             if not ranks.agree(batch is not None and times[-1] + self.step_seconds <= deadline, self.device):
@@ -165,8 +162,7 @@ class DraftTrainer:
         return losses
 
     def batches(self, samples: list[Sample]) -> Iterator[Pack]:
-        """Packed rows of `batch_tokens` in all; each pass takes the newest policy's rollouts first, else in random
-        order."""
+        """Packed rows of `batch_tokens` in all; in each pass the newest policy's first, else in random order."""
         for _ in range(MAX_EPOCHS):
             for version in sorted({sample.version for sample in samples}, reverse=True):
                 yield from self._shuffled([sample for sample in samples if sample.version == version])
@@ -210,9 +206,9 @@ class DraftTrainer:
             mean.lerp_(weight, share)
 
     def loss(self, batch: Pack) -> Tensor:
-        """Mean Kullback-Leibler divergence, whose gradient is that of soft cross-entropy, of each unrolled step; a
-        further step weighs `STEP_DECAY` of the one before."""
-        total, weights = 0.0, 0.0
+        """Mean Kullback-Leibler divergence (the gradient of soft cross-entropy) of each unrolled step; a further step
+        weighs `STEP_DECAY` of the one before."""
+        total = weights = 0.0
         for j, (log_q, target) in enumerate(self._unrolled(self.head, batch, self._starts(batch))):
             divergence = F.kl_div(log_q, target, reduction="none").sum(-1)
             total = total + STEP_DECAY**j * divergence.sum() / max(1, len(divergence))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from spec_rollout.profile.workload import Policy, hardware, load_policy, positiv
 from spec_rollout.training import SpecGRPOTrainer
 from spec_rollout.training.arithmetic import worked_sums_reward
 
-PROBED_EARLY = 5
-"""A step that is probed besides every nth: by then a head that starts cold should guess well."""
+PROBED_EARLY = (1, 5)
+"""Steps that are probed besides every nth, since a cold head learns most in them."""
 
 
 @dataclass
@@ -92,9 +92,9 @@ class DriftTrainer(SpecGRPOTrainer):
 class Observer(arithmetic_run.Progress):
     """Probes before the first step and every `every` steps, and keeps where the time of the run went."""
 
-    def __init__(self, policy: Policy, every: int, seed: int, first: EagleHead):
+    def __init__(self, policy: Policy, every: int, seed: int, first: EagleHead, write: Callable[[Drift], None]):
         super().__init__("GRPO")
-        self.policy, self.every, self.seed, self.first = policy, every, seed, first
+        self.policy, self.every, self.seed, self.first, self.write = policy, every, seed, first, write
         self.trainer: DriftTrainer | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -106,9 +106,10 @@ class Observer(arithmetic_run.Progress):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.drift.step_seconds.append(time.perf_counter() - self.began - self.trainer.beside)
-        if state.global_step % self.every == 0 or state.global_step in (PROBED_EARLY, state.max_steps):
+        if state.global_step % self.every == 0 or state.global_step in (*PROBED_EARLY, state.max_steps):
             began = time.perf_counter()
             self._look(state.global_step)
+            self.write(self.trainer.drift)
             self.trainer.leave_out(time.perf_counter() - began)
 
     def step_logged(self, logs: dict[str, Any]) -> None:
@@ -116,10 +117,6 @@ class Observer(arithmetic_run.Progress):
         drift.reward.append(logs["reward"])
         drift.acceptance_length.append(logs["speculative/mean_acceptance_length"])
         drift.refresh_seconds.append(logs["speculative/refresh_seconds"])
-
-    def on_train_end(self, args, state, control, **kwargs):
-        super().on_train_end(args, state, control)
-        drift = self.trainer.drift
         drift.refresh_time_share = sum(drift.refresh_seconds) / sum(drift.step_seconds)
 
     def _look(self, step: int) -> None:
@@ -142,8 +139,7 @@ class Observer(arithmetic_run.Progress):
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     transformers_logging.set_verbosity_error()
-    drift = run(args)
-    figures = asdict(drift) | {
+    about = {
         "hardware": hardware(),
         "setup": {
             "gamma": GAMMA,
@@ -154,8 +150,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "ceiling": {"steps": CEILING_STEPS, "rollouts": CEILING_PROMPTS},
         },
     }
-    write_json(args.json or args.out / "drift.json", figures)
-    draw_drift(args.out / "drift.png", drift)
+
+    def write(drift: Drift) -> None:
+        write_json(args.json or args.out / "drift.json", asdict(drift) | about)
+        draw_drift(args.out / "drift.png", drift)
+
+    drift = run(args, write)
+    write(drift)
     ratios = [a / b for a, b in zip(drift.refreshed, drift.ceiling, strict=True)]
     series = (drift.frozen, drift.refreshed, drift.double, drift.cold, drift.ceiling, ratios, drift.policy_kl)
     header = ("step", "frozen", "refreshed", "double budget", "cold", "ceiling", "refreshed / ceiling", "KL", "reward")
@@ -164,12 +165,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> Drift:
-    """One GRPO run with probes."""
+def run(args: argparse.Namespace, write: Callable[[Drift], None]) -> Drift:
+    """One GRPO run with probes; `write` gets what there is after each of them."""
     policy = load_policy(args.policy, "float32", args.max_new_tokens)
     first = Probe(policy, args.seed).ceiling()
     save_head(args.out / "first", first, None, None, {})
-    observer = Observer(policy, args.every, args.seed, first)
+    observer = Observer(policy, args.every, args.seed, first, write)
     trainer = arithmetic_run.make_trainer(
         DriftTrainer,
         args.policy,
