@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spec_rollout.draft import refresh
+from spec_rollout.draft import inheritance, refresh
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.features import FeatureBuffer, Sample, measured
@@ -45,6 +46,7 @@ class Arm:
 
     name: str
     inherits: bool = True
+    donor: Callable[[HeadConfig], int] | None = None
     share: int = refresh.UNROLLED_SHARE
     single_feature: bool = False
     own_output: bool = False
@@ -75,10 +77,10 @@ class Noisy(DraftTrainer):
 
 ARMS = (
     Arm("as built"),
+    Arm("the last layer inherited", donor=lambda config: -1),
     Arm("random weights", inherits=False),
     Arm("every start unrolled", share=1),
-    Arm("random weights, every start", inherits=False, share=1),
-    Arm("one feature", single_feature=True),
+    Arm("the highest feature alone", single_feature=True, donor=lambda config: 2),
     Arm("own output head", own_output=True),
     Arm("total variation", trainer=Overlap),
     Arm("feature noise", trainer=Noisy),
@@ -92,10 +94,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args()
     policy = load_policy(args.policy, "float32", MAX_NEW_TOKENS)
-    probe, rows = Probe(policy, SEED), []
-    collected = {single: rollouts(policy, aux_layers(policy, single)) for single in (False, True)}
+    probe, samples, rows = Probe(policy, SEED), rollouts(policy), []
     for arm in tqdm(ARMS, desc="arms", unit="arm"):
-        rows.append({"arm": arm.name, **train(arm, policy, probe, collected[arm.single_feature], args.at)})
+        rows.append({"arm": arm.name, **train(arm, policy, probe, samples, args.at)})
     figures = {"gamma": GAMMA, "steps": args.at, "rows": rows, "hardware": hardware()}
     write_json(args.json, figures | {"setup": {"prompts": PROMPTS, "batch_tokens": refresh.BATCH_TOKENS}})
     header = ("trained", *(f"after {steps}" for steps in args.at), "ms / step")
@@ -103,16 +104,10 @@ def main() -> int:
     return 0
 
 
-def aux_layers(policy: Policy, single: bool) -> tuple[int, ...]:
-    """Three fused layers, or the final hidden state alone, as in EAGLE-1."""
-    config = policy.model.config
-    return (config.num_hidden_layers,) if single else HeadConfig.for_target(config).aux_layers
-
-
-def rollouts(policy: Policy, layers: tuple[int, ...]) -> list[Sample]:
-    """What the policy draws from PROMPTS prompts, with the features of `layers`."""
+def rollouts(policy: Policy) -> list[Sample]:
+    """What the policy draws from PROMPTS prompts, with its features."""
     buffer, view = FeatureBuffer(10**9), PolicyView(policy.model)
-    head = EagleHead(replace(head_config(policy.model), aux_layers=layers)).to(policy.model.device)
+    head = EagleHead(head_config(policy.model)).to(policy.model.device)
     engine = RolloutEngine(policy.model, drafter=EagleDrafter(head, view, buffer), controller=FixedGamma(0))
     engine.generate(arithmetic_prompts(policy.tokenizer, PROMPTS, SEED + 1), policy.params, seed=(SEED, 1))
     return buffer.samples
@@ -122,12 +117,16 @@ def train(arm: Arm, policy: Policy, probe: Probe, samples: list[Sample], at: lis
     """Acceptance length of the head on held-out prompts after each of `at` steps, and a step's median seconds."""
     view, vocabulary = PolicyView(policy.model), policy.model.config.vocab_size
     shape = head_config(policy.model) if arm.inherits else HeadConfig.for_target(policy.model.config)
-    shape = replace(shape, aux_layers=aux_layers(policy, arm.single_feature))
+    if arm.single_feature:
+        skipped = (len(shape.aux_layers) - 1) * shape.hidden_size
+        shape = replace(shape, aux_layers=shape.aux_layers[-1:])
+        samples = [replace(sample, features=sample.features[:, skipped:]) for sample in samples]
     head = EagleHead(shape, SEED, vocabulary if arm.own_output else None).to(policy.model.device)
     features, tokens = measured(samples, policy.model.device)
     head.fit_scale(features, fresh=True)
     if arm.inherits:
-        inherit(head, view, features, tokens)
+        with patch.object(inheritance, "donor_index", arm.donor or inheritance.donor_index):
+            inherit(head, view, features, tokens)
     trainer = arm.trainer(head, view, seed=SEED)
     refresh.UNROLLED_SHARE = arm.share
     batches, lengths, seconds = endless(trainer, samples), [], []

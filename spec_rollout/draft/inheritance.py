@@ -17,7 +17,7 @@ def head_config(model: nn.Module) -> HeadConfig:
     """The shape of a new head for the policy `model`: as wide as the layer that it inherits, where it can."""
     config = HeadConfig.for_target(model.config.get_text_config(decoder=True))
     layers = decoder_layers(model)
-    found = _projections(_donor(layers, config)) if layers else {}
+    found = _projections(layers[donor_index(config)]) if layers else {}
     if all(name in found for name in MLP):
         config = replace(config, intermediate_size=found["gate_proj"].shape[0])
     if all(name in found for name in QUERIES):
@@ -45,7 +45,7 @@ def inherit(head: EagleHead, view: PolicyView, features: Tensor, tokens: Tensor)
     if not layers:
         return ["attention", "MLP"]
     layer, width = head.midlayer, head.config.hidden_size
-    first, donor = layers[0], _donor(layers, head.config)
+    first, donor = layers[0], layers[donor_index(head.config)]
     found = _projections(donor)
     scale = float(head.feature_scale[-1])  # what the layer adds is to be as large, beside the scaled feature
     missing = []
@@ -70,8 +70,9 @@ def inherit(head: EagleHead, view: PolicyView, features: Tensor, tokens: Tensor)
     return missing
 
 
-def _donor(layers: nn.ModuleList, config: HeadConfig) -> nn.Module:
-    return layers[min(config.aux_layers[0], len(layers) - 1)]
+def donor_index(config: HeadConfig) -> int:
+    """Which of the policy's layers a head inherits: the one behind its lowest feature."""
+    return config.aux_layers[0]
 
 
 def _has_queries(layer: nn.Module, head: EagleHead) -> bool:
