@@ -19,7 +19,7 @@ from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.features import FeatureBuffer, measured
 from spec_rollout.draft.inheritance import head_config, inherit
 from spec_rollout.draft.policy_view import PolicyView
-from spec_rollout.draft.refresh import DraftTrainer
+from spec_rollout.draft.refresh import SETTLED_STEPS, DraftTrainer
 from spec_rollout.draft.vocabulary import choose_vocabulary
 from spec_rollout.gamma.saving import RolloutValue
 from spec_rollout.records import RefreshStats
@@ -200,7 +200,7 @@ class DraftLearner:
         self.version, self.trained = extra.get("draft_version", 0), extra.get("trained", True)
         self.fitted, self.acceptance = extra.get("fitted", False), extra.get("acceptance", [])
         if self.trained and not optimizer:
-            self.trainer.steps = YOUNG_STEPS  # how many it has been through is not told, but it is not new
+            self.trainer.steps = SETTLED_STEPS  # how many it has been through is not told, but it is not new
         if resume and "budget" in extra:
             self.budget.load_state_dict(extra["budget"])
         return extra.get("controller") if resume else None

@@ -35,8 +35,8 @@ SCALE_RATE = 4e-3
 """Of the norms' scales."""
 OUTPUT_RATE = 1e-4
 """Of an output head of its own, by AdamW: it is large, and was trained elsewhere."""
-WARM_UP_STEPS, FULL_STEPS, LEAST_RATE = 3, 25, 0.3
-"""The rates are whole until FULL_STEPS, then fall with the root of the steps, down to what follows a moving policy."""
+WARM_UP_STEPS, FULL_STEPS, SETTLED_STEPS = 3, 25, 278
+"""The rates are whole until FULL_STEPS and fall with the root of the steps until SETTLED_STEPS, to 0.3 of that."""
 AVERAGE_SPAN, MOST_AVERAGED = 8, 25
 """Decoding with averaged weights raised the acceptance length at 3 guesses by 0.1 after 150 steps."""
 MAX_EPOCHS = 8
@@ -192,7 +192,7 @@ class DraftTrainer:
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
         self.steps += 1
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
-            falling = max(LEAST_RATE, (FULL_STEPS / self.steps) ** 0.5)
+            falling = (FULL_STEPS / min(self.steps, SETTLED_STEPS)) ** 0.5
             optimizer.param_groups[0]["lr"] = rate * min(1.0, self.steps / WARM_UP_STEPS, falling)
             optimizer.step()
         self._accumulate()

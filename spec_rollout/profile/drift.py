@@ -182,6 +182,7 @@ def run(args: argparse.Namespace, write: Callable[[Drift], None]) -> Drift:
         reward=worked_sums_reward,
         max_completion_length=args.max_new_tokens,
         draft_ngrams=False,
+        num_speculative_tokens=GAMMA,  # so that each draft spends its budget, whatever guesses are worth here
         draft_model_path=str(args.out / "first"),
     )
     overhead = trainer.args.draft_overhead
