@@ -79,6 +79,13 @@ class SpecConfig:
         default=None,
         metadata={"help": "Folder that keeps measured pass times between runs. `None` is `~/.cache/spec_rollout`."},
     )
+    compile_passes: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the embedded engine's passes through torch's compiler: faster steps after a start that takes "
+            "minutes the first time and seconds from torch's cache on disk. On a CPU it needs a C++ compiler."
+        },
+    )
     profile_rollouts: bool = field(
         default=False,
         metadata={
@@ -105,6 +112,8 @@ class SpecConfig:
                 f"verification={self.verification!r} is unknown: give 'coupled' (the same tokens as plain decoding) "
                 "or 'rejection' (the same law)."
             )
+        if self.compile_passes and self.rollout_backend == "vllm":
+            raise ValueError("compile_passes=True needs rollout_backend='embedded': vLLM compiles its own passes.")
         if self.profile_rollouts and self.rollout_backend == "vllm":
             raise ValueError("profile_rollouts=True needs rollout_backend='embedded': vLLM's steps are not recorded.")
         bounds = (

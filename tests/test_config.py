@@ -37,6 +37,8 @@ def test_a_head_that_never_learns_must_come_from_somewhere():
         SpecConfig(draft_refresh=False, rollout_backend="vllm")
     with pytest.raises(ValueError, match="profile_rollouts=True needs rollout_backend='embedded'"):
         SpecConfig(profile_rollouts=True, rollout_backend="vllm")
+    with pytest.raises(ValueError, match="compile_passes=True needs rollout_backend='embedded'"):
+        SpecConfig(compile_passes=True, rollout_backend="vllm")
     SpecConfig(draft_refresh=False)
     SpecConfig(draft_refresh=False, draft_model_path="head")
     SpecConfig(draft_refresh=False, num_speculative_tokens=0)

@@ -178,7 +178,7 @@ class EmbeddedBackend:
         target, head = self.engine.target, self.learner.head
         own = None if head.own_output is None else len(head.own_output)
         running = EagleHead(head.config, own_output=own).to(target.device, target.dtype)
-        self.head.drafter = EagleDrafter(running, self.learner.view, self.learner.buffer)
+        self.head.drafter = EagleDrafter(running, self.learner.view, self.learner.buffer, self.config.compile_passes)
         self.ngrams.drafter = NgramDrafter(self.history, self.head.drafter)
         self._publish()
 

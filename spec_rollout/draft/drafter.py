@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.features import FeatureBuffer
 from spec_rollout.draft.policy_view import PolicyView
+from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.gumbel_max import draw_among
-from spec_rollout.engine.kv_cache import SlotCache, causal_mask
+from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
 
@@ -21,6 +23,15 @@ CATCH_UP_TOKENS = 8192
 """Most tokens, over all rows, of one catch-up pass."""
 
 EXTENT_STEP = 32
+
+
+class Guess(NamedTuple):
+    """One guess per row: tokens [N, 1] of the target's vocabulary, their scores [N, Vd] float32 among the others, and
+    the head's hidden state [N, 1, H] that they came from."""
+
+    tokens: Tensor
+    scores: Tensor
+    hidden: Tensor
 
 
 class EagleDrafter:
@@ -33,9 +44,10 @@ class EagleDrafter:
         head: the draft head, in the policy's dtype.
         view: the policy's embedding and output head.
         buffer: takes the features of finished rows; None collects nothing.
+        compiled: run what is repeated in every step through torch's compiler.
     """
 
-    def __init__(self, head: EagleHead, view: PolicyView, buffer: FeatureBuffer | None = None):
+    def __init__(self, head: EagleHead, view: PolicyView, buffer: FeatureBuffer | None = None, compiled: bool = False):
         self.head, self.view, self.buffer = head, view, buffer
         self.ready = False
         """False until the head has been trained or loaded: it then only collects."""
@@ -44,6 +56,9 @@ class EagleDrafter:
         self._scores: list[Tensor] = []
         """Of the last guesses, [B, Vd] each."""
         self.fused_width = len(head.config.aux_layers) * head.config.hidden_size
+        self.first, self.next = self._first, self._next
+        if compiled:
+            self.first, self.next = (Compiled(f, "the draft head") for f in (self._first, self._next))
 
     @property
     def shape(self) -> dict:
@@ -58,7 +73,7 @@ class EagleDrafter:
         wanted = (rows.slots, rows.capacity, width)
         if self.features is None or self.features.shape != wanted or self.features.dtype != dtype:
             self.features = torch.zeros(wanted, dtype=dtype, device=rows.device)
-        self.cache.allocate(rows.slots, rows.capacity)
+        self.cache.allocate(rows.slots, rows.capacity, dtype)
         self.known = np.zeros(rows.slots, dtype=np.int64)
         own = self.head.own_output
         self.output_rows = (self.view.output_rows() if own is None else own.detach()).to(dtype)
@@ -73,64 +88,112 @@ class EagleDrafter:
     def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
         self.known[slots[0] : slots[1]] = 0
         if self.ready:
-            self._catch_up(rows, *slots)
+            self._read_until(rows, *slots, 0)
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
-        self._scores = []
-        hidden = self._catch_up(rows, 0, rows.count)
-        length = rows.length[: rows.count, None]
-        guesses = [self._guess(hidden, noise, 0, temperature)]
+        count = rows.count
+        width = self._read_until(rows, 0, count, max(1, CATCH_UP_TOKENS // count))
+        known = torch.from_numpy(self.known[:count]).to(rows.device)
+        lanes = [None] * gamma if noise is None else noise[:, :gamma].unbind(1)
+        state = (rows.tokens, self.features, rows.length)
+        guesses = [self.first(known, *state, lanes[0], temperature, width, self._extent(rows, 0), *self._cache())]
+        self.known[:count] = rows.lengths[:count]
         for i in range(1, gamma):
-            place = length + (i - 1)
+            place = rows.length[:count, None] + (i - 1)
+            last = guesses[-1]
             extent = self._extent(rows, i)
-            hidden = self._pass((0, rows.count), guesses[-1], hidden, place, extent)
-            guesses.append(self._guess(hidden, noise, i, temperature))
-        return torch.cat(guesses, 1)
+            guesses.append(self.next(last.tokens, last.hidden, place, lanes[i], temperature, extent, *self._cache()))
+        self._scores = [guess.scores for guess in guesses]
+        return torch.cat([guess.tokens for guess in guesses], 1)
 
     def proposal(self) -> Proposal:
         return Proposal(torch.stack(self._scores, 1), self.view.draft_ids)
 
-    def _catch_up(self, rows: Rows, start: int, stop: int) -> Tensor:
-        """Run the entries up to each row's committed length; returns the head's hidden state [N, 1, H] at the last."""
-        slots = slice(start, stop)
-        self.known[slots] = np.clip(self.known[slots], 0, np.maximum(rows.lengths[slots] - 1, 0))  # the last is wanted
-        behind = rows.lengths[slots] - self.known[slots]
-        width = max(1, min(int(behind.max()), CATCH_UP_TOKENS // (stop - start)))
-        last = torch.zeros(
-            stop - start, 1, self.head.config.hidden_size, device=rows.device, dtype=self.features.dtype
-        )
-        extent = self._extent(rows, 0)
-        while True:
-            known = torch.from_numpy(self.known[slots]).to(rows.device)
-            place = (known[:, None] + torch.arange(width, device=rows.device)).clamp(max=rows.capacity - 2)
-            index = torch.arange(start, stop, device=rows.device)[:, None] * rows.capacity + place
-            features = self.features.view(-1, self.features.shape[-1])[index, : self.fused_width]
-            tokens = rows.tokens[slots].gather(1, place + 1)
-            hidden = self._pass((start, stop), tokens, self.head.fuse(features), place, extent)
-            at = rows.length[slots] - 1 - known
-            here = (at >= 0) & (at < width)
-            found = hidden.gather(1, at.clamp(0, width - 1)[:, None, None].expand_as(last))
-            last = torch.where(here[:, None, None], found, last)
-            self.known[slots] = np.minimum(self.known[slots] + width, rows.lengths[slots])
-            if (self.known[slots] == rows.lengths[slots]).all():
-                return last
+    def _cache(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The head's keys and values, made at their first use."""
+        cache, config = self.cache, self.head.config
+        if not cache.keys:
+            size = (cache.slots, cache.capacity, config.num_key_value_heads, config.head_dim)
+            cache.keys, cache.values = [self.features.new_zeros(size)], [self.features.new_zeros(size)]
+        return cache.keys, cache.values
 
-    def _pass(self, slots: tuple[int, int], tokens: Tensor, hidden: Tensor, place: Tensor, extent: int) -> Tensor:
+    def _read_until(self, rows: Rows, start: int, stop: int, most: int) -> int:
+        """Read entries of slots start..stop-1 until none has more than `most` left before its committed length; the
+        last one is left in any case, unless `most` is 0. Returns how many the slot with the most has left."""
+        lengths, known = rows.lengths[start:stop], self.known[start:stop]
+        end = np.maximum(lengths - min(most, 1), 0)
+        np.clip(known, 0, end, out=known)
+        width = max(1, CATCH_UP_TOKENS // (stop - start))
+        while (behind := int((lengths - known).max())) > most:
+            first = torch.from_numpy(known).to(rows.device)
+            here = (rows.tokens[start:stop], self.features[start:stop])
+            tokens, fused, place = self._entries(first, *here, min(width, behind))
+            self._layer(tokens, fused, place, self._window(start, place, self._extent(rows, 0)))
+            np.minimum(known + width, end, out=known)
+        return max(1, behind)
+
+    def _window(self, start: int, place: Tensor, extent: int) -> SlotWindow:
+        keys, values = self._cache()
+        return SlotWindow(keys, values, keys[0].shape[:2], start, place, extent)
+
+    def _entries(self, first: Tensor, tokens: Tensor, features: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`width` entries of each row from `first` [N] on: their tokens, fused features [N, width, H] and places."""
+        count, capacity = first.shape[0], features.shape[1]
+        place = (first[:, None] + torch.arange(width, device=first.device)).clamp(max=capacity - 2)
+        index = torch.arange(count, device=first.device)[:, None] * capacity + place
+        true = features[:count].flatten(0, 1)[index, : self.fused_width]
+        return tokens[:count].gather(1, place + 1), self.head.fuse(true), place
+
+    def _first(
+        self,
+        known: Tensor,
+        tokens: Tensor,
+        features: Tensor,
+        length: Tensor,
+        noise: Tensor | None,
+        temperature: float,
+        width: int,
+        extent: int,
+        keys: list[Tensor],
+        values: list[Tensor],
+    ) -> Guess:
+        """The first guess of the rows 0..B-1 after the `width` entries from `known` [B] on have been read; the last
+        before their `length` must be among them."""
+        ids, fused, place = self._entries(known, tokens, features, width)
+        window = SlotWindow(keys, values, keys[0].shape[:2], 0, place, extent)
+        hidden = self._layer(ids, fused, place, window)
+        at = length[: known.shape[0]] - 1 - known
+        last = hidden.gather(1, at.clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2]))
+        return self._guess(torch.where(at[:, None, None] >= 0, last, 0.0), noise, temperature)
+
+    def _next(
+        self,
+        ids: Tensor,
+        hidden: Tensor,
+        place: Tensor,
+        noise: Tensor | None,
+        temperature: float,
+        extent: int,
+        keys: list[Tensor],
+        values: list[Tensor],
+    ) -> Guess:
+        """The guess after `ids` [B, 1], themselves guessed from `hidden` [B, 1, H], at the entries `place` [B, 1]."""
+        window = SlotWindow(keys, values, keys[0].shape[:2], 0, place, extent)
+        return self._guess(self._layer(ids, hidden, place, window), noise, temperature)
+
+    def _layer(self, tokens: Tensor, hidden: Tensor, place: Tensor, window: SlotWindow) -> Tensor:
         """One pass of the layer over `tokens` and `hidden` at entries `place` [N, T]; extends the head's own cache."""
         q, k, v = self.head.project(self.view.embed(tokens).to(hidden.dtype), hidden, place)
-        keys, values = self.cache.window(*slots, place, extent).update(k, v, 0)
-        attended = F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=causal_mask(place, extent), enable_gqa=q.shape[1] != k.shape[1]
-        )
+        keys, values = window.update(k, v, 0)
+        mask = causal_mask(place, keys.shape[2])
+        attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
         return self.head.combine(attended, hidden)
 
-    def _guess(self, hidden: Tensor, noise: Tensor | None, index: int, temperature: float) -> Tensor:
-        """Guesses [B, 1]: the head's own Gumbel-max sample under the target's noise."""
+    def _guess(self, hidden: Tensor, noise: Tensor | None, temperature: float) -> Guess:
+        """The head's own Gumbel-max sample under the target's `noise` [B, N]."""
         scores = F.linear(self.head.norm(hidden[:, 0]), self.output_rows).float() / temperature
-        noise = None if noise is None else noise[:, index]
-        self._scores.append(scores)
         chosen = draw_among(scores, noise, self.view.draft_ids, self.view.config.vocab_size)
-        return self.view.to_target(chosen)[:, None]
+        return Guess(self.view.to_target(chosen)[:, None], scores, hidden)
 
     def _extent(self, rows: Rows, ahead: int) -> int:
         longest = int(rows.lengths[: rows.count].max()) + ahead

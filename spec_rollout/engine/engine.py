@@ -44,7 +44,7 @@ class RolloutEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         self.config = config or SpecConfig()
-        self.target = Target(model)
+        self.target = Target(model, self.config.compile_passes)
         self.drafter, self.controller, self.tokenizer = drafter, controller, tokenizer
         self.recorder: Recorder | None = None
         self.cache = SlotCache()

@@ -7,16 +7,14 @@ from torch import Tensor
 from transformers import Cache
 
 
-class SlotCache(Cache):
+class SlotCache:
     """Keys and values of `slots` rows of up to `capacity` tokens, per layer [slots, capacity, heads, head_dim].
 
-    A model's attention layers call `update` as they do with any transformers cache. Where the new entries go and what
-    the layer gets back is set beforehand by `window`. Rolling a row back needs nothing here: entries beyond a row's
-    committed length are masked by the caller and overwritten later.
+    A forward pass writes and reads them through a `SlotWindow`. Rolling a row back needs nothing here: entries beyond
+    a row's committed length are masked by the caller and overwritten later.
     """
 
     def __init__(self):
-        super().__init__(layers=[])
         self.slots = self.capacity = 0
         self.kind: object = None
         self.keys: list[Tensor] = []
@@ -30,34 +28,48 @@ class SlotCache(Cache):
             self.kind = kind
             self.keys, self.values = [], []
 
-    def window(self, start: int, stop: int, positions: Tensor, extent: int) -> SlotCache:
-        """The next forward pass writes slots start..stop-1 at `positions` [stop - start, T] and attends to the first
+    def window(self, start: int, positions: Tensor, extent: int) -> SlotWindow:
+        """For a forward pass that writes slots start..start + N - 1 at `positions` [N, T] and attends to the first
         `extent` entries of each."""
-        rows = torch.arange(start, stop, device=positions.device)[:, None]
-        self._index = (rows * self.capacity + positions).flatten()
-        self._rows, self._extent = slice(start, stop), extent
-        return self
+        return SlotWindow(self.keys, self.values, (self.slots, self.capacity), start, positions, extent)
+
+    def copy(self, source: Tensor, target: Tensor, extent: int) -> None:
+        """Slots `target` [N] take over the first `extent` entries of slots `source` [N]."""
+        for buffer in (*self.keys, *self.values):
+            buffer[target, :extent] = buffer[source, :extent]
+
+
+class SlotWindow(Cache):
+    """What one forward pass sees of a slot cache: a model's attention layers call `update` as they do with any
+    transformers cache. The first pass through a layer makes its buffers, of `size` (slots, capacity)."""
+
+    def __init__(
+        self,
+        keys: list[Tensor],
+        values: list[Tensor],
+        size: tuple[int, int],
+        start: int,
+        positions: Tensor,
+        extent: int,
+    ):
+        super().__init__(layers=[])
+        self.keys, self.values, self.size = keys, values, size
+        rows = torch.arange(start, start + positions.shape[0], device=positions.device)[:, None]
+        self._index = (rows * size[1] + positions).flatten()
+        self._rows, self._extent = slice(start, start + positions.shape[0]), extent
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Write [N, heads, T, head_dim] keys and values; return the window's [N, heads, extent, head_dim]."""
         if layer_idx == len(self.keys):
             for buffers, states in ((self.keys, key_states), (self.values, value_states)):
                 _, heads, _, head_dim = states.shape
-                buffers.append(states.new_zeros(self.slots, self.capacity, heads, head_dim))
-        return tuple(
-            self._write(buffers[layer_idx], states)
-            for buffers, states in ((self.keys, key_states), (self.values, value_states))
-        )
+                buffers.append(states.new_zeros(*self.size, heads, head_dim))
+        return self._write(self.keys[layer_idx], key_states), self._write(self.values[layer_idx], value_states)
 
     def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
-        flat = buffer.view(self.slots * self.capacity, -1)
-        flat.index_copy_(0, self._index, states.transpose(1, 2).reshape(len(self._index), -1).to(flat.dtype))
+        flat = buffer.view(self.size[0] * self.size[1], -1)
+        flat.index_copy_(0, self._index, states.transpose(1, 2).reshape(self._index.shape[0], -1).to(flat.dtype))
         return buffer[self._rows, : self._extent].transpose(1, 2).to(states.dtype)
-
-    def copy(self, source: Tensor, target: Tensor, extent: int) -> None:
-        """Slots `target` [N] take over the first `extent` entries of slots `source` [N]."""
-        for buffer in (*self.keys, *self.values):
-            buffer[target, :extent] = buffer[source, :extent]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0: positions are given with every forward pass, never counted from the cache."""

@@ -45,8 +45,11 @@ class Rollout:
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
         slots = min(engine.config.max_slots, len(requests))
         capacity = _round_up(longest + engine.config.widest + 1, EXTENT_STEP)
-        self.cache.allocate(slots, capacity, (self.target.dtype, device))
-        self.rows = Rows(slots, capacity, self.target.vocab_size, device)
+        room = slots
+        if engine.config.compile_passes:  # one slot alone, or rows read to their end, would be compiled apart
+            room, capacity = max(2, slots), capacity + 1
+        self.cache.allocate(room, capacity, (self.target.dtype, device))
+        self.rows = Rows(room, capacity, self.target.vocab_size, device)
         self.scheduler = Scheduler(requests, slots)
         self.rejection = engine.config.verification == "rejection" and not params.greedy
         self.noise_width = noise_width(self.target.vocab_size)

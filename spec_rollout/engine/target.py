@@ -9,22 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from spec_rollout.engine.attention import GROUPED_SDPA, takes_grouped_sdpa
-from spec_rollout.engine.kv_cache import SlotCache, causal_mask
+from spec_rollout.engine.compiled import Compiled, NotCompilableError
+from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask
 from spec_rollout.records import UnsupportedModelError
 
 MASKED_LAYERS = ("full_attention", "sliding_attention")
 
 
 class Target:
-    """The policy as the decode loop sees it.
+    """The policy as the decode loop sees it; with `compiled` its decoding passes run through torch's compiler.
 
     Raises:
         UnsupportedModelError: the architecture keeps a state that cannot be rolled back or masked per row.
-        ValueError: the weights are not here (a ZeRO-3 policy that is not gathered).
+        ValueError: the weights are not here (a ZeRO-3 policy that is not gathered), or torch cannot compile the model.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, compiled: bool = False):
         self.model = model
+        self._compiled = Compiled(self._read, type(model).__name__) if compiled else None
         self.config = model.config.get_text_config(decoder=True)
         _refuse_unsupported(model, self.config)
         self.vocab_size = self.config.vocab_size
@@ -87,13 +89,27 @@ class Target:
         Returns the logits [N, T, V] (of the last `keep_logits` tokens, if given) and the hidden states: the residual
         stream before each layer and the final one after the norm, each [N, T, H].
         """
+        if self._compiled is not None and slots[0] == keep_logits == 0 and cache.keys:
+            return self._compiled(ids, positions, extent, cache.keys, cache.values)
+        return self._pass(ids, positions, extent, cache.window(slots[0], positions, extent), keep_logits)
+
+    def _read(
+        self, ids: Tensor, positions: Tensor, extent: int, keys: list[Tensor], values: list[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """`forward` of the slots from 0 on whose buffers exist, as a function of tensors and sizes alone."""
+        window = SlotWindow(keys, values, keys[0].shape[:2], 0, positions, extent)
+        return self._pass(ids, positions, extent, window)
+
+    def _pass(
+        self, ids: Tensor, positions: Tensor, extent: int, window: SlotWindow, keep_logits: int = 0
+    ) -> tuple[Tensor, Sequence[Tensor]]:
         # A guess may reach past the context; what it leads to is never emitted, it only must not be an invalid index.
         place = positions if self.context is None else positions.clamp(max=self.context - 1)
         output = self.model(
             input_ids=ids,
             position_ids=place,
             attention_mask=self._mask(positions, extent),
-            past_key_values=cache.window(*slots, positions, extent),
+            past_key_values=window,
             use_cache=True,
             output_hidden_states=True,
             logits_to_keep=keep_logits,
@@ -129,7 +145,7 @@ class Target:
         length, width, extent = 6, 3, min(512, self.context or 512)
         ids = (torch.arange(2 * length, device=self.device) * 7 % self.vocab_size).view(2, length)
         cache = SlotCache()
-        cache.allocate(2, extent)
+        cache.allocate(3, extent + 1)
         start = torch.tensor([3, 1], device=self.device)
         whole = torch.stack([self.model(input_ids=row[None], use_cache=False).logits[0] for row in ids])
         try:
@@ -137,6 +153,8 @@ class Target:
             self.forward(cache, (0, 2), ids[:, :3], every[:, :3], extent)
             positions = start[:, None] + torch.arange(width, device=self.device)
             logits, _ = self.forward(cache, (0, 2), ids.gather(1, positions), positions, extent)
+        except NotCompilableError:
+            raise
         except Exception as error:  # whatever it trips over, it cannot
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} cannot decode ragged rows: {type(error).__name__}: {error}. {REMEDY}"

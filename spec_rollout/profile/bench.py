@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 
 from tqdm import tqdm
@@ -34,7 +35,7 @@ from spec_rollout.profile.workload import (
     warm_backend,
     write_json,
 )
-from spec_rollout.records import Controller, Drafter, RolloutStats, StepStats
+from spec_rollout.records import Controller, RolloutStats, StepStats
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,23 +45,24 @@ def main(argv: list[str] | None = None) -> int:
         require_vllm_in(args.vllm_python)
     policy = load_policy(args.policy, args.dtype, args.max_new_tokens)
     widest = max(args.batch_sizes)
-    drafter = _drafter(policy, args.draft, widest)
-    measuring = RolloutEngine(policy.model, SpecConfig(max_slots=widest), drafter=drafter)
-    cost = measured_cost(measuring, widest, SpecConfig().widest, None)
+    drafter = _drafter(policy, args.draft, widest, args.compile_passes)
+    config = SpecConfig(max_slots=4096, compile_passes=args.compile_passes)
+    measuring = RolloutEngine(policy.model, config, drafter=drafter)
+    cost = measured_cost(measuring, widest, config.widest, None)
     rows = []
     setup = args.policy, args.dtype, widest, drafter, args.fixed_gammas, args.vllm_python
     with closing(VLLMPeers(in_vllm, policy, *setup)) as vllm:
         for batch_size in args.batch_sizes:
             peers = [*_peers(policy, batch_size, [n for n in args.peers if n in PEERS]), *vllm.samplers()]
-            samplers = [*peers, *_own(policy, drafter, cost, args)]
+            samplers = [*peers, *_own(policy, measuring, cost, args)]
             rows += _rows(batch_size, measure(policy, samplers, batch_size, args))
     _report(args, rows)
     return 0
 
 
-def _drafter(policy: Policy, folder: str | None, slots: int) -> EagleDrafter:
+def _drafter(policy: Policy, folder: str | None, slots: int, compiled: bool) -> EagleDrafter:
     """With the head in `folder`, or else one that has just learned from a few rollouts; it learns no more."""
-    config = SpecConfig(num_speculative_tokens=3, max_slots=slots, draft_model_path=folder)
+    config = SpecConfig(num_speculative_tokens=3, max_slots=slots, draft_model_path=folder, compile_passes=compiled)
     if folder is None:
         drafter = warm_backend(policy, config).drafter
     else:
@@ -106,26 +108,29 @@ def _peers(policy: Policy, batch_size: int, names: list[str]) -> list[Sampler]:
     return [sampler for sampler in found.values() if sampler is not None]
 
 
-def _own(policy: Policy, drafter: Drafter, cost: CostModel, args: argparse.Namespace) -> list[Sampler]:
+def _own(policy: Policy, engine: RolloutEngine, cost: CostModel, args: argparse.Namespace) -> list[Sampler]:
     """Plain decoding, every fixed γ, and the adaptive one, this with each verification."""
-    found = [_ours(policy, "plain", 0, None, None)]
-    found += [_ours(policy, "fixed", gamma, drafter, FixedGamma(gamma)) for gamma in args.fixed_gammas]
+    found = [_ours(policy, engine, "plain", 0, None)]
+    found += [_ours(policy, engine, "fixed", gamma, FixedGamma(gamma)) for gamma in args.fixed_gammas]
     for verification in args.verification:
-        controller = GammaController(CostModel.from_json(cost.to_json()), SpecConfig().widest)  # each learns alone
-        found.append(_ours(policy, "adaptive", None, drafter, controller, verification))
+        controller = GammaController(CostModel.from_json(cost.to_json()), engine.config.widest)  # each learns alone
+        found.append(_ours(policy, engine, "adaptive", None, controller, verification))
     return found
 
 
 def _ours(
     policy: Policy,
+    shared: RolloutEngine,
     name: str,
     gamma: int | None,
-    drafter: Drafter | None,
     controller: Controller | None,
     verification: str = "coupled",
 ) -> Sampler:
-    config = SpecConfig(max_slots=4096, verification=verification)
+    """With the passes and the drafter of `shared`, compiled once for all, and a cache of its own."""
+    drafter = shared.drafter if controller else None
+    config = replace(shared.config, verification=verification)
     engine = RolloutEngine(policy.model, config, drafter=drafter, controller=controller)
+    engine.target = shared.target
 
     def run(prompts: list[list[int]], seed: int) -> Measured:
         engine.stats = RolloutStats()
@@ -208,6 +213,7 @@ def _report(args: argparse.Namespace, rows: list[dict]) -> None:
         "dtype": args.dtype,
         "repeats": args.repeats,
         "max_new_tokens": args.max_new_tokens,
+        "compile_passes": args.compile_passes,
     }
     write_json(args.json, {"rows": rows, "hardware": hardware(), "setup": setup})
 
@@ -240,6 +246,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar=",".join(VERIFICATIONS),
     )
     parser.add_argument("--draft", metavar="DIR", help="a head from pretrain-draft; by default one is warmed up")
+    parser.add_argument("--compile-passes", action="store_true", help="our engine as with compile_passes=True")
     parser.add_argument("--num-prompts", type=positive, default=8, metavar="N", help="least prompts per turn")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N")
     return parser

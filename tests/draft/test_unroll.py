@@ -1,5 +1,7 @@
 """Training unrolls the head exactly as decoding runs it."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -10,6 +12,7 @@ from spec_rollout.draft.features import FeatureBuffer, Sample
 from spec_rollout.draft.packing import pack
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.unroll import unroll
+from spec_rollout.engine.noise import gumbel
 from spec_rollout.engine.rows import Rows
 
 VOCAB, HIDDEN, LENGTHS = 61, 32, (9, 14, 5)
@@ -40,8 +43,8 @@ def committed_rows(samples, guesses=8):
     return rows
 
 
-def drafter_with(policy, samples, rows, head):
-    drafter = EagleDrafter(head, PolicyView(policy))
+def drafter_with(policy, samples, rows, head, compiled=False):
+    drafter = EagleDrafter(head, PolicyView(policy), compiled=compiled)
     drafter.begin(rows)
     for slot, sample in enumerate(samples):
         drafter.features[slot, : len(sample.features)] = sample.features
@@ -64,15 +67,29 @@ def test_unrolled_states_are_the_states_of_decoding(policy, samples, some):
     drafter = drafter_with(policy, samples, rows, head)
     rows.length[:] = cut  # decode from here with the sample's own tokens as guesses
     rows.lengths[:] = cut
-    hidden = drafter._catch_up(rows, 0, rows.count)
+    known, cache = torch.zeros_like(rows.length), drafter._cache()
+    guess = drafter.first(known, rows.tokens, drafter.features, rows.length, None, 1.0, cut, rows.capacity, *cache)
     for j in range(steps):
         if j:
             place = rows.length[:, None] + j - 1
-            hidden = drafter._pass((0, rows.count), rows.tokens.gather(1, place + 1), hidden, place, rows.capacity)
+            ids = rows.tokens.gather(1, place + 1)
+            guess = drafter.next(ids, guess.hidden, place, None, 1.0, rows.capacity, *cache)
         for i in range(len(samples)):
             (entries,), (states,) = trained[j]
             expected = states[entries == start[i] + cut - 1 + j][0]
-            torch.testing.assert_close(head.norm(hidden[i, 0]), expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(head.norm(guess.hidden[i, 0]), expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_compiled_head_guesses_the_same(policy, samples, monkeypatch):
+    """As torch traces and transforms it; the last stage of its compiler, which takes longest, is left out."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    head = EagleHead(HeadConfig.for_target(policy.config))
+    noise = gumbel(torch.tensor([[1, 2], [3, 4], [5, 6]], dtype=torch.int32), torch.arange(12).view(3, 4), 16)
+    rows = committed_rows(samples)
+    expected = drafter_with(policy, samples, rows, head).propose(rows, 3, noise, 0.7)
+    drafter = drafter_with(policy, samples, rows, head, compiled=True)
+    assert drafter.propose(rows, 3, noise, 0.7).tolist() == expected.tolist()
 
 
 @torch.no_grad()

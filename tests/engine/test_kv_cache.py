@@ -115,12 +115,12 @@ class CacheMachine(RuleBasedStateMachine):
         first = [data.draw(st.integers(0, self.CAPACITY - width)) for _ in range(start, stop)]
         extent = data.draw(st.integers(max(first) + width, self.CAPACITY))
         positions = torch.tensor(first)[:, None] + torch.arange(width)
-        self.cache.window(start, stop, positions, extent)
+        window = self.cache.window(start, positions, extent)
         for layer in range(self.LAYERS):
             shape = (stop - start, self.HEADS, width, self.DIM)
             states = torch.arange(shape[0] * self.HEADS * width * self.DIM).view(shape).float() + self.counter
             self.counter += 1000
-            keys, values = self.cache.update(states, -states, layer)
+            keys, values = window.update(states, -states, layer)
             assert keys.shape == values.shape == (stop - start, self.HEADS, extent, self.DIM)
             assert torch.equal(keys, -values)
             for row, slot in enumerate(range(start, stop)):
@@ -158,7 +158,7 @@ TestCache = CacheMachine.TestCase
 def test_one_slot_copied_to_many():
     cache = SlotCache()
     cache.allocate(4, 8)
-    cache.window(0, 1, torch.arange(3)[None], 3).update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), 0)
+    cache.window(0, torch.arange(3)[None], 3).update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), 0)
     cache.copy(torch.tensor([0, 0]), torch.tensor([3, 1]), 2)
     assert cache.keys[0][:, :, 0, 0].sum(1).tolist() == [3, 2, 0, 2]
 
@@ -167,7 +167,7 @@ def test_buffers_are_kept_until_they_are_too_small_or_of_another_kind():
     cache = SlotCache()
 
     def write() -> torch.Tensor:
-        cache.window(0, 1, torch.tensor([[0]]), 1).update(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), 0)
+        cache.window(0, torch.tensor([[0]]), 1).update(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), 0)
         return cache.keys[0]
 
     cache.allocate(2, 8, "float32")

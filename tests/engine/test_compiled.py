@@ -1,0 +1,36 @@
+"""Passes through torch's compiler give the same tokens."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from spec_rollout.config import SpecConfig
+from spec_rollout.draft.references import OracleDrafter
+from spec_rollout.engine.compiled import NotCompilableError
+from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.records import SamplingParams
+from tests.tiny import PROMPTS, Scripted, assert_same, make_policy, policy, reference
+
+PARAMS = SamplingParams(max_new_tokens=16)
+
+
+def test_tokens_are_those_of_plain_decoding():
+    model = policy("llama")
+    expected = reference(model, PROMPTS, PARAMS)
+    config = SpecConfig(max_num_speculative_tokens=3, compile_passes=True)
+    engine = RolloutEngine(model, config, drafter=OracleDrafter(expected), controller=Scripted(3))
+    assert_same(engine.generate(PROMPTS, PARAMS), expected)
+    assert engine.stats.mean_acceptance_length > 3
+
+
+def test_what_cannot_be_compiled_is_refused(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    engine = RolloutEngine(make_policy("llama"), SpecConfig(compile_passes=True))
+    with pytest.raises(
+        NotCompilableError, match="cannot compile LlamaForCausalLM .*no compiler here.* C\\+\\+ compiler"
+    ):
+        engine.generate(PROMPTS[:1], PARAMS)
