@@ -58,9 +58,10 @@ def simulation() -> str:
     """How far replays are off."""
     figures = measured("cpu-small-simulate.json")
     guessed = {0: "0 (plain)", None: "adaptive"}
-    lines = ["| slots | guesses | predicted / measured seconds |", "|---:|---:|---:|"]
+    whose = {"plain": "–", "head": "the head's", "ngrams": "from earlier rollouts"}
+    lines = ["| slots | guesses | whose | predicted / measured seconds |", "|---:|---:|---|---:|"]
     lines += [
-        f"| {row['slots']} | {guessed.get(row['gamma'], row['gamma'])} | {row['ratio']:.2f} |"
+        f"| {row['slots']} | {guessed.get(row['gamma'], row['gamma'])} | {whose[row['source']]} | {row['ratio']:.2f} |"
         for row in figures["settings"]
     ]
     share = figures["recording"]["recorder_share"]
