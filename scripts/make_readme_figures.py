@@ -25,8 +25,9 @@ def measured(name: str) -> dict:
 def on(figures: dict) -> str:
     """Device, threads, dtype, date and commit of a file."""
     hardware, setup = figures["hardware"], figures["setup"]
+    threads = f"{hardware['threads']} thread{'s' * (hardware['threads'] > 1)}"
     return (
-        f"{hardware['threads']} threads of an {hardware['device'].replace('(R)', '')}, {setup['dtype']}, "
+        f"{threads} of an {hardware['device'].replace('(R)', '')}, {setup['dtype']}, "
         f"torch {hardware['torch']}, {setup['date']}, commit {setup['commit']}: `{setup['command']}`"
     )
 
@@ -59,11 +60,10 @@ def simulation() -> str:
     figures = measured("cpu-small-simulate.json")
     guessed = {0: "0 (plain)", None: "adaptive"}
     whose = {"plain": "–", "head": "the head's", "ngrams": "from earlier rollouts"}
-    lines = ["| slots | guesses | whose | predicted / measured seconds |", "|---:|---:|---|---:|"]
-    lines += [
-        f"| {row['slots']} | {guessed.get(row['gamma'], row['gamma'])} | {whose[row['source']]} | {row['ratio']:.2f} |"
-        for row in figures["settings"]
-    ]
+    lines = ["| slots | guesses | whose | predicted / measured seconds | steps |", "|---:|---:|---|---:|---:|"]
+    for row in figures["settings"]:
+        cells = row["slots"], guessed.get(row["gamma"], row["gamma"]), whose[row["source"]]
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['ratio']:.2f} | {row['steps_ratio']:.2f} |")
     share = figures["recording"]["recorder_share"]
     return "\n".join(lines) + f"\n\nRecording takes {share:.2%} of a rollout.\n\n{on(figures)}"
 

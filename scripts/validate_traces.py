@@ -4,6 +4,7 @@ python scripts/validate_traces.py --policy DIR --json benchmarks/cpu-small-simul
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -106,25 +107,28 @@ class Machine:
 
 
 def validate(machine: Machine, turns: int) -> list[dict]:
-    """Predicted over measured seconds of every held-out setting, by turn."""
+    """Predicted and measured seconds and steps of every held-out setting, by turn. Rollouts to fit on and to predict
+    take turns, so that a slow moment of the machine meets both."""
     found = {setting: [] for setting in HELD_OUT}
     for turn in tqdm(range(turns), desc="replays", unit="turn"):
-        fitted = {setting: machine.trace(setting, 2 * turn) for setting in FITTED}
-        real = {setting: machine.trace(setting, 2 * turn + 1) for setting in HELD_OUT}
+        order = [s for pair in itertools.zip_longest(FITTED, HELD_OUT) for s in pair if s]
+        traces = {s: machine.trace(s, 2 * turn + (s in HELD_OUT)) for s in (order if turn % 2 else reversed(order))}
+        fitted, real = ({s: traces[s] for s in settings} for settings in (FITTED, HELD_OUT))
         known = {source: [t for s, t in fitted.items() if s.source in (PLAIN, source)] for source in (HEAD, NGRAMS)}
         costs = {source: Costs.fitted(machine.costs[source], traces) for source, traces in known.items()}
         for setting, trace in real.items():
             source = HEAD if setting.source == PLAIN else setting.source
             rates = position_rates([s for t in known[source] for s in t.steps], WIDEST)
             draft = acceptance(known[source])
-            predicted = replay(Work.of(trace), costs[source], setting.slots, setting.gamma, rates, draft).seconds
-            found[setting].append((predicted, trace.seconds))
+            predicted = replay(Work.of(trace), costs[source], setting.slots, setting.gamma, rates, draft)
+            found[setting].append((predicted, trace))
     return [
         setting._asdict()
         | {
-            "predicted_s": [p for p, _ in pairs],
-            "measured_s": [m for _, m in pairs],
-            "ratio": statistics.median(p / m for p, m in pairs),
+            "predicted_s": [p.seconds for p, _ in pairs],
+            "measured_s": [m.seconds for _, m in pairs],
+            "ratio": statistics.median(p.seconds / m.seconds for p, m in pairs),
+            "steps_ratio": statistics.median(len(p.steps) / len(m.steps) for p, m in pairs),
         }
         for setting, pairs in found.items()
     ]
@@ -156,7 +160,7 @@ def main() -> None:
     machine = Machine(load_policy(args.policy, "float32", 256))
     machine.rollout(Setting(HEAD, SLOTS, 3), 999)
     settings, cost = validate(machine, args.turns), recording(machine)
-    columns = ("source", "slots", "gamma", "ratio")
+    columns = ("source", "slots", "gamma", "ratio", "steps_ratio")
     table(columns, [[s[name] for name in columns] for s in settings])
     print(f"Recording: {cost['recorder_share']:.2%} of the rollout; with / without {cost['ratio']:.3f}")
     setup = {"completions": COMPLETIONS, "fitted_on": FITTED, "turns": args.turns, "dtype": "float32"}
