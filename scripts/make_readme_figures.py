@@ -56,14 +56,21 @@ def bench() -> str:
 
 
 def simulation() -> str:
-    """How far replays are off."""
-    figures = measured("cpu-small-simulate.json")
+    """How far replays are off: of the head's guesses, and of either source on a machine that other jobs shared."""
+    return "\n\n".join(
+        replays(measured(name)) for name in ("cpu-small-simulate.json", "cpu-small-simulate-ngrams.json")
+    )
+
+
+def replays(figures: dict) -> str:
+    """One such table."""
     guessed = {0: "0 (plain)", None: "adaptive"}
     whose = {"plain": "–", "head": "the head's", "ngrams": "from earlier rollouts"}
     lines = ["| slots | guesses | whose | predicted / measured seconds | steps |", "|---:|---:|---|---:|---:|"]
     for row in figures["settings"]:
         cells = row["slots"], guessed.get(row["gamma"], row["gamma"]), whose[row["source"]]
-        lines.append(f"| {' | '.join(map(str, cells))} | {row['ratio']:.2f} | {row['steps_ratio']:.2f} |")
+        steps = f"{row['steps_ratio']:.2f}" if "steps_ratio" in row else "–"
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['ratio']:.2f} | {steps} |")
     share = figures["recording"]["recorder_share"]
     return "\n".join(lines) + f"\n\nRecording takes {share:.2%} of a rollout.\n\n{on(figures)}"
 
