@@ -16,7 +16,8 @@ from spec_rollout.backends.vllm_colocated import engine_options
 from spec_rollout.backends.vllm_draft import save_start, start_vocabulary
 from spec_rollout.backends.vllm_engine import require_vllm, speculative_config
 from spec_rollout.draft.checkpoint import load_head
-from spec_rollout.draft.eagle import EagleHead, HeadConfig
+from spec_rollout.draft.eagle import EagleHead
+from spec_rollout.draft.inheritance import head_config
 from spec_rollout.gamma import GammaController
 from spec_rollout.gamma.cost_model import CostModel
 
@@ -58,9 +59,11 @@ def serve_command(given: argparse.Namespace, folder: Path) -> list[str]:
     """
     draft = None
     if given.num_speculative_tokens:
-        from transformers import AutoConfig
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = HeadConfig.for_target(AutoConfig.from_pretrained(given.policy).get_text_config(decoder=True))
+        with torch.device("meta"):  # the shapes are enough
+            config = head_config(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(given.policy)))
         head, ids, extra = load_head(given.draft, config) if given.draft else (EagleHead(config), None, {})
         save_start(folder, head, start_vocabulary(config.vocab_size, ids, head))
         draft = speculative_config(folder, given.num_speculative_tokens, given.max_slots)

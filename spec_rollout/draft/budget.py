@@ -6,7 +6,7 @@ HORIZON = 100
 """Most rollouts over which a gain in acceptance counts: later the policy has moved on."""
 UNKNOWN_LENGTH = 100
 """Rollouts that a run is taken to have ahead of it when its trainer does not say."""
-LOAN = 0.5
+LOAN = 0.7
 """Share of what the rest of the run will earn that a head may borrow, since what it learns early serves longest."""
 LEAST_LEVEL = 0.125
 """Share of the overhead that is spent even when the last training did not pay, to notice when it does."""

@@ -24,6 +24,8 @@ MAX_AGE = 8
 young head from learning the newest prompts by heart."""
 HOST_BYTES = 2**29
 """A buffer that may grow beyond this is kept in host memory."""
+MEASURED_SAMPLES, MEASURED_TOKENS = 16, 4096
+"""Rollouts, and tokens of them, that tell a head the magnitude of the features before its first training step."""
 HELD_OUT_TOKENS = 512
 """About so many of the freshest rollouts are kept from training, to see acceptance on what the head has not seen."""
 
@@ -92,3 +94,11 @@ def hold_out(samples: list[Sample], generator: torch.Generator) -> tuple[list[Sa
                 held.append(index)
                 size += len(samples[index].features)
     return [samples[i] for i in held], [sample for i, sample in enumerate(samples) if i not in aside]
+
+
+def measured(samples: list[Sample], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Features [N, F] at some entries of the first rollouts, to tell their size, and the tokens [N] after them."""
+    features = torch.cat([sample.features for sample in samples[:MEASURED_SAMPLES]])
+    tokens = torch.cat([sample.tokens[1:] for sample in samples[:MEASURED_SAMPLES]])
+    every = -(-len(features) // MEASURED_TOKENS)
+    return features[::every].to(device), tokens[::every].to(device)

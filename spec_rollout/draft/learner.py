@@ -9,30 +9,26 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft import ranks
 from spec_rollout.draft.budget import RefreshBudget
 from spec_rollout.draft.checkpoint import load_head, load_optimizer, save_head
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
-from spec_rollout.draft.features import FeatureBuffer
+from spec_rollout.draft.features import FeatureBuffer, measured
+from spec_rollout.draft.inheritance import head_config, inherit
 from spec_rollout.draft.policy_view import PolicyView
-from spec_rollout.draft.refresh import DraftTrainer
+from spec_rollout.draft.refresh import SETTLED_STEPS, DraftTrainer
 from spec_rollout.draft.vocabulary import choose_vocabulary
 from spec_rollout.gamma.saving import RolloutValue
 from spec_rollout.records import RefreshStats
 
-FIT_SAMPLES, FIT_TOKENS = 16, 4096
-"""Rollouts, and tokens of them, that tell a head the magnitude of the features before its first training step."""
 LEAST_BATCH = 128
 """Tokens of a training step that must find memory."""
-COLD_TOKENS, COLD_PHASES = 24576, 4
-"""A new head waits for so many tokens of features, or half of what may be kept, but no more than so many phases. On a
-policy of 6 M parameters 100 steps on 5 rollouts of 48 reached an acceptance length of 3.0 at 3 guesses, 120 steps that
-began with the first of them 2.4: a head that has learned a few prompts by heart is slow to learn what they share."""
-YOUNG_STEPS = 150
-"""Steps before which a head is judged by what it may become, against all the steps that this still takes. Most of its
-gain comes late: the acceptance length of the head above went from 2.4 at 50 steps to 3.0 at 100 and 3.2 at 150."""
+YOUNG_STEPS = 100
+"""Steps before which a head is judged by what it may become, against all the steps that this still takes: what the
+first few of them gain says little about the rest."""
 
 
 class DraftLearner:
@@ -55,7 +51,7 @@ class DraftLearner:
         self.budget = RefreshBudget(config.draft_overhead)
         self.version = 0
         self.temperature = 1.0
-        self._take(EagleHead(HeadConfig.for_target(view.config), seed))
+        self._take(EagleHead(head_config(view.model), seed))
 
     def _take(self, head: EagleHead) -> None:
         """Start over with `head`."""
@@ -81,9 +77,6 @@ class DraftLearner:
         began = time.perf_counter()
         if not ranks.agree(self.trainer.head.finite and self.head.finite, self.device):
             self._start_over("its weights are not finite")
-        if seconds is None and self._too_early():
-            self.buffer.advance()
-            return RefreshStats(draft_version=self.version)
         self._prepare()
 
         def worth(before: list[float], after: list[float]) -> float:
@@ -116,12 +109,6 @@ class DraftLearner:
         stats.draft_version = self.version
         return stats
 
-    def _too_early(self) -> bool:
-        """Whether a head that knows nothing should wait for more rollouts; the same on every rank."""
-        few = self.buffer.tokens < min(COLD_TOKENS, self.buffer.max_tokens // 2)
-        young = self.buffer.version < COLD_PHASES
-        return not self.trained and young and not ranks.agree(not few, self.device)
-
     def _allowed(self, seconds: float | None, remaining: int | None) -> float:
         return self.budget.seconds(remaining) if seconds is None else seconds
 
@@ -131,11 +118,23 @@ class DraftLearner:
         if head.own_output is None:
             self.view.draft_ids = choose_vocabulary(self.buffer.samples, self.view)
         if not self.fitted and ranks.agree(bool(self.buffer.samples), self.device):
-            features = torch.cat([sample.features for sample in self.buffer.samples[:FIT_SAMPLES]])
-            head.fit_scale(features[:: -(-len(features) // FIT_TOKENS)].to(self.device), fresh=not self.trained)
+            features, tokens = measured(self.buffer.samples, self.device)
+            head.fit_scale(features, fresh=not self.trained)
+            if not self.trained:
+                self._inherit(features, tokens)
             ranks.share([*head.state_dict().values(), head.feature_scale])
             self.trainer.average = copy.deepcopy(head).requires_grad_(False)
             self.fitted = True
+
+    def _inherit(self, features: Tensor, tokens: Tensor) -> None:
+        missing = inherit(self.trainer.head, self.view, features, tokens)
+        if missing:
+            warnings.warn(
+                f"{type(self.view.model).__name__} has no {' and no '.join(missing)} that a draft head could begin "
+                "with: its own begins with random weights, and learns for longer before it guesses well.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _agree(self) -> None:
         """After a training every rank must hold the same head; if one does not, all take rank 0's, and no momentum."""
@@ -164,7 +163,7 @@ class DraftLearner:
             RuntimeWarning,
             stacklevel=4,
         )
-        self._take(EagleHead(HeadConfig.for_target(self.view.config), self.seed))
+        self._take(EagleHead(head_config(self.view.model), self.seed))
         self.healthy = False
 
     def save(self, folder: str | Path, controller: dict | None = None) -> None:
@@ -200,6 +199,8 @@ class DraftLearner:
         self.view.draft_ids = None if draft_ids is None else draft_ids.to(self.device)
         self.version, self.trained = extra.get("draft_version", 0), extra.get("trained", True)
         self.fitted, self.acceptance = extra.get("fitted", False), extra.get("acceptance", [])
+        if self.trained and not optimizer:
+            self.trainer.steps = SETTLED_STEPS  # how many it has been through is not told, but it is not new
         if resume and "budget" in extra:
             self.budget.load_state_dict(extra["budget"])
         return extra.get("controller") if resume else None

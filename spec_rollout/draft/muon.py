@@ -11,8 +11,8 @@ from torch import Tensor
 class Muon(torch.optim.Muon):
     """`torch.optim.Muon` with lr adjustment `match_rms_adamw`, which also serves where bfloat16 is emulated.
 
-    torch orthogonalises in bfloat16 on any device. A CPU without such instructions takes many times as long for that as
-    in float32; there, and only there, the same iteration runs in float32. State and options are torch's.
+    torch orthogonalises in bfloat16 on any device. A CPU without such instructions takes many times as long for that
+    as in float32; there, and only there, the same iteration runs in float32. State and options are torch's.
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0):

@@ -44,3 +44,10 @@ class PolicyView:
     def to_target(self, draft_tokens: Tensor) -> Tensor:
         """Target ids of indices into the draft vocabulary."""
         return draft_tokens if self.draft_ids is None else self.draft_ids[draft_tokens]
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList | None:
+    """The decoder layers of a Hugging Face causal language model, first to last; None where there is no such list."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    stacks = (m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    return next(stacks, None)

@@ -21,22 +21,25 @@ from spec_rollout.draft.unroll import unroll
 from spec_rollout.records import RefreshStats
 
 UNROLLED_STEPS = 3
+UNROLLED_SHARE = 4
+"""The second and third step are unrolled from one in so many entries."""
 STEP_DECAY = 0.8
 """Weight of each further unrolled step in the loss (EAGLE-3)."""
 PACK_WIDTH = 512
 """Most entries of a packed row; the rows of short rollouts are narrower, as attention grows with the square."""
 BATCH_TOKENS = 1024
 MATRIX_RATE = 0.22
-"""Learning rate of the matrices times the root of the hidden size, so that a step changes weights of any width by the
-same share. With Muon at this rate a cold head learned from one rollout what took AdamW twice the time."""
+"""Learning rate of the matrices times the root of the hidden size: a step changes any width by the same share. A cold
+head learned so, by Muon, from one rollout what took AdamW twice the time."""
 SCALE_RATE = 4e-3
-"""Learning rate of the norms' scales."""
+"""Of the norms' scales."""
 OUTPUT_RATE = 1e-4
 """Of an output head of its own, by AdamW: it is large, and was trained elsewhere."""
-WARM_UP_STEPS = 3
+WARM_UP_STEPS, FULL_STEPS, SETTLED_STEPS = 3, 25, 278
+"""The rates are whole until FULL_STEPS and fall with the root of the steps until SETTLED_STEPS, to 0.3 of that."""
 AVERAGE_SPAN, MOST_AVERAGED = 8, 25
 """Decoding with averaged weights raised the acceptance length at 3 guesses by 0.1 after 150 steps."""
-MAX_EPOCHS = 4
+MAX_EPOCHS = 8
 BURST, FIRST_BURST = 16, 3
 """Steps between two looks at whether training still pays; a new head's first ones tell what a step costs."""
 
@@ -54,8 +57,7 @@ class DraftTrainer:
     Attributes:
         batch_tokens: tokens of one optimiser step.
         step_seconds: what one took lately; 0 before the first.
-        average: a head of `head`'s weights averaged over the last steps, which guesses better than they do singly; the
-            one to decode with.
+        average: a head of `head`'s weights averaged over the last steps, which guesses better: the one to decode with.
     """
 
     def __init__(self, head: EagleHead, view: PolicyView, learning_rate: float | None = None, seed: int = 0):
@@ -102,8 +104,8 @@ class DraftTrainer:
                 losses += burst
                 before, stats.acceptance = stats.acceptance, self.acceptance(unseen, temperature)
                 gain = math.inf if worth is None else worth(before, stats.acceptance)
-                paying = len(burst) == size and gain > time.perf_counter() - burst_began
-                paying = ranks.agree(paying, self.device)
+                pays = len(burst) == size and gain > time.perf_counter() - burst_began
+                paying = ranks.agree(pays, self.device)
         if losses:
             loss, tokens = torch.stack(losses).unbind(1)
             stats.steps, stats.tokens, stats.loss = len(losses), int(tokens.sum()), loss.mean().item()
@@ -148,8 +150,7 @@ class DraftTrainer:
     def _burst(self, batches: Iterator[Pack], size: int, deadline: float) -> list[Tensor]:
         """At most `size` steps; one starts when the mean of the steps before it still fits. Returns the loss and the
         number of tokens of each, [2]."""
-        losses: list[Tensor] = []
-        times = [time.perf_counter()]
+        losses, times = [], [time.perf_counter()]
         while len(losses) < size:
             batch = next(batches, None)
             if not ranks.agree(batch is not None and times[-1] + self.step_seconds <= deadline, self.device):
@@ -161,8 +162,7 @@ class DraftTrainer:
         return losses
 
     def batches(self, samples: list[Sample]) -> Iterator[Pack]:
-        """Packed rows of `batch_tokens` in all; each pass takes the newest policy's rollouts first, else in random
-        order."""
+        """Packed rows of `batch_tokens` in all; in each pass the newest policy's first, else in random order."""
         for _ in range(MAX_EPOCHS):
             for version in sorted({sample.version for sample in samples}, reverse=True):
                 yield from self._shuffled([sample for sample in samples if sample.version == version])
@@ -192,7 +192,8 @@ class DraftTrainer:
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
         self.steps += 1
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * min(1.0, self.steps / WARM_UP_STEPS)
+            falling = (FULL_STEPS / min(self.steps, SETTLED_STEPS)) ** 0.5
+            optimizer.param_groups[0]["lr"] = rate * min(1.0, self.steps / WARM_UP_STEPS, falling)
             optimizer.step()
         self._accumulate()
         return loss
@@ -205,14 +206,19 @@ class DraftTrainer:
             mean.lerp_(weight, share)
 
     def loss(self, batch: Pack) -> Tensor:
-        """Mean Kullback-Leibler divergence, whose gradient is that of soft cross-entropy, over entries and unrolled
-        steps; a further step weighs `STEP_DECAY` of the one before."""
+        """Mean Kullback-Leibler divergence (the gradient of soft cross-entropy) of each unrolled step; a further step
+        weighs `STEP_DECAY` of the one before."""
         total = weights = 0.0
-        for j, (log_q, target) in enumerate(self._unrolled(self.head, batch)):
+        for j, (log_q, target) in enumerate(self._unrolled(self.head, batch, self._starts(batch))):
             divergence = F.kl_div(log_q, target, reduction="none").sum(-1)
-            total = total + STEP_DECAY**j * divergence.sum()
-            weights += STEP_DECAY**j * max(1, len(divergence))
+            total = total + STEP_DECAY**j * divergence.sum() / max(1, len(divergence))
+            weights += STEP_DECAY**j
         return total / weights
+
+    def _starts(self, batch: Pack) -> Tensor:
+        """Entries [R, P / UNROLLED_SHARE] from which the head is unrolled: some of those that it learns at."""
+        chance = torch.rand(batch.learn.shape, generator=self.generator).to(batch.learn.device)
+        return (chance * batch.learn).topk(batch.learn.shape[1] // UNROLLED_SHARE).indices
 
     @torch.no_grad()
     def acceptance(self, samples: list[Sample], temperature: float = 1.0) -> list[float]:
@@ -229,16 +235,16 @@ class DraftTrainer:
         sums = ranks.total(sums.to(self.device))
         return (sums[:, 0] / sums[:, 1]).tolist() if sums[:, 1].all() else []
 
-    def _unrolled(self, head: EagleHead, batch: Pack) -> Iterator[tuple[Tensor, Tensor]]:
+    def _unrolled(self, head: EagleHead, batch: Pack, starts: Tensor | None = None) -> Iterator[tuple[Tensor, ...]]:
         """For each unrolled step of `head` its log-probabilities and the target's probabilities, [N, Vd] float32."""
         rows = self.view.output_rows()
         with torch.no_grad():
             final = batch.features[..., head.fc.in_features :].roll(-1, 1)  # the state that predicts token p + 2
             target = self.view.logits(final[batch.learn], rows).softmax(-1)
             embeds = self.view.embed(batch.tokens).to(head.fc.weight.dtype)
-            everywhere = torch.zeros(batch.learn.shape, dtype=torch.int64, device=rows.device)
-            everywhere[batch.learn] = torch.arange(len(target), device=rows.device)
+            place = torch.full((len(batch.learn), batch.learn.shape[1] + 1), -1, device=rows.device)
+            place[:, :-1][batch.learn] = torch.arange(len(target), device=rows.device)
         rows = rows.to(embeds.dtype) if head.own_output is None else head.own_output
-        for hidden, valid in unroll(head, embeds, batch, UNROLLED_STEPS):
-            use = batch.learn & valid
-            yield F.linear(hidden[use], rows).float().log_softmax(-1), target[everywhere[use]]
+        for entries, hidden in unroll(head, embeds, batch, UNROLLED_STEPS, starts):
+            at = place.gather(1, entries)
+            yield F.linear(hidden[at >= 0], rows).float().log_softmax(-1), target[at[at >= 0]]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spec_rollout.draft.features import FeatureBuffer
+from spec_rollout.draft.policy_view import decoder_layers
 
 
 class FeatureTap:
@@ -26,14 +27,12 @@ class FeatureTap:
     def __init__(self, model: nn.Module, aux_layers: Sequence[int]):
         self.model, self.aux_layers = model, tuple(aux_layers)
         self.decoder = model.get_decoder()
-        count = model.config.get_text_config(decoder=True).num_hidden_layers
-        stacks = [m for m in self.decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-        if not stacks:
+        self.layers = decoder_layers(model)
+        if self.layers is None:
             raise ValueError(
-                f"{type(model).__name__} has no list of its {count} layers, so no draft can learn from its passes: "
-                "sample in the trainer's own process, or with draft_refresh=False."
+                f"{type(model).__name__} has no list of its layers, so no draft can learn from its passes: sample in "
+                "the trainer's own process, or with draft_refresh=False."
             )
-        self.layers = stacks[0]
 
     @contextmanager
     def listen(self, buffer: FeatureBuffer, ids: Tensor, mask: Tensor, prompts: Sequence[int]) -> Iterator[None]:

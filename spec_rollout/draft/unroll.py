@@ -11,46 +11,53 @@ from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.packing import Pack
 
 
-def unroll(head: EagleHead, embeds: Tensor, pack: Pack, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields for each of `steps` steps the head's normed hidden states [R, P, H] and where they are valid [R, P].
+def unroll(
+    head: EagleHead, embeds: Tensor, pack: Pack, steps: int, starts: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields for each of `steps` steps the entries [R, N] that it runs at, P where there is none, and the head's
+    normed hidden states [R, N, H] there.
 
-    Step j feeds entry p with the output of step j - 1 at entry p - 1, as the (j + 1)-th guess does. Its query sees the
-    true-feature keys (step 0) up to entry p - j and, of each step k = 1..j, the one key at entry p - j + k (Li et al.,
-    EAGLE-3, 2025, figure 6).
+    Step 0 runs at all P entries on the target's features. Step j runs at the entries `starts` + j (`starts` [R, S];
+    by default all) and feeds entry p with the output of step j - 1 at entry p - 1, as the (j + 1)-th guess does. Its
+    query sees the keys of step 0 up to entry p - j and, of each step k = 1..j, the one key at entry p - j + k (Li et
+    al., EAGLE-3, 2025, figure 6).
     """
     fused = pack.features[..., : head.fc.in_features].to(head.fc.weight.dtype)
     hidden = head.fuse(fused * head.feature_scale)
-    size = pack.tokens.shape[1]
-    order = torch.arange(size, device=hidden.device)
+    rows, size = pack.tokens.shape
     document = pack.document
-    same = (document[:, :, None] == document[:, None, :]) & (document >= 0)[:, None, :]  # [R, P, P]
+    order = torch.arange(size, device=hidden.device).expand(rows, size)
+    starts = order if starts is None else starts
     keys, values = [], []
     for j in range(steps):
-        q, k, v = head.project(embeds, hidden, pack.positions)
+        at = starts if j else order
+        entries = (at + j).clamp(max=size - 1)
+        q, k, v = head.project(_pick(embeds, entries), hidden, pack.positions.gather(1, entries))
         groups = q.shape[1] // k.shape[1]
         keys.append(k.repeat_interleave(groups, 1))
         values.append(v.repeat_interleave(groups, 1))
-        visible = same & (order[None, :] <= order[:, None] - j)
-        output = head.combine(_attend(q, keys, values, visible[:, None]), hidden)
-        valid = (document >= 0) & (document == _shift(document, j)) & (order >= j)
-        yield head.norm(output), valid
-        hidden = _shift(output, 1)
+        own = document.gather(1, at)
+        visible = (own[:, :, None] == document[:, None, :]) & (order[:, None, :] <= at[:, :, None])  # [R, N, P]
+        hidden = head.combine(_attend(q, keys, values, visible[:, None]), hidden)
+        valid = (own >= 0) & (document.gather(1, entries) == own) & (at + j < size)
+        yield entries.masked_fill(~valid, size), head.norm(hidden)
+        hidden = hidden if j else _pick(hidden, starts)
 
 
 def _attend(q: Tensor, keys: list[Tensor], values: list[Tensor], visible: Tensor) -> Tensor:
-    """Attention [R, heads, P, D] over the keys of step 0 where `visible` and the later steps' diagonals."""
+    """Attention [R, heads, N, D] over the keys of step 0 where `visible`, and over those that the later steps of the
+    same start have made."""
     scale = q.shape[-1] ** -0.5
-    steps = len(keys)
     scores = (q @ keys[0].transpose(-1, -2) * scale).masked_fill(~visible, torch.finfo(q.dtype).min)
-    own = [(q * _shift(keys[k], steps - 1 - k, 2)).sum(-1, keepdim=True) * scale for k in range(1, steps)]
+    own = [(q * k).sum(-1, keepdim=True) * scale for k in keys[1:]]
     weights = torch.cat([scores, *own], -1).softmax(-1)
     size = keys[0].shape[2]
     attended = weights[..., :size] @ values[0]
-    for k in range(1, steps):
-        attended = attended + weights[..., size + k - 1, None] * _shift(values[k], steps - 1 - k, 2)
+    for k, v in enumerate(values[1:]):
+        attended = attended + weights[..., size + k, None] * v
     return attended
 
 
-def _shift(x: Tensor, by: int, dim: int = 1) -> Tensor:
-    """Entry p takes the value of entry p - by; what wraps around belongs to another rollout and is masked."""
-    return x.roll(by, dim) if by else x
+def _pick(x: Tensor, entries: Tensor) -> Tensor:
+    """x [R, P, H] at `entries` [R, N]."""
+    return x.gather(1, entries[..., None].expand(-1, -1, x.shape[-1]))

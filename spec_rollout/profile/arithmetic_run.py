@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,17 @@ def make_trainer(
     steps: int,
     learning_rate: float,
     seed: int,
+    reward: Callable[..., list[float]] = accuracy_reward,
     **options,
 ) -> GRPOTrainer:
     """A trainer of `trainer_class` for `steps` GRPO steps from the weights in `policy`, silent but for `progress`."""
+    options = {"max_completion_length": COMPLETION_TOKENS} | options
     config = SpecGRPOConfig(
         output_dir=str(folder),
         max_steps=steps,
         seed=seed,
         per_device_train_batch_size=BATCH_SIZE,
         num_generations=8,
-        max_completion_length=COMPLETION_TOKENS,
         learning_rate=learning_rate,
         lr_scheduler_type="constant",
         beta=0.0,
@@ -78,7 +79,7 @@ def make_trainer(
     )
     trainer = trainer_class(
         model=str(policy),
-        reward_funcs=accuracy_reward,
+        reward_funcs=reward,
         args=config,
         train_dataset=prompt_dataset("rl", PROBLEMS, seed),
         callbacks=[progress],

@@ -55,9 +55,10 @@ def draw_drift(path: Path, drift: Drift) -> None:
     plt.rcParams.update({"axes.spines.top": False, "font.size": 10, "axes.edgecolor": INK, "text.color": INK})
     figure, (lengths, moved) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for series, label, colour, style in (
-        (drift.ceiling, f"new weights, {CEILING_STEPS} steps on {CEILING_PROMPTS} rollouts", INK, ":"),
+        (drift.ceiling, f"a new head, {CEILING_STEPS} steps on {CEILING_PROMPTS} rollouts", INK, ":"),
         (drift.double, "refreshed, twice the time", ROWS, "-"),
         (drift.refreshed, "refreshed", OURS, "-"),
+        (drift.cold, "refreshed, from a cold start", OURS, "--"),
         (drift.frozen, "frozen", THEIRS, "--"),
     ):
         lengths.plot(drift.steps, series, style, color=colour, marker="o", markersize=3, label=label)
@@ -68,9 +69,9 @@ def draw_drift(path: Path, drift: Drift) -> None:
     moved.set(title="How far the policy moved", xlabel="GRPO step", ylim=(0, None))
     moved.set_ylabel("KL to the first policy, nats per token", color=OURS)
     right = moved.twinx()
-    right.plot(drift.steps, drift.accuracy, color=THEIRS, marker="o", markersize=3)
+    right.plot(drift.steps, drift.probe_reward, color=THEIRS, marker="o", markersize=3)
     right.set(ylim=(0, 1))
-    right.set_ylabel("held-out problems right", color=THEIRS)
+    right.set_ylabel("reward on held-out problems", color=THEIRS)
     lengths.spines["right"].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

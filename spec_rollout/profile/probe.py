@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.drafter import EagleDrafter
-from spec_rollout.draft.eagle import EagleHead, HeadConfig
-from spec_rollout.draft.features import FeatureBuffer
+from spec_rollout.draft.eagle import EagleHead
+from spec_rollout.draft.features import FeatureBuffer, measured
+from spec_rollout.draft.inheritance import head_config, inherit
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.refresh import DraftTrainer
 from spec_rollout.engine.engine import RolloutEngine
@@ -38,7 +39,8 @@ class Probe:
 
     def acceptance_length(self, head: EagleHead) -> tuple[float, list[Completion]]:
         """Of `head` (float32, still scaled) guessing GAMMA tokens, and what was drawn."""
-        running = EagleHead(head.config).to(self.policy.model.device)
+        own = None if head.own_output is None else len(head.own_output)
+        running = EagleHead(head.config, own_output=own).to(self.policy.model.device)
         running.load_state_dict(head.folded())
         drafter = EagleDrafter(running, PolicyView(self.policy.model))
         drafter.ready = True
@@ -51,13 +53,15 @@ class Probe:
         """A head trained from new weights for CEILING_STEPS on CEILING_PROMPTS rollouts of the current policy."""
         view = PolicyView(self.policy.model)
         device = self.policy.model.device
-        head = EagleHead(HeadConfig.for_target(view.config), self.seed).to(device)
+        head = EagleHead(head_config(view.model), self.seed).to(device)
         buffer = FeatureBuffer(10**9)
         drafter = EagleDrafter(EagleHead(head.config).to(device), view, buffer)
         engine = RolloutEngine(self.policy.model, SpecConfig(), drafter=drafter, controller=FixedGamma(0))
         prompts = arithmetic_prompts(self.policy.tokenizer, CEILING_PROMPTS, self.seed + 1)
         engine.generate(prompts, self.policy.params, seed=(self.seed, 1))
-        head.fit_scale(torch.cat([s.features for s in buffer.samples[:16]]), fresh=True)
+        features, tokens = measured(buffer.samples, device)
+        head.fit_scale(features, fresh=True)
+        inherit(head, view, features, tokens)
         trainer = DraftTrainer(head, view, seed=self.seed)
         batches = chain.from_iterable(trainer.batches(samples) for samples in repeat(buffer.samples))
         rates = trainer.rates

@@ -34,6 +34,10 @@ OPENINGS = ("Let us go step by step.", "We take the steps in order.", "")
 LINES = ("Step {letter} {step}: {sums}.", "Then {letter} {step}: {sums}.", "Now {letter} {step}: {sums}.")
 CLOSINGS = ("That is all.", "No step is left.", "")
 
+MANY_SUMS = 24
+"""Right sums for the whole of `worked_sums_reward`; a solution has 9 on the mean."""
+
+SUM = re.compile(r"(\d+) ([+*-])(\d+) = (-?\d+)")
 ANSWER = re.compile(r"^Answer:[ \t]*(-?\d{1,9})\s*$", re.MULTILINE)
 
 
@@ -129,6 +133,16 @@ def accuracy_reward(completions: list[Any], answer: list[int], **kwargs) -> list
     A completion is a string, or a conversation (a list of messages) whose last message is read.
     """
     return [float(final_answer(text_of(c)) == int(a)) for c, a in zip(completions, answer, strict=True)]
+
+
+def worked_sums_reward(completions: list[Any], **kwargs) -> list[float]:
+    """TRL reward: the share of MANY_SUMS right sums that a completion works through, whatever the problem.
+
+    It pays for long solutions, so it moves a policy far from what it was trained to write.
+    """
+    found = [SUM.findall(text_of(completion)) for completion in completions]
+    right = [sum(apply(int(a), (operator, int(b))) == int(c) for a, operator, b, c in sums) for sums in found]
+    return [min(1.0, n / MANY_SUMS) for n in right]
 
 
 def text_of(completion: Any) -> str:

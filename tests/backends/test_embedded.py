@@ -21,8 +21,7 @@ PARAMS = SamplingParams(max_new_tokens=40, temperature=0.3, eos_token_ids=(4,))
 
 @pytest.fixture(autouse=True)
 def generous(monkeypatch):
-    """Whatever a training gains, it pays; and it comes after the first rollout."""
-    monkeypatch.setattr(learner, "COLD_PHASES", 0)
+    """Whatever a training gains, it pays."""
     monkeypatch.setattr(refresh, "MAX_EPOCHS", 20)
     monkeypatch.setattr(RolloutValue, "hope", lambda self, rates: 1e9)
     monkeypatch.setattr(RolloutValue, "slope", lambda self, rates: 1e9)
@@ -88,22 +87,6 @@ def test_a_cold_head_learns_from_features_at_magnitude_1_and_runs_on_them_as_the
     scaled = features * head.feature_scale
     assert 0.5 < scaled.square().mean().sqrt() < 2
     torch.testing.assert_close(backend.drafter.head.fuse(features), head.fuse(scaled))
-
-
-def test_a_cold_head_waits_for_more_than_a_few_prompts(tmp_path, monkeypatch):
-    monkeypatch.setattr(learner, "COLD_PHASES", 2)
-    backend = backend_for("llama", tmp_path)
-    for turn in range(2):
-        backend.generate(PROMPTS, PARAMS, seed=(turn,))
-        assert backend.refresh().steps == 0
-    backend.generate(PROMPTS, PARAMS, seed=(3,))
-    assert len(backend.learner.buffer.samples) == 3 * len(PROMPTS)  # all of them are learned from
-    assert backend.refresh().steps > 0
-    backend.generate(PROMPTS, PARAMS, seed=(4,))
-    monkeypatch.setattr(learner, "COLD_TOKENS", 10)
-    other = backend_for("llama", tmp_path)
-    other.generate(PROMPTS, PARAMS)
-    assert other.refresh().steps > 0  # enough at once
 
 
 def test_evaluation_is_not_learned_from(tmp_path):

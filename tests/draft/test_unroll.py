@@ -49,19 +49,20 @@ def drafter_with(policy, samples, rows, head):
 
 
 @torch.no_grad()
-def test_unrolled_states_are_the_states_of_decoding(policy, samples):
-    """Step j at entry p equals the j-th guess of a row with p - j + 1 committed tokens and the same tokens after."""
+@pytest.mark.parametrize("some", [False, True])
+def test_unrolled_states_are_the_states_of_decoding(policy, samples, some):
+    """Step j from entry p equals the j-th guess of a row with p + 1 committed tokens and the same tokens after."""
     view = PolicyView(policy)
     head = EagleHead(HeadConfig.for_target(policy.config))
     packed = pack(samples, width=32)
-    steps = 3
-    trained = [hidden for hidden, _ in unroll(head, view.embed(packed.tokens), packed, steps)]
+    steps, cut = 3, 3
     order = sorted(range(len(samples)), key=lambda i: -LENGTHS[i])  # as `pack` lays them out
     start = dict(zip(order, [0, *torch.tensor([LENGTHS[i] for i in order]).cumsum(0).tolist()], strict=False))
+    starts = torch.tensor([[start[i] + cut - 1 for i in reversed(range(len(samples)))]]) if some else None
+    trained = list(unroll(head, view.embed(packed.tokens), packed, steps, starts))
     rows = committed_rows(samples)
     drafter = drafter_with(policy, samples, rows, head)
-    cut = 3  # decode from here with the sample's own tokens as guesses
-    rows.length[:] = cut
+    rows.length[:] = cut  # decode from here with the sample's own tokens as guesses
     rows.lengths[:] = cut
     hidden = drafter._catch_up(rows, 0, rows.count)
     for j in range(steps):
@@ -69,7 +70,8 @@ def test_unrolled_states_are_the_states_of_decoding(policy, samples):
             place = rows.length[:, None] + j - 1
             hidden = drafter._pass((0, rows.count), rows.tokens.gather(1, place + 1), hidden, place, rows.capacity)
         for i in range(len(samples)):
-            expected = trained[j][0, start[i] + cut - 1 + j]
+            (entries,), (states,) = trained[j]
+            expected = states[entries == start[i] + cut - 1 + j][0]
             torch.testing.assert_close(head.norm(hidden[i, 0]), expected, atol=1e-5, rtol=1e-4)
 
 

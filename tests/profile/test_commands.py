@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from spec_rollout import cli
-from spec_rollout.draft import learner
 from spec_rollout.draft.budget import RefreshBudget
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.profile import arithmetic_run, bench, check, demo, drift, memory, probe, workload
@@ -128,18 +127,17 @@ def test_demo_compares_three_runs(folder, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("short_runs")
-def test_drift_follows_four_heads(folder, tmp_path, monkeypatch, capsys):
+def test_drift_follows_five_heads(folder, tmp_path, monkeypatch, capsys):
     for name, size in (("PROBE_PROMPTS", 4), ("CEILING_PROMPTS", 8), ("CEILING_STEPS", 3)):
         monkeypatch.setattr(probe, name, size)
-    monkeypatch.setattr(learner, "COLD_PHASES", 0)
     monkeypatch.setattr(RefreshBudget, "seconds", lambda self, remaining: 5.0 * self.overhead)
     line = ["--policy", str(folder), "--out", str(tmp_path), "--steps", "4", "--every", "2"]
     assert drift.main(line) == 0
     figures = json.loads((tmp_path / "drift.json").read_text())
-    assert figures["steps"] == [2, 4] and len(figures["reward"]) == len(figures["tokens_per_second"]) == 4
-    for name in ("frozen", "refreshed", "double", "ceiling"):
-        assert len(figures[name]) == 2 and all(1 <= length <= probe.GAMMA + 1 for length in figures[name])
-    assert len(figures["policy_kl"]) == len(figures["accuracy"]) == 2
+    assert figures["steps"] == [1, 2, 4] and len(figures["reward"]) == len(figures["tokens_per_second"]) == 4
+    for name in ("frozen", "refreshed", "double", "cold", "ceiling"):
+        assert len(figures[name]) == 3 and all(1 <= length <= probe.GAMMA + 1 for length in figures[name])
+    assert len(figures["policy_kl"]) == len(figures["probe_reward"]) == 3
     assert 0 < figures["refresh_time_share"] < 1
     assert (tmp_path / "drift.png").stat().st_size > 10_000
     assert "Draft training took" in capsys.readouterr().out

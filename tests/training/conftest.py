@@ -81,7 +81,6 @@ def peeking(monkeypatch) -> type[PeekingBackend]:
 def eager_head(monkeypatch) -> None:
     """The draft head may train for longer than these short rollouts last."""
     monkeypatch.setattr("spec_rollout.draft.budget.RefreshBudget.seconds", lambda self, remaining: 1.0)
-    monkeypatch.setattr("spec_rollout.draft.learner.COLD_PHASES", 0)
     monkeypatch.setattr("spec_rollout.draft.refresh.MAX_EPOCHS", 20)
 
 

@@ -13,7 +13,7 @@ import torch
 from accelerate.state import PartialState
 from datasets import Dataset
 
-from spec_rollout.draft import learner, refresh
+from spec_rollout.draft import refresh
 from spec_rollout.draft.budget import RefreshBudget
 from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
 from tests.training import talking
@@ -24,7 +24,7 @@ from tests.training.test_tools import CHATS, GOOD, TALK, Length, multiply
 
 def main(kind: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    learner.COLD_PHASES, refresh.MAX_EPOCHS = 0, 8  # these rollouts are short
+    refresh.MAX_EPOCHS = 8  # these rollouts are short
     RefreshBudget.seconds = lambda self, remaining: 1e9
     join(kind)
     figures = {f"gamma {gamma}": plain_run(kind, folder, gamma) for gamma in (0, 2)}

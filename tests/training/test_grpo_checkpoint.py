@@ -26,6 +26,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_trainer, eager_head, gamma)
 
 KILLED = """
 import os, signal, sys
+import spec_rollout.draft.checkpoint as checkpoint
 from datasets import Dataset
 from transformers import TrainerCallback
 from tests.training.conftest import OPTIONS, PROMPTS, Digits, build_policy, build_tokenizer
@@ -35,7 +36,13 @@ from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
 class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
+            if sys.argv[2] == "step":
+                os.kill(os.getpid(), signal.SIGKILL)
+            checkpoint.save_file = die
+
+def die(tensors, path):
+    path.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
 
 tokenizer = build_tokenizer()
 args = SpecGRPOConfig(sys.argv[1], num_speculative_tokens=2, calibration_cache=sys.argv[1], **(OPTIONS | SAVING))
@@ -45,12 +52,15 @@ SpecGRPOTrainer(policy, Digits(), args, rows, processing_class=tokenizer, callba
 """
 
 
-def test_kill_9_in_mid_training_and_resume(make_trainer, eager_head, tmp_path):
+@pytest.mark.parametrize(("moment", "left"), [("step", [2]), ("save", [2, 4])])
+def test_kill_9_and_resume(make_trainer, eager_head, tmp_path, moment, left):
+    """In mid-training, or half-way through the draft of the second checkpoint: the first one serves."""
     whole = trained(make_trainer(**SAVING))
     run = tmp_path / "killed"
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(run)], cwd=Path(__file__).parents[2])
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(run), moment], cwd=Path(__file__).parents[2])
     assert ended.returncode == -signal.SIGKILL
-    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in left]
+    assert [path.parent.name for path in run.glob("checkpoint-*/draft")] == ["checkpoint-2"]
     resumed = trained(make_trainer(**SAVING), resume_from_checkpoint=str(run / "checkpoint-2"))
     whole.reward_funcs[0].seen = whole.reward_funcs[0].seen[2:]
     assert_same(whole, resumed)
