@@ -25,8 +25,9 @@ def measured(name: str) -> dict:
 def on(figures: dict) -> str:
     """Device, threads, dtype, date and commit of a file."""
     hardware, setup = figures["hardware"], figures["setup"]
+    threads = f"{hardware['threads']} thread{'s' * (hardware['threads'] > 1)}"
     return (
-        f"{hardware['threads']} threads of an {hardware['device'].replace('(R)', '')}, {setup['dtype']}, "
+        f"{threads} of an {hardware['device'].replace('(R)', '')}, {setup['dtype']}, "
         f"torch {hardware['torch']}, {setup['date']}, commit {setup['commit']}: `{setup['command']}`"
     )
 
@@ -55,14 +56,21 @@ def bench() -> str:
 
 
 def simulation() -> str:
-    """How far replays are off."""
-    figures = measured("cpu-small-simulate.json")
+    """How far replays are off: of the head's guesses, and of either source on a machine that other jobs shared."""
+    return "\n\n".join(
+        replays(measured(name)) for name in ("cpu-small-simulate.json", "cpu-small-simulate-ngrams.json")
+    )
+
+
+def replays(figures: dict) -> str:
+    """One such table."""
     guessed = {0: "0 (plain)", None: "adaptive"}
-    lines = ["| slots | guesses | predicted / measured seconds |", "|---:|---:|---:|"]
-    lines += [
-        f"| {row['slots']} | {guessed.get(row['gamma'], row['gamma'])} | {row['ratio']:.2f} |"
-        for row in figures["settings"]
-    ]
+    whose = {"plain": "–", "head": "the head's", "ngrams": "from earlier rollouts"}
+    lines = ["| slots | guesses | whose | predicted / measured seconds | steps |", "|---:|---:|---|---:|---:|"]
+    for row in figures["settings"]:
+        cells = row["slots"], guessed.get(row["gamma"], row["gamma"]), whose[row["source"]]
+        steps = f"{row['steps_ratio']:.2f}" if "steps_ratio" in row else "–"
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['ratio']:.2f} | {steps} |")
     share = figures["recording"]["recorder_share"]
     return "\n".join(lines) + f"\n\nRecording takes {share:.2%} of a rollout.\n\n{on(figures)}"
 

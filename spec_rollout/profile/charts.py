@@ -39,7 +39,8 @@ PICTURES = (
     Picture(
         "speedup",
         "Speed-up over plain decoding",
-        "Medians of the ratios within a turn. Below the line, guessing costs more than it brings.",
+        "Medians of the ratios within a turn; the numbers are the adaptive one's. Below the line, guessing costs more "
+        "than it brings.",
         lambda figures: [r for r in figures["throughput"] if r["speedup_vs_plain"] and r["sampler"] != "plain"],
         panels.speedup,
     ),

@@ -79,18 +79,23 @@ def speedup(figure: Figure, rows: list[dict]) -> None:
     axis, series = figure.add_subplot(), _series(rows)
     colours = _colours(list(series))
     axis.axhline(1, color=PLAIN, linewidth=1.5)
+    highest: dict[int, float] = {}
+    for row in rows:
+        highest[row["batch_size"]] = max(highest.get(row["batch_size"], 1.0), row["speedup_vs_plain"])
     for name, points in series.items():
         own = name == "adaptive"
         x, y = [row["batch_size"] for row in points], [row["speedup_vs_plain"] for row in points]
         style = DASHED if name == NAMES["ngrams"] else "-"
         size, width = (4, 2) if own else (2.5, 1)
-        axis.plot(x, y, color=colours[name], linestyle=style, marker="o", markersize=size, linewidth=width)
+        axis.plot(x, y, color=colours[name], linestyle=style, marker="o", markersize=size, linewidth=width, label=name)
         if own:
-            for a, b in zip(x, y, strict=True):
-                axis.annotate(f"{b:.2f}", (a, b), (0, 6), textcoords="offset points", ha="center", color=OURS)
+            for a, b in zip(x, y, strict=True):  # above all lines, none of which shall cross it
+                place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+                axis.annotate(f"{b:.2f}", (a, highest[a]), color=OURS, **place)
     _rows_axis(axis, [row["batch_size"] for row in rows])
     axis.set_ylabel("× plain decoding")
     axis.margins(x=0.09, y=0.15)
+    figure.legend(loc="outside upper center", ncols=3, columnspacing=1.2)
 
 
 def gamma_map(figure: Figure, data: dict) -> None:
@@ -141,7 +146,7 @@ def by_position(figure: Figure, data: dict[str, list[dict]]) -> None:
     for i, (name, rows) in enumerate(shown.items()):
         x = [row["position"] + (i - (len(shown) - 1) / 2) * width for row in rows]
         y = [row["rate"] for row in rows]
-        axis.bar(x, y, color=(OURS, PLAIN)[i], width=0.94 * width, label=name)
+        axis.bar(x, y, color=(OURS, INK)[i], width=0.94 * width, label=name)
         for a, b in zip(x, y, strict=True):
             axis.text(a, b + 0.02, f"{b:.2f}", ha="center", fontsize=9 if len(shown) == 1 else 7.5)
     longest = max(shown.values(), key=len)
@@ -210,7 +215,8 @@ def memory(figure: Figure, data: dict[str, int]) -> None:
     names, sizes = [n.replace("_", " ").replace("kv", "K/V") for n in data], [b / 2**20 for b in data.values()]
     axis.barh(names, sizes, color=PLAIN, height=0.6)
     for i, size in enumerate(sizes):
-        axis.text(size, i, f" {size:.0f}" if size >= 10 else f" {size:.1f}", va="center")
+        text = f"{size:.0f}" if size >= 10 else f"{size:.1f}"
+        axis.annotate(text, (size, i), (4, 0), textcoords="offset points", va="center")
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("MiB")

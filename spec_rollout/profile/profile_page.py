@@ -8,6 +8,7 @@ from pathlib import Path
 
 from spec_rollout.profile.canvas import Chart
 from spec_rollout.profile.page import number, write_page
+from spec_rollout.profile.panels import NAMES
 
 ENGINES = {"embedded": "the embedded engine", "vllm": "vLLM"}
 
@@ -33,10 +34,12 @@ def schedule_text(schedule: dict | None) -> str:
 
 def _meta(figures: dict) -> str:
     setup, device = figures["setup"], figures["hardware"]
-    draft = setup["draft_model"] or f"a draft that learned from {setup['draft_rollouts']} rollouts"
+    count = setup["draft_rollouts"]
+    draft = setup["draft_model"] or f"a draft that learned from {count} rollout{'s' * (count != 1)}"
+    threads = f"{device['threads']} thread{'s' * (device['threads'] > 1)}"
     return (
         f"{setup['policy']} · on {ENGINES[setup['rollout_backend']]} · {setup['dtype']} · prompts: "
-        f"{setup['prompts']} · {draft} · {device['device']}, {device['threads']} threads · torch {device['torch']} · "
+        f"{setup['prompts']} · {draft} · {device['device']}, {threads} · torch {device['torch']} · "
         f"{setup['date']}"
     )
 
@@ -69,7 +72,8 @@ def _parts(figures: dict) -> dict:
         "acceptance length": "mean_acceptance_length",
         "turns": "turns",
     }
-    rows = [[row[key] for key in columns.values()] for row in figures["throughput"]]
+    named = [row | {"sampler": NAMES.get(row["sampler"], row["sampler"])} for row in figures["throughput"]]
+    rows = [[row[key] for key in columns.values()] for row in named]
     return {
         "tiles": tiles,
         "advice": [item["text"] for item in figures["advice"]],

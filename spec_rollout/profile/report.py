@@ -32,8 +32,14 @@ PANELS = (
         "KL divergence",
         "Of the draft from the policy, on the rollouts that it learns from.",
     ),
-    ("draft_acceptance", "First guess", "acceptance rate", "On rollouts held out of the draft's training."),
+    (
+        "draft_acceptance",
+        "Acceptance of the first guess",
+        "acceptance rate",
+        "On rollouts held out of the draft's training.",
+    ),
 )
+FEW = 4
 COLOURS, DASHED = (OURS, PLAIN, *FIXED) * 9, (0, (3, 2))
 FLOORS = {"mean_acceptance_length": 1, "num_speculative_tokens": 0, "seconds": 0, "refresh_seconds": 0}
 FLOORS |= {"draft_loss": 0, "draft_acceptance": 0}
@@ -120,7 +126,8 @@ def _lines(figure: Figure, lines: dict[str, Series], styles: dict[str, tuple]) -
     for name, values in lines.items():
         x, y = list(values), list(values.values())
         colour, style = styles[name]
-        axis.plot(x, y, color=colour, linestyle=style, marker="o", markersize=2.5, linewidth=1.5, label=name)
+        size = 2.5 if len(x) > FEW else 5  # a point or two without a line to lead to them are easily missed
+        axis.plot(x, y, color=colour, linestyle=style, marker="o", markersize=size, linewidth=1.5, label=name)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if len(lines) > 1:
         figure.legend(loc="outside upper center", ncols=2)

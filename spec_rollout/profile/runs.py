@@ -116,15 +116,21 @@ def _recorded(trace: Trace, ranks: int) -> dict[str, Series]:
         if stats.drafted:
             series["acceptance_rate"][step] = stats.acceptance_rate
         if costs:
-            other = next(iter(costs.values()))  # plain decoding costs the same whoever guesses
-            plain = [replay(Work.of(r), costs.get(r.source, other), r.slots, 0, []).seconds for r in rollouts]
-            series["plain_seconds"][step] = sum(plain) / ranks
+            series["plain_seconds"][step] = sum(_plain_seconds(r, costs) for r in rollouts) / ranks
     for line in trace.refreshes:
         step = line["labels"]["step"] + 1
         series["refresh_seconds"][step] = series["refresh_seconds"].get(step, 0.0) + line["seconds"] / ranks
         if "loss" in line:
             series["draft_loss"][step] = line["loss"]
     return dict(series)
+
+
+def _plain_seconds(rollout: RolloutTrace, costs: dict[str, Costs]) -> float:
+    """What plain decoding would have taken; what it took, if nothing was guessed."""
+    if not any(step.gamma for step in rollout.steps):
+        return rollout.seconds
+    cost = costs.get(rollout.source, next(iter(costs.values())))  # plain decoding costs the same whoever guesses
+    return replay(Work.of(rollout), cost, rollout.slots, 0, []).seconds
 
 
 def speedup(run: Run, baseline: Run | None) -> Series:

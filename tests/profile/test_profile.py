@@ -18,6 +18,7 @@ from spec_rollout.profile import measuring, profile
 from spec_rollout.profile.charts import profile_charts
 from spec_rollout.profile.cost_file import read_costs
 from spec_rollout.profile.page import number
+from spec_rollout.profile.panels import NAMES
 from spec_rollout.profile.profile_figures import vllm_schedule
 from spec_rollout.profile.profile_page import schedule_text
 from spec_rollout.profile.replay import Costs, acceptance
@@ -123,8 +124,9 @@ def test_the_page_shows_the_figures_and_asks_nothing_of_the_network(out, figures
     shown = re.findall(r"<tr>((?:<td>.*?</td>)+)</tr>", page)
     keys = ("batch_size", "sampler", "gamma", "tokens_per_s", "tokens_per_s_min", "tokens_per_s_max")
     keys += ("predicted_tokens_per_s", "speedup_vs_plain", "mean_acceptance_length", "turns")
+    named = [row | {"sampler": NAMES.get(row["sampler"], row["sampler"])} for row in figures["throughput"]]
     assert [re.findall("<td>(.*?)</td>", row) for row in shown] == [
-        [number(row[key]) for key in keys] for row in figures["throughput"]
+        [number(row[key]) for key in keys] for row in named
     ]
     tiles = re.findall(r'<div class="tile"><b>(.*?)</b>', page)
     adaptive = [row for row in figures["throughput"] if row["sampler"] == "adaptive"]

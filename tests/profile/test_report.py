@@ -46,8 +46,10 @@ def test_speed_ups_are_measured_against_the_plain_run_with_training_charged(runs
     assert "1.25" in capsys.readouterr().out
 
 
-def recorded(step: int, seconds: float) -> str:
-    steps = [StepStats(1, 1, 8, 2, [1], verify_s=seconds / 3)] * 3
+def recorded(step: int, seconds: float, guesses: int = 1) -> str:
+    """Six tokens in three steps; or in six without guesses."""
+    count = 6 // (1 + guesses)
+    steps = [StepStats(1, guesses, 8, 1 + guesses, [1] * guesses, verify_s=seconds / count)] * count
     trace = RolloutTrace(
         {"mode": "train", "step": step, "call": 0}, 1, seconds, 0.0, [3], [6], [0], [3], [3], [3], steps
     )
@@ -58,15 +60,18 @@ def test_a_trace_alone_tells_what_plain_decoding_would_have_taken(tmp_path):
     folder = tmp_path / "run" / "rollouts"
     folder.mkdir(parents=True)
     cost = CostModel([Measurement("verify", 1, tokens, 8, 0.1) for tokens in (1, 2)])
-    lines = [recorded(0, 0.3), recorded(1, 0.3), json.dumps({"version": 1, "kind": "cost", "cost": cost.to_json()})]
+    lines = [recorded(0, 0.3), recorded(1, 0.3), recorded(2, 0.63, guesses=0)]
+    lines.append(json.dumps({"version": 1, "kind": "cost", "cost": cost.to_json()}))
     lines.append(json.dumps({"version": 1, "kind": "refresh", "labels": {"step": 1}, "seconds": 0.3, "loss": 0.5}))
     (folder / "rank-0.jsonl").write_text("".join(f"{line}\n" for line in lines))
     run = read_run(tmp_path / "run")
-    assert run.series["mean_acceptance_length"] == {1: 2.0, 2: 2.0}
+    assert run.series["mean_acceptance_length"] == {1: 2.0, 2: 2.0, 3: 1.0}
     assert run.series["draft_loss"] == {2: 0.5}
-    assert run.seconds == pytest.approx({1: 0.3, 2: 0.6})
-    assert run.series["plain_seconds"] == pytest.approx({1: 0.6, 2: 0.6}, rel=0.05)  # six steps of 0.1 s
-    assert total_speedup(run, None) == pytest.approx(1.2 / 0.9, rel=0.05)
+    assert run.seconds == pytest.approx({1: 0.3, 2: 0.6, 3: 0.63})
+    assert run.series["plain_seconds"][3] == 0.63  # what it took: nothing was guessed
+    guessed = run.series["plain_seconds"][1]
+    assert guessed == run.series["plain_seconds"][2] == pytest.approx(0.6, rel=0.05)  # six steps of about 0.1 s
+    assert total_speedup(run, None) == pytest.approx((2 * guessed + 0.63) / 1.53)
 
 
 def test_the_newest_checkpoint_serves_where_the_run_left_no_state(tmp_path):
