@@ -7,6 +7,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from unittest.mock import patch
 
@@ -36,6 +37,8 @@ from spec_rollout.profile.workload import (
 )
 
 PROMPTS, MAX_NEW_TOKENS, SEED = 256, 320, 0
+FAR = 7
+"""Guesses beside GAMMA with which a head is measured."""
 NOISE = 0.1
 """Half the width of the uniform noise on features of magnitude 1."""
 
@@ -48,6 +51,7 @@ class Arm:
     inherits: bool = True
     donor: Callable[[HeadConfig], int] | None = None
     share: int = refresh.UNROLLED_SHARE
+    depth: int = refresh.UNROLLED_STEPS
     single_feature: bool = False
     own_output: bool = False
     trainer: Callable[..., DraftTrainer] = DraftTrainer
@@ -59,7 +63,7 @@ class Overlap(DraftTrainer):
     def loss(self, batch: Pack) -> Tensor:
         losses = [
             1 - torch.minimum(log_q.exp(), target).sum(-1).mean()
-            for log_q, target in self._unrolled(self.head, batch, self._starts(batch))
+            for log_q, target in self._unrolled(self.head, batch, refresh.UNROLLED_STEPS, self._starts(batch))
         ]
         return sum(loss * refresh.STEP_DECAY**j for j, loss in enumerate(losses))
 
@@ -80,6 +84,7 @@ ARMS = (
     Arm("the last layer inherited", donor=lambda config: -1),
     Arm("random weights", inherits=False),
     Arm("every start unrolled", share=1),
+    Arm("three steps unrolled", depth=refresh.YOUNG_UNROLLED_STEPS),
     Arm("the highest feature alone", single_feature=True, donor=lambda config: 2),
     Arm("own output head", own_output=True),
     Arm("total variation", trainer=Overlap),
@@ -90,17 +95,19 @@ ARMS = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policy", required=True, help="folder of the reference policy")
-    parser.add_argument("--at", type=positives, default=[25, 50, 100], metavar="N,N", help="steps to measure after")
+    parser.add_argument("--at", type=positives, default=[25, 50, 250], metavar="N,N", help="steps to measure after")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args()
     policy = load_policy(args.policy, "float32", MAX_NEW_TOKENS)
     probe, samples, rows = Probe(policy, SEED), rollouts(policy), []
     for arm in tqdm(ARMS, desc="arms", unit="arm"):
         rows.append({"arm": arm.name, **train(arm, policy, probe, samples, args.at)})
-    figures = {"gamma": GAMMA, "steps": args.at, "rows": rows, "hardware": hardware()}
+    figures = {"gamma": GAMMA, "gamma_far": FAR, "steps": args.at, "rows": rows, "hardware": hardware()}
     write_json(args.json, figures | {"setup": {"prompts": PROMPTS, "batch_tokens": refresh.BATCH_TOKENS}})
-    header = ("trained", *(f"after {steps}" for steps in args.at), "ms / step")
-    table(header, [(row["arm"], *row["acceptance_length"], 1000 * row["seconds_per_step"]) for row in rows])
+    names = ("acceptance_length", "acceptance_length_far")
+    measured_at = [f"γ={gamma}, {steps} steps" for gamma in (GAMMA, FAR) for steps in args.at]
+    cells = [(row["arm"], *chain(*(row[name] for name in names)), 1000 * row["seconds_per_step"]) for row in rows]
+    table(("trained", *measured_at, "ms / step"), cells)
     return 0
 
 
@@ -114,7 +121,7 @@ def rollouts(policy: Policy) -> list[Sample]:
 
 
 def train(arm: Arm, policy: Policy, probe: Probe, samples: list[Sample], at: list[int]) -> dict:
-    """Acceptance length of the head on held-out prompts after each of `at` steps, and a step's median seconds."""
+    """Acceptance lengths of the head on held-out prompts after each of `at` steps, and a step's median seconds."""
     view, vocabulary = PolicyView(policy.model), policy.model.config.vocab_size
     shape = head_config(policy.model) if arm.inherits else HeadConfig.for_target(policy.model.config)
     if arm.single_feature:
@@ -128,15 +135,21 @@ def train(arm: Arm, policy: Policy, probe: Probe, samples: list[Sample], at: lis
         with patch.object(inheritance, "donor_index", arm.donor or inheritance.donor_index):
             inherit(head, view, features, tokens)
     trainer = arm.trainer(head, view, seed=SEED)
-    refresh.UNROLLED_SHARE = arm.share
-    batches, lengths, seconds = endless(trainer, samples), [], []
+    refresh.UNROLLED_SHARE, refresh.UNROLLED_STEPS = arm.share, arm.depth
+    batches, lengths, seconds = endless(trainer, samples), {GAMMA: [], FAR: []}, []
     for step in range(1, max(at) + 1):
         batch, began = next(batches), time.perf_counter()
         trainer.step(batch)
         seconds.append(time.perf_counter() - began)
         if step in at:
-            lengths.append(probe.acceptance_length(trainer.average)[0])
-    return {"acceptance_length": lengths, "seconds_per_step": sorted(seconds)[len(seconds) // 2]}
+            for gamma, found in lengths.items():
+                found.append(probe.acceptance_length(trainer.average, gamma)[0])
+    median = sorted(seconds)[len(seconds) // 2]
+    return {
+        "acceptance_length": lengths[GAMMA],
+        "acceptance_length_far": lengths[FAR],
+        "seconds_per_step": median,
+    }
 
 
 def endless(trainer: DraftTrainer, samples: list[Sample]) -> Iterator[Pack]:

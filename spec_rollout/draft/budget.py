@@ -7,7 +7,11 @@ HORIZON = 100
 UNKNOWN_LENGTH = 100
 """Rollouts that a run is taken to have ahead of it when its trainer does not say."""
 LOAN = 0.7
-"""Share of what the rest of the run will earn that a head may borrow, since what it learns early serves longest."""
+"""Share of what the rest of the run will earn that a head which still learns to guess may borrow, since what it learns
+early serves longest."""
+EVEN = 2
+"""Times an even share of what is left for the run, that a head which has learned and only follows the policy may spend
+at once: had it borrowed, it would fall behind later."""
 LEAST_LEVEL = 0.125
 """Share of the overhead that is spent even when the last training did not pay, to notice when it does."""
 
@@ -15,9 +19,10 @@ LEAST_LEVEL = 0.125
 class RefreshBudget:
     """Seconds of training per rollout.
 
-    The run earns `overhead` of its time for the draft; the head may spend that and borrow from what is to come. Each
-    training tells what it cost and what its gain is worth over the next rollouts: if it paid, the next one may take
-    twice as long; if not, the next one waits until a small share of the overhead has paid for it.
+    The run earns `overhead` of its time for the draft; a young head may spend that and borrow from what is to come, a
+    settled one spreads what is left over the rollouts to come. Each training tells what it cost and what its gain is
+    worth over the next rollouts: if it paid, the next one may take twice as long; if not, the next one waits until a
+    small share of the overhead has paid for it.
     """
 
     def __init__(self, overhead: float):
@@ -37,12 +42,14 @@ class RefreshBudget:
         if self.wish is not None:
             self.wish += LEAST_LEVEL * self.overhead * seconds
 
-    def seconds(self, remaining: int | None) -> float:
-        """What the next training may take, with `remaining` rollouts of the run still to come."""
+    def seconds(self, remaining: int | None, settled: bool = False) -> float:
+        """What the next training may take, with `remaining` rollouts of the run still to come, of a head that has
+        `settled` or still learns to guess."""
         ahead = UNKNOWN_LENGTH if remaining is None else remaining
         if ahead == 0:
             return 0.0
-        funds = self.overhead * (self.elapsed + LOAN * ahead * self.step_seconds) - self.spent
+        earned, to_come = self.overhead * self.elapsed - self.spent, self.overhead * ahead * self.step_seconds
+        funds = EVEN * (earned + to_come) / (ahead + 1) if settled else earned + LOAN * to_come
         return max(0.0, funds if self.wish is None else min(funds, self.wish))
 
     def worth(self, seconds_per_rollout: float, remaining: int | None) -> float:

@@ -110,7 +110,7 @@ class DraftLearner:
         return stats
 
     def _allowed(self, seconds: float | None, remaining: int | None) -> float:
-        return self.budget.seconds(remaining) if seconds is None else seconds
+        return self.budget.seconds(remaining, self.trainer.steps >= SETTLED_STEPS) if seconds is None else seconds
 
     def _prepare(self) -> None:
         """Vocabulary and scale of the features, the same on every rank."""

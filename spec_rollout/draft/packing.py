@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,16 @@ def pack(samples: list[Sample], width: int) -> Pack:
         for document, sample in enumerate(row):
             at = _place(packed, r, at, document, sample, width)
     return packed
+
+
+def shuffled(samples: list[Sample], width: int, tokens: int, generator: torch.Generator) -> Iterator[Pack]:
+    """Batches of about `tokens` tokens of all `samples`, packed in random order into rows of at most `width`."""
+    order = torch.randperm(len(samples), generator=generator).tolist()
+    packed = pack([samples[i] for i in order], width)
+    rows = max(1, tokens // packed.tokens.shape[1])
+    places = torch.randperm(len(packed.tokens), generator=generator).to(packed.tokens.device)
+    for index in places.split(rows):
+        yield Pack(*(x[index] for x in packed))
 
 
 def _place(packed: Pack, row: int, at: int, document: int, sample: Sample, width: int) -> int:

@@ -15,14 +15,16 @@ from spec_rollout.draft import ranks
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.features import FeatureBuffer, Sample, hold_out
 from spec_rollout.draft.muon import Muon, multiplies_bfloat16
-from spec_rollout.draft.packing import Pack, pack
+from spec_rollout.draft.packing import Pack, pack, shuffled
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.unroll import unroll
 from spec_rollout.records import RefreshStats
 
-UNROLLED_STEPS = 3
+UNROLLED_STEPS, YOUNG_UNROLLED_STEPS, YOUNG = 5, 3, 50
+"""A head unrolled for three steps seldom guesses a fifth token right, one for five steps even a seventh, for a quarter
+more time per step; in its first YOUNG steps the time is better spent on the first three."""
 UNROLLED_SHARE = 4
-"""The second and third step are unrolled from one in so many entries."""
+"""All steps but the first are unrolled from one in so many entries."""
 STEP_DECAY = 0.8
 """Weight of each further unrolled step in the loss (EAGLE-3)."""
 PACK_WIDTH = 512
@@ -45,6 +47,8 @@ BURST, FIRST_BURST = 16, 3
 
 Worth = Callable[[list[float], list[float]], float]
 """Seconds that are saved by going from one list of acceptance rates, by position, to another."""
+Scored = tuple[Tensor, Tensor]
+"""Log-probabilities of the head and probabilities of the target, [N, Vd] float32."""
 
 
 class DraftTrainer:
@@ -165,15 +169,9 @@ class DraftTrainer:
         """Packed rows of `batch_tokens` in all; in each pass the newest policy's first, else in random order."""
         for _ in range(MAX_EPOCHS):
             for version in sorted({sample.version for sample in samples}, reverse=True):
-                yield from self._shuffled([sample for sample in samples if sample.version == version])
-
-    def _shuffled(self, samples: list[Sample]) -> Iterator[Pack]:
-        order = torch.randperm(len(samples), generator=self.generator).tolist()
-        packed = pack([samples[i] for i in order], PACK_WIDTH)
-        rows = max(1, self.batch_tokens // packed.tokens.shape[1])
-        shuffled = torch.randperm(len(packed.tokens), generator=self.generator).to(packed.tokens.device)
-        for index in shuffled.split(rows):
-            yield Pack(*(x[index].to(self.device) for x in packed))
+                of_version = [sample for sample in samples if sample.version == version]
+                for batch in shuffled(of_version, PACK_WIDTH, self.batch_tokens, self.generator):
+                    yield Pack(*(x.to(self.device) for x in batch))
 
     @torch.enable_grad()
     def step(self, batch: Pack) -> Tensor:
@@ -209,7 +207,8 @@ class DraftTrainer:
         """Mean Kullback-Leibler divergence (the gradient of soft cross-entropy) of each unrolled step; a further step
         weighs `STEP_DECAY` of the one before."""
         total = weights = 0.0
-        for j, (log_q, target) in enumerate(self._unrolled(self.head, batch, self._starts(batch))):
+        depth = YOUNG_UNROLLED_STEPS if self.steps < YOUNG else UNROLLED_STEPS
+        for j, (log_q, target) in enumerate(self._unrolled(self.head, batch, depth, self._starts(batch))):
             divergence = F.kl_div(log_q, target, reduction="none").sum(-1)
             total = total + STEP_DECAY**j * divergence.sum() / max(1, len(divergence))
             weights += STEP_DECAY**j
@@ -228,15 +227,15 @@ class DraftTrainer:
         if samples:
             with self.precision:
                 packed = Pack(*(x.to(self.device) for x in pack(samples, PACK_WIDTH)))
-                for j, (log_q, target) in enumerate(self._unrolled(self.average, packed)):
+                for j, (log_q, target) in enumerate(self._unrolled(self.average, packed, UNROLLED_STEPS)):
                     q, p = (log_q / temperature).softmax(-1), (target.log() / temperature).softmax(-1)
                     sums[j, 0] = torch.minimum(q, p).sum()
                     sums[j, 1] = len(target)
         sums = ranks.total(sums.to(self.device))
         return (sums[:, 0] / sums[:, 1]).tolist() if sums[:, 1].all() else []
 
-    def _unrolled(self, head: EagleHead, batch: Pack, starts: Tensor | None = None) -> Iterator[tuple[Tensor, ...]]:
-        """For each unrolled step of `head` its log-probabilities and the target's probabilities, [N, Vd] float32."""
+    def _unrolled(self, head: EagleHead, batch: Pack, steps: int, starts: Tensor | None = None) -> Iterator[Scored]:
+        """For each of `steps` unrolled steps of `head` its log-probabilities and the target's probabilities."""
         rows = self.view.output_rows()
         with torch.no_grad():
             final = batch.features[..., head.fc.in_features :].roll(-1, 1)  # the state that predicts token p + 2
@@ -245,6 +244,6 @@ class DraftTrainer:
             place = torch.full((len(batch.learn), batch.learn.shape[1] + 1), -1, device=rows.device)
             place[:, :-1][batch.learn] = torch.arange(len(target), device=rows.device)
         rows = rows.to(embeds.dtype) if head.own_output is None else head.own_output
-        for entries, hidden in unroll(head, embeds, batch, UNROLLED_STEPS, starts):
+        for entries, hidden in unroll(head, embeds, batch, steps, starts):
             at = place.gather(1, entries)
             yield F.linear(hidden[at >= 0], rows).float().log_softmax(-1), target[at[at >= 0]]

@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("drift"), metavar="DIR")
     parser.add_argument("--steps", type=positive, default=100, metavar="N", help="GRPO steps")
     parser.add_argument("--every", type=positive, default=25, metavar="N", help="steps between two probes")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--max-new-tokens", type=positive, default=160, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here; DIR/drift.json otherwise")

@@ -37,15 +37,15 @@ class Probe:
         self.prompts = arithmetic_prompts(policy.tokenizer, PROBE_PROMPTS, seed)
         self.first = copy.deepcopy(policy.model.state_dict())
 
-    def acceptance_length(self, head: EagleHead) -> tuple[float, list[Completion]]:
-        """Of `head` (float32, still scaled) guessing GAMMA tokens, and what was drawn."""
+    def acceptance_length(self, head: EagleHead, gamma: int = GAMMA) -> tuple[float, list[Completion]]:
+        """Of `head` (float32, still scaled) guessing `gamma` tokens, and what was drawn."""
         own = None if head.own_output is None else len(head.own_output)
         running = EagleHead(head.config, own_output=own).to(self.policy.model.device)
         running.load_state_dict(head.folded())
         drafter = EagleDrafter(running, PolicyView(self.policy.model))
         drafter.ready = True
-        config = SpecConfig(num_speculative_tokens=GAMMA)
-        engine = RolloutEngine(self.policy.model, config, drafter=drafter, controller=FixedGamma(GAMMA))
+        config = SpecConfig(num_speculative_tokens=gamma)
+        engine = RolloutEngine(self.policy.model, config, drafter=drafter, controller=FixedGamma(gamma))
         drawn = engine.generate(self.prompts, self.policy.params, seed=(self.seed,))
         return engine.stats.mean_acceptance_length, drawn
 

@@ -42,24 +42,37 @@ def test_a_draft_that_does_not_pay_is_tried_again_now_and_then():
 @given(
     st.lists(st.tuples(st.floats(0.1, 20), st.floats(0, 2), st.booleans()), min_size=1, max_size=60),
     st.floats(0.01, 0.5),
+    st.integers(0, 60),
 )
-def test_a_run_never_spends_more_than_its_share(steps, overhead):
-    """Whatever the trainings take of what they are allowed, and whatever they bring."""
+def test_a_run_never_spends_more_than_its_share(steps, overhead, young):
+    """Whatever the trainings take of what they are allowed, whatever they bring, and whenever the head settles."""
     budget = RefreshBudget(overhead)
     for number, (seconds, share, paid) in enumerate(steps):
         budget.earn(seconds)
-        spent = min(share, 1.0) * budget.seconds(remaining=len(steps) - number - 1)
+        spent = min(share, 1.0) * budget.seconds(len(steps) - number - 1, settled=number >= young)
         budget.spend(spent, worth=1e9 if paid else 0.0)
     longest = max(seconds for seconds, *_ in steps)
-    assert budget.spent <= overhead * (budget.elapsed + LOAN * len(steps) * longest) + 1e-9
+    assert budget.spent <= overhead * (budget.elapsed + len(steps) * longest) + 1e-9
 
 
-def test_equal_steps_end_within_the_share():
+@pytest.mark.parametrize("young", [0, 10, 100])
+def test_equal_steps_end_within_the_share(young):
     budget = RefreshBudget(0.05)
     for number in range(100):
         budget.earn(10.0)
-        budget.spend(budget.seconds(remaining=99 - number), worth=1e9)
-    assert 0.9 * 50 < budget.spent <= 50
+        budget.spend(budget.seconds(99 - number, settled=number >= young), worth=1e9)
+    assert 0.9 * 50 < budget.spent <= 50 + 1e-9
+
+
+def test_a_settled_head_has_something_to_spend_until_the_end():
+    budget, allowed = RefreshBudget(0.05), []
+    for number in range(100):
+        budget.earn(10.0)
+        allowed.append(budget.seconds(99 - number, settled=True))
+        budget.spend(allowed[-1], worth=1e9)
+    assert allowed[0] == pytest.approx(2 * 0.5)
+    assert all(seconds > 0.25 * 0.5 for seconds in allowed[:50])
+    assert allowed == sorted(allowed, reverse=True)
 
 
 def test_state_continues():

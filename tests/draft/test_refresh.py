@@ -11,7 +11,14 @@ from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.features import HELD_OUT_TOKENS, FeatureBuffer, Sample, hold_out
 from spec_rollout.draft.packing import pack
 from spec_rollout.draft.policy_view import PolicyView
-from spec_rollout.draft.refresh import MAX_EPOCHS, PACK_WIDTH, UNROLLED_STEPS, DraftTrainer
+from spec_rollout.draft.refresh import (
+    MAX_EPOCHS,
+    PACK_WIDTH,
+    UNROLLED_STEPS,
+    YOUNG,
+    YOUNG_UNROLLED_STEPS,
+    DraftTrainer,
+)
 from spec_rollout.draft.vocabulary import choose_vocabulary
 from tests.tiny import VOCAB, policy
 
@@ -59,7 +66,7 @@ def test_acceptance_is_the_overlap_of_draft_and_target(buffer):
     (sample, *_) = buffer.samples
     head, view = trainer.head, trainer.view
     with torch.no_grad():
-        (log_q, target), *_ = trainer._unrolled(head, pack([sample], PACK_WIDTH))
+        (log_q, target), *_ = trainer._unrolled(head, pack([sample], PACK_WIDTH), 1)
         fused = sample.features[:, : head.fc.in_features].float()
         embeds = view.embed(sample.tokens[1:])[None]
         hidden = head.fuse(fused)[None]
@@ -73,6 +80,23 @@ def test_acceptance_is_the_overlap_of_draft_and_target(buffer):
     torch.testing.assert_close(torch.minimum(log_q.exp(), target).sum(-1), wanted)
     if trainer.precision.fast_dtype is torch.bfloat16:  # `acceptance` itself may round
         assert trainer.acceptance([sample])[0] == pytest.approx(wanted.mean().item(), abs=0.02)
+
+
+def test_an_older_head_is_unrolled_further(buffer, monkeypatch):
+    trainer = trainer_for(policy("llama"))
+    batch = next(trainer.batches(buffer.samples))
+    depths = []
+    unrolled = trainer._unrolled
+
+    def counted(head, batch, steps, starts):
+        depths.append(steps)
+        return unrolled(head, batch, steps, starts)
+
+    monkeypatch.setattr(trainer, "_unrolled", counted)
+    for steps in (0, YOUNG - 1, YOUNG):
+        trainer.steps = steps
+        trainer.step(batch)
+    assert depths == [YOUNG_UNROLLED_STEPS, YOUNG_UNROLLED_STEPS, UNROLLED_STEPS]
 
 
 def test_training_ends_after_a_burst_that_does_not_pay(buffer, monkeypatch):

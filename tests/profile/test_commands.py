@@ -130,7 +130,7 @@ def test_demo_compares_three_runs(folder, tmp_path, monkeypatch, capsys):
 def test_drift_follows_five_heads(folder, tmp_path, monkeypatch, capsys):
     for name, size in (("PROBE_PROMPTS", 4), ("CEILING_PROMPTS", 8), ("CEILING_STEPS", 3)):
         monkeypatch.setattr(probe, name, size)
-    monkeypatch.setattr(RefreshBudget, "seconds", lambda self, remaining: 5.0 * self.overhead)
+    monkeypatch.setattr(RefreshBudget, "seconds", lambda self, *_: 5.0 * self.overhead)
     line = ["--policy", str(folder), "--out", str(tmp_path), "--steps", "4", "--every", "2"]
     assert drift.main(line) == 0
     figures = json.loads((tmp_path / "drift.json").read_text())

@@ -80,7 +80,7 @@ def peeking(monkeypatch) -> type[PeekingBackend]:
 @pytest.fixture
 def eager_head(monkeypatch) -> None:
     """The draft head may train for longer than these short rollouts last."""
-    monkeypatch.setattr("spec_rollout.draft.budget.RefreshBudget.seconds", lambda self, remaining: 1.0)
+    monkeypatch.setattr("spec_rollout.draft.budget.RefreshBudget.seconds", lambda self, *_: 1.0)
     monkeypatch.setattr("spec_rollout.draft.refresh.MAX_EPOCHS", 20)
 
 

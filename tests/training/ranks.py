@@ -25,7 +25,7 @@ from tests.training.test_tools import CHATS, GOOD, TALK, Length, multiply
 def main(kind: str, folder: Path) -> None:
     torch.set_num_threads(1)
     refresh.MAX_EPOCHS = 8  # these rollouts are short
-    RefreshBudget.seconds = lambda self, remaining: 1e9
+    RefreshBudget.seconds = lambda self, *_: 1e9
     join(kind)
     figures = {f"gamma {gamma}": plain_run(kind, folder, gamma) for gamma in (0, 2)}
     if kind in ("fsdp2", "zero3"):
