@@ -6,12 +6,12 @@ HORIZON = 100
 """Most rollouts over which a gain in acceptance counts: later the policy has moved on."""
 UNKNOWN_LENGTH = 100
 """Rollouts that a run is taken to have ahead of it when its trainer does not say."""
-LOAN = 0.7
-"""Share of what the rest of the run will earn that a head which still learns to guess may borrow, since what it learns
-early serves longest."""
+YOUNG_SHARE = 0.15
+"""Of what is left for the run, that one training of a head which still learns to guess may take: what it learns early
+serves longest. A head that might take 70 % at once had learned no more by the fifth rollout, few rollouts being little
+to learn from, and then had nothing left to go on and to follow the policy."""
 EVEN = 2
-"""Times an even share of what is left for the run, that a head which has learned and only follows the policy may spend
-at once: had it borrowed, it would fall behind later."""
+"""Times an even share of what is left that any training may take."""
 LEAST_LEVEL = 0.125
 """Share of the overhead that is spent even when the last training did not pay, to notice when it does."""
 
@@ -19,10 +19,10 @@ LEAST_LEVEL = 0.125
 class RefreshBudget:
     """Seconds of training per rollout.
 
-    The run earns `overhead` of its time for the draft; a young head may spend that and borrow from what is to come, a
-    settled one spreads what is left over the rollouts to come. Each training tells what it cost and what its gain is
-    worth over the next rollouts: if it paid, the next one may take twice as long; if not, the next one waits until a
-    small share of the overhead has paid for it.
+    The run earns `overhead` of its time for the draft, what is to come included. A young head may spend a good part of
+    what is left of that, a settled one spreads it over the rollouts to come. Each training tells what it cost and what
+    its gain is worth over the next rollouts: if it paid, the next one may take twice as long; if not, the next one
+    waits until a small share of the overhead has paid for it.
     """
 
     def __init__(self, overhead: float):
@@ -48,8 +48,9 @@ class RefreshBudget:
         ahead = UNKNOWN_LENGTH if remaining is None else remaining
         if ahead == 0:
             return 0.0
-        earned, to_come = self.overhead * self.elapsed - self.spent, self.overhead * ahead * self.step_seconds
-        funds = EVEN * (earned + to_come) / (ahead + 1) if settled else earned + LOAN * to_come
+        left = self.overhead * (self.elapsed + ahead * self.step_seconds) - self.spent
+        even = min(1.0, EVEN / (ahead + 1))
+        funds = left * (even if settled else max(even, YOUNG_SHARE))
         return max(0.0, funds if self.wish is None else min(funds, self.wish))
 
     def worth(self, seconds_per_rollout: float, remaining: int | None) -> float:
