@@ -63,7 +63,7 @@ class Overlap(DraftTrainer):
     def loss(self, batch: Pack) -> Tensor:
         losses = [
             1 - torch.minimum(log_q.exp(), target).sum(-1).mean()
-            for log_q, target in self._unrolled(self.head, batch, refresh.UNROLLED_STEPS, self._starts(batch))
+            for log_q, target in self._unrolled(self.head, batch, self.depth, self._starts(batch))
         ]
         return sum(loss * refresh.STEP_DECAY**j for j, loss in enumerate(losses))
 
@@ -84,7 +84,7 @@ ARMS = (
     Arm("the last layer inherited", donor=lambda config: -1),
     Arm("random weights", inherits=False),
     Arm("every start unrolled", share=1),
-    Arm("three steps unrolled", depth=refresh.YOUNG_UNROLLED_STEPS),
+    Arm("three steps unrolled", depth=refresh.FIRST_UNROLLED_STEPS),
     Arm("the highest feature alone", single_feature=True, donor=lambda config: 2),
     Arm("own output head", own_output=True),
     Arm("total variation", trainer=Overlap),

@@ -8,8 +8,8 @@ UNKNOWN_LENGTH = 100
 """Rollouts that a run is taken to have ahead of it when its trainer does not say."""
 YOUNG_SHARE = 0.15
 """Of what is left for the run, that one training of a head which still learns to guess may take: what it learns early
-serves longest. A head that might take 70 % at once had learned no more by the fifth rollout, few rollouts being little
-to learn from, and then had nothing left to go on and to follow the policy."""
+serves longest. With 70 % a head learns no more by the fifth rollout, few rollouts being little to learn from, and then
+has nothing left to go on and to follow the policy."""
 EVEN = 2
 """Times an even share of what is left that any training may take."""
 LEAST_LEVEL = 0.125

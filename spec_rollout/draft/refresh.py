@@ -20,9 +20,9 @@ from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.unroll import unroll
 from spec_rollout.records import RefreshStats
 
-UNROLLED_STEPS, YOUNG_UNROLLED_STEPS, YOUNG = 5, 3, 50
+UNROLLED_STEPS, FIRST_UNROLLED_STEPS, DEEPER_AFTER = 5, 3, 50
 """A head unrolled for three steps seldom guesses a fifth token right, one for five steps even a seventh, for a quarter
-more time per step; in its first YOUNG steps the time is better spent on the first three."""
+more time per step; in its first DEEPER_AFTER steps the time is better spent on the first three."""
 UNROLLED_SHARE = 4
 """All steps but the first are unrolled from one in so many entries."""
 STEP_DECAY = 0.8
@@ -72,10 +72,7 @@ class DraftTrainer:
         output = [p for name, p in head.named_parameters() if name == "lm_head.weight"]
         matrices = [p for name, p in head.named_parameters() if p.ndim == 2 and name != "lm_head.weight"]
         adamw = [{"params": scales, "lr": SCALE_RATE}, {"params": output, "lr": OUTPUT_RATE}]
-        self.optimizers = (
-            Muon(matrices, lr=rate),
-            torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=0.0),
-        )
+        self.optimizers = (Muon(matrices, lr=rate), torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=0.0))
         self.rates = (rate, SCALE_RATE)
         self.generator = torch.Generator().manual_seed(seed)
         self.steps, self.batch_tokens, self.step_seconds = 0, BATCH_TOKENS, 0.0
@@ -203,12 +200,16 @@ class DraftTrainer:
         for mean, weight in zip(self.average.parameters(), self.head.parameters(), strict=True):
             mean.lerp_(weight, share)
 
+    @property
+    def depth(self) -> int:
+        """Steps for which the next training step unrolls the head."""
+        return FIRST_UNROLLED_STEPS if self.steps < DEEPER_AFTER else UNROLLED_STEPS
+
     def loss(self, batch: Pack) -> Tensor:
         """Mean Kullback-Leibler divergence (the gradient of soft cross-entropy) of each unrolled step; a further step
         weighs `STEP_DECAY` of the one before."""
         total = weights = 0.0
-        depth = YOUNG_UNROLLED_STEPS if self.steps < YOUNG else UNROLLED_STEPS
-        for j, (log_q, target) in enumerate(self._unrolled(self.head, batch, depth, self._starts(batch))):
+        for j, (log_q, target) in enumerate(self._unrolled(self.head, batch, self.depth, self._starts(batch))):
             divergence = F.kl_div(log_q, target, reduction="none").sum(-1)
             total = total + STEP_DECAY**j * divergence.sum() / max(1, len(divergence))
             weights += STEP_DECAY**j

@@ -12,11 +12,11 @@ from spec_rollout.draft.features import HELD_OUT_TOKENS, FeatureBuffer, Sample, 
 from spec_rollout.draft.packing import pack
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.refresh import (
+    DEEPER_AFTER,
+    FIRST_UNROLLED_STEPS,
     MAX_EPOCHS,
     PACK_WIDTH,
     UNROLLED_STEPS,
-    YOUNG,
-    YOUNG_UNROLLED_STEPS,
     DraftTrainer,
 )
 from spec_rollout.draft.vocabulary import choose_vocabulary
@@ -93,10 +93,10 @@ def test_an_older_head_is_unrolled_further(buffer, monkeypatch):
         return unrolled(head, batch, steps, starts)
 
     monkeypatch.setattr(trainer, "_unrolled", counted)
-    for steps in (0, YOUNG - 1, YOUNG):
+    for steps in (0, DEEPER_AFTER - 1, DEEPER_AFTER):
         trainer.steps = steps
         trainer.step(batch)
-    assert depths == [YOUNG_UNROLLED_STEPS, YOUNG_UNROLLED_STEPS, UNROLLED_STEPS]
+    assert depths == [FIRST_UNROLLED_STEPS, FIRST_UNROLLED_STEPS, UNROLLED_STEPS]
 
 
 def test_training_ends_after_a_burst_that_does_not_pay(buffer, monkeypatch):
