@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,15 +33,24 @@ def torchrun(module: str, kind: str, folder: Path) -> list[dict]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     left_behind = ("ACCELERATE_", "FSDP_")  # by trainers of other tests in this process
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(left_behind)}
-    done = subprocess.run(
+    # A folder of its own for compiled extensions: whoever waits for a lock that a killed process left waits for ever.
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    process = subprocess.Popen(
         [*command, "-m", module, kind, str(folder)],
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=inherited | QUIET | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=300,
+        env=inherited | QUIET | own,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stderr[-6000:]
+    try:
+        _, errors = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks too, or they would go on waiting for one another
+        raise
+    assert process.returncode == 0, errors[-6000:]
+    assert not (folder / "extensions").exists(), "DeepSpeed compiled an extension"
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -53,9 +64,9 @@ def join(kind: str) -> None:
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda *given: ("gloo", DistributedType.MULTI_GPU)
     if kind.startswith("zero"):
-        import deepspeed.comm.torch
-
-        deepspeed.comm.torch.build_shm_op = lambda: None  # it would be compiled first, and gloo serves as well
+        # Not `import deepspeed.comm.torch`: that package's attribute `torch` is PyTorch itself.
+        deepspeed_torch = importlib.import_module("deepspeed.comm.torch")
+        deepspeed_torch.build_shm_op = lambda: None  # it would be compiled first, and gloo serves as well
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
 
 
