@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -106,6 +107,11 @@ class GammaController:
         self.acceptance.reset(STALE_ROWS)
         self._tokens = None
         self._draft_is_new = True
+
+    def regrets(self, steps: Sequence[StepStats]) -> list[float]:
+        """For each of `steps` the share of goodput that its γ lost against the best one, by what is known now."""
+        goodputs = [self._predict(step.rows, step.context)[1] for step in steps]
+        return [float(1 - goodput[step.gamma] / goodput.max()) for goodput, step in zip(goodputs, steps, strict=True)]
 
     def schedule(self, max_batch_size: int, context: int) -> list[tuple[int, int, int]]:
         """Inclusive (first, last, γ) ranges of batch sizes 1 … max_batch_size: what `choose` would settle on as a

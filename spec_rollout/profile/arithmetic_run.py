@@ -19,7 +19,7 @@ from spec_rollout.records import Completion
 from spec_rollout.training import SpecGRPOConfig
 from spec_rollout.training.arithmetic import accuracy_reward, problems, prompt_dataset
 
-BATCH_SIZE, COMPLETION_TOKENS = 48, 320
+BATCH_SIZE, GENERATIONS, COMPLETION_TOKENS = 48, 8, 320
 PROBLEMS = 2000
 
 
@@ -55,6 +55,7 @@ def make_trainer(
     learning_rate: float,
     seed: int,
     reward: Callable[..., list[float]] = accuracy_reward,
+    batch_size: int | None = None,
     **options,
 ) -> GRPOTrainer:
     """A trainer of `trainer_class` for `steps` GRPO steps from the weights in `policy`, silent but for `progress`."""
@@ -63,8 +64,8 @@ def make_trainer(
         output_dir=str(folder),
         max_steps=steps,
         seed=seed,
-        per_device_train_batch_size=BATCH_SIZE,
-        num_generations=8,
+        per_device_train_batch_size=batch_size or BATCH_SIZE,
+        num_generations=GENERATIONS,
         learning_rate=learning_rate,
         lr_scheduler_type="constant",
         beta=0.0,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
-from itertools import pairwise
 
 from tqdm import tqdm
 
@@ -20,6 +18,7 @@ from spec_rollout.config import VERIFICATIONS, SpecConfig
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import CostModel, FixedGamma, GammaController
+from spec_rollout.profile.bench_rows import rows_of
 from spec_rollout.profile.memory import peak_memory_gib, reset_peak_memory
 from spec_rollout.profile.peers import PEERS, Measured, Sampler
 from spec_rollout.profile.vllm_peers import VLLM, VLLM_EAGLE, VLLMPeers, require_vllm_in
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         for batch_size in args.batch_sizes:
             peers = [*_peers(policy, batch_size, [n for n in args.peers if n in PEERS]), *vllm.samplers()]
             samplers = [*peers, *_own(policy, measuring, cost, args)]
-            rows += _rows(batch_size, measure(policy, samplers, batch_size, args))
+            rows += rows_of(batch_size, measure(policy, samplers, batch_size, args))
     _report(args, rows)
     return 0
 
@@ -131,66 +130,17 @@ def _ours(
     config = replace(shared.config, verification=verification)
     engine = RolloutEngine(policy.model, config, drafter=drafter, controller=controller)
     engine.target = shared.target
+    first: list[StepStats] = []
 
     def run(prompts: list[list[int]], seed: int) -> Measured:
         engine.stats = RolloutStats()
         began = time.perf_counter()
         completions = engine.generate(prompts, policy.params, seed=(seed,))
+        first.extend(() if first else engine.stats.steps)
         return Measured(sum(len(c.token_ids) for c in completions), time.perf_counter() - began, engine.stats)
 
-    return Sampler(name, gamma, run, verification)
-
-
-def _rows(batch_size: int, results: list[tuple[Sampler, list[Measured]]]) -> list[dict]:
-    """One row per sampler; ratios are medians of the ratios within a turn."""
-    speeds = {sampler: [m.tokens / m.seconds for m in runs] for sampler, runs in results}
-    fixed = [sampler for sampler in speeds if sampler.engine in ("plain", "fixed")]
-    best = speeds[max(fixed, key=lambda sampler: statistics.median(speeds[sampler]))]
-    base = {sampler.engine: speeds[sampler] for sampler in speeds if sampler.engine in ("transformers", "plain")}
-    return [
-        {
-            "engine": sampler.engine,
-            "batch_size": batch_size,
-            "gamma": sampler.gamma,
-            "verification": sampler.verification,
-            "tokens_per_s": statistics.median(speeds[sampler]),
-            "tokens_per_s_min": min(speeds[sampler]),
-            "tokens_per_s_max": max(speeds[sampler]),
-            **_decoding(sampler, runs),
-            "peak_memory_gib": max((m.peak_memory_gib for m in runs if m.peak_memory_gib is not None), default=None),
-            "speedup_vs_transformers": _ratio(speeds[sampler], base.get("transformers")),
-            "speedup_vs_plain": _ratio(speeds[sampler], base["plain"]),
-            "regret_vs_best_fixed": 1 - _ratio(speeds[sampler], best),
-        }
-        for sampler, runs in results
-    ]
-
-
-def _ratio(mine: list[float], theirs: list[float] | None) -> float | None:
-    return statistics.median(a / b for a, b in zip(mine, theirs, strict=True)) if theirs else None
-
-
-def _decoding(sampler: Sampler, runs: list[Measured]) -> dict[str, float | None]:
-    """What our own engine, or vLLM, says of its steps; None for another's."""
-    names = ("mean_acceptance_length", "mean_gamma", "gamma_changes_per_100_steps", "host_time_share")
-    if runs[0].stats is None:
-        return dict.fromkeys(names)
-    stats = [m.stats for m in runs]
-    steps = [step for one in stats for step in one.steps]
-    seconds = sum(one.seconds - one.prefill_s for one in stats)
-    passes = sum(step.draft_s + step.verify_s for step in steps)
-    values = (
-        RolloutStats(steps).mean_acceptance_length,
-        sum(step.gamma for step in steps) / len(steps),
-        100 * sum(_changes(one.steps) for one in stats) / len(steps),
-        None if sampler.engine in (VLLM, VLLM_EAGLE) else 1 - passes / seconds,  # vLLM times whole steps
-    )
-    return dict(zip(names, values, strict=True))
-
-
-def _changes(steps: list[StepStats]) -> int:
-    """Steps with another γ than the one before."""
-    return sum(a.gamma != b.gamma for a, b in pairwise(steps))
+    adaptive = controller if isinstance(controller, GammaController) else None
+    return Sampler(name, gamma, run, verification, adaptive, first)
 
 
 def _report(args: argparse.Namespace, rows: list[dict]) -> None:
@@ -206,6 +156,7 @@ def _report(args: argparse.Namespace, rows: list[dict]) -> None:
         "speedup_vs_transformers": "× transformers",
         "speedup_vs_plain": "× plain",
         "regret_vs_best_fixed": "regret",
+        "cold_regret": "cold regret",
     }
     table(list(columns.values()), [[row[key] for key in columns] for row in rows])
     setup = {

@@ -143,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "hardware": hardware(),
         "setup": {
             "gamma": GAMMA,
-            "batch_size": arithmetic_run.BATCH_SIZE,
+            "batch_size": args.problems * arithmetic_run.GENERATIONS,
+            "num_generations": arithmetic_run.GENERATIONS,
             "max_completion_length": args.max_new_tokens,
             "learning_rate": args.learning_rate,
             "reward": worked_sums_reward.__name__,
@@ -180,6 +181,7 @@ def run(args: argparse.Namespace, write: Callable[[Drift], None]) -> Drift:
         learning_rate=args.learning_rate,
         seed=args.seed,
         reward=worked_sums_reward,
+        batch_size=args.problems * arithmetic_run.GENERATIONS,
         max_completion_length=args.max_new_tokens,
         draft_ngrams=False,
         num_speculative_tokens=GAMMA,  # so that each draft spends its budget, whatever guesses are worth here
@@ -204,6 +206,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=positive, default=100, metavar="N", help="GRPO steps")
     parser.add_argument("--every", type=positive, default=25, metavar="N", help="steps between two probes")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument(
+        "--problems",
+        type=positive,
+        default=12,
+        metavar="N",
+        help=f"problems of a step, with {arithmetic_run.GENERATIONS} completions each",
+    )
     parser.add_argument("--max-new-tokens", type=positive, default=160, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here; DIR/drift.json otherwise")

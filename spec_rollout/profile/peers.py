@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from spec_rollout.gamma import GammaController
 from spec_rollout.profile.workload import Policy
-from spec_rollout.records import RolloutStats
+from spec_rollout.records import RolloutStats, StepStats
 
 LOOKUP_TOKENS = 4
 """Guesses per step of assisted generation."""
@@ -38,6 +39,9 @@ class Sampler:
     gamma: int | None
     run: Callable[[list[list[int]], int], Measured]
     verification: str | None = None
+    controller: GammaController | None = field(default=None, compare=False)
+    first: list[StepStats] = field(default_factory=list, compare=False)
+    """Steps of the first rollout that `controller` saw."""
 
 
 def transformers(policy: Policy, batch_size: int) -> Sampler:

@@ -140,6 +140,17 @@ def test_an_interrupted_probe_does_not_stop_the_next():
     assert any(world.gammas[20:])
 
 
+def test_regret_is_what_a_step_lost_against_the_best_choice():
+    world = quiet_world(0.9)
+    controller = GammaController(exact_cost(), 7, trained(0.9))
+    gammas = controller.choose(1, 128), 0, 3
+    steps = [StepStats(1, gamma, 128, 0, []) for gamma in gammas]
+    goodput = [world.goodput(1, gamma, 128) for gamma in gammas]
+    expected = [1 - g / goodput[0] for g in goodput]
+    assert controller.regrets(steps) == pytest.approx(expected, abs=0.01)
+    assert expected[1] > 0.3 and expected[2] > 0.1 and controller.regrets([]) == []
+
+
 def test_the_schedule_covers_every_batch_size_and_falls():
     controller = GammaController(exact_cost(), 7, trained(0.8))
     schedule = controller.schedule(256, 512)

@@ -9,6 +9,7 @@ from spec_rollout import cli
 from spec_rollout.draft.budget import RefreshBudget
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.profile import arithmetic_run, bench, check, demo, drift, memory, probe, workload
+from spec_rollout.profile.bench_rows import rows_of
 from spec_rollout.profile.peers import Measured, Sampler
 from spec_rollout.records import RolloutStats, StepStats
 
@@ -67,6 +68,7 @@ def test_bench_measures_every_engine_at_every_batch_size(folder, tmp_path, capsy
     assert all(0 < r["host_time_share"] < 1 for r in figures["rows"] if r["engine"] in ours)
     adaptive = [r["verification"] for r in figures["rows"] if r["engine"] == "adaptive"]
     assert adaptive == ["coupled", "rejection"] * 2
+    assert all((r["cold_regret"] is not None) == (r["engine"] == "adaptive") for r in figures["rows"])
     fixed = [r["regret_vs_best_fixed"] for r in figures["rows"] if r["engine"] in ("plain", "fixed")]
     assert fixed.count(0.0) >= 2  # the best one at each batch size
     assert all(r["speedup_vs_plain"] == 1 for r in figures["rows"] if r["engine"] == "plain")
@@ -82,10 +84,11 @@ def test_bench_figures():
     samplers = [
         Sampler(*named, None) for named in (("transformers", None), ("plain", 0), ("fixed", 2), ("adaptive", None))
     ]
-    rows = bench._rows(1, list(zip(samplers, (peer, slow, ours, slow), strict=True)))
+    rows = rows_of(1, list(zip(samplers, (peer, slow, ours, slow), strict=True)))
     assert [r["speedup_vs_transformers"] for r in rows] == [1, 2, 4, 2]
     assert [r["regret_vs_best_fixed"] for r in rows] == [0.75, 0.5, 0, 0.5]
     assert rows[3]["gamma_changes_per_100_steps"] == 50 and rows[3]["host_time_share"] == 0.25
+    assert all(r["cold_regret"] is None for r in rows)
     assert rows[0]["host_time_share"] is None and rows[0]["peak_memory_gib"] == 9
 
 
@@ -131,9 +134,10 @@ def test_drift_follows_five_heads(folder, tmp_path, monkeypatch, capsys):
     for name, size in (("PROBE_PROMPTS", 4), ("CEILING_PROMPTS", 8), ("CEILING_STEPS", 3)):
         monkeypatch.setattr(probe, name, size)
     monkeypatch.setattr(RefreshBudget, "seconds", lambda self, *_: 5.0 * self.overhead)
-    line = ["--policy", str(folder), "--out", str(tmp_path), "--steps", "4", "--every", "2"]
+    line = ["--problems", "1", "--policy", str(folder), "--out", str(tmp_path), "--steps", "4", "--every", "2"]
     assert drift.main(line) == 0
     figures = json.loads((tmp_path / "drift.json").read_text())
+    assert figures["setup"]["batch_size"] == 8
     assert figures["steps"] == [1, 2, 4] and len(figures["reward"]) == len(figures["tokens_per_second"]) == 4
     for name in ("frozen", "refreshed", "double", "cold", "ceiling"):
         assert len(figures[name]) == 3 and all(1 <= length <= probe.GAMMA + 1 for length in figures[name])
