@@ -10,6 +10,9 @@ YOUNG_SHARE = 0.15
 """Of what is left for the run, that one training of a head which still learns to guess may take: what it learns early
 serves longest. With 70 % a head learns no more by the fifth rollout, few rollouts being little to learn from, and then
 has nothing left to go on and to follow the policy."""
+FIRST_SHARE = 0.3
+"""The same for the run's first training: only a rollout has been timed by then, so a step counts as about half of what
+it takes."""
 EVEN = 2
 """Times an even share of what is left that any training may take."""
 LEAST_LEVEL = 0.125
@@ -50,7 +53,8 @@ class RefreshBudget:
             return 0.0
         left = self.overhead * (self.elapsed + ahead * self.step_seconds) - self.spent
         even = min(1.0, EVEN / (ahead + 1))
-        funds = left * (even if settled else max(even, YOUNG_SHARE))
+        young = YOUNG_SHARE if self.spent else FIRST_SHARE
+        funds = left * (even if settled else max(even, young))
         return max(0.0, funds if self.wish is None else min(funds, self.wish))
 
     def worth(self, seconds_per_rollout: float, remaining: int | None) -> float:

@@ -4,15 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spec_rollout.draft.budget import YOUNG_SHARE, RefreshBudget
+from spec_rollout.draft.budget import FIRST_SHARE, YOUNG_SHARE, RefreshBudget
 
 
 def test_a_run_of_known_length_lends_to_its_first_steps():
     budget = RefreshBudget(0.05)
     budget.earn(10.0)
-    assert budget.seconds(remaining=99) == pytest.approx(YOUNG_SHARE * 0.05 * 1000)
+    assert budget.seconds(remaining=99) == pytest.approx(FIRST_SHARE * 0.05 * 1000)
     assert budget.seconds(remaining=0) == 0  # nothing will be sampled any more
     assert budget.seconds(remaining=None) > budget.seconds(remaining=10) > 0
+    budget.spend(10.0, worth=100.0)
+    assert budget.seconds(remaining=99) == pytest.approx(YOUNG_SHARE * (0.05 * 1000 - 10))
 
 
 def test_what_paid_may_take_twice_as_long_and_what_did_not_waits():
