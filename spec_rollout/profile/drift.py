@@ -209,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--problems",
         type=positive,
-        default=12,
+        default=16,
         metavar="N",
         help=f"problems of a step, with {arithmetic_run.GENERATIONS} completions each",
     )
