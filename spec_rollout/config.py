@@ -83,7 +83,7 @@ class SpecConfig:
         default=False,
         metadata={
             "help": "Run the embedded engine's passes through torch's compiler: faster steps after a start that takes "
-            "minutes the first time and seconds from torch's cache on disk. On a CPU it needs a C++ compiler."
+            "minutes in every process. On a CPU it needs a C++ compiler."
         },
     )
     profile_rollouts: bool = field(
