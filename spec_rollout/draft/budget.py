@@ -11,8 +11,8 @@ YOUNG_SHARE = 0.15
 serves longest. With 70 % a head learns no more by the fifth rollout, few rollouts being little to learn from, and then
 has nothing left to go on and to follow the policy."""
 FIRST_SHARE = 0.3
-"""The same for the run's first training: only a rollout has been timed by then, so a step counts as about half of what
-it takes."""
+"""The same for the run's first training: where only a rollout has been timed by then, a step counts for less than it
+takes."""
 EVEN = 2
 """Times an even share of what is left that any training may take."""
 LEAST_LEVEL = 0.125

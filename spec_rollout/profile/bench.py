@@ -136,8 +136,10 @@ def _ours(
         engine.stats = RolloutStats()
         began = time.perf_counter()
         completions = engine.generate(prompts, policy.params, seed=(seed,))
-        first.extend(() if first else engine.stats.steps)
-        return Measured(sum(len(c.token_ids) for c in completions), time.perf_counter() - began, engine.stats)
+        seconds = time.perf_counter() - began
+        if not first:
+            first.extend(engine.stats.steps)
+        return Measured(sum(len(c.token_ids) for c in completions), seconds, engine.stats)
 
     adaptive = controller if isinstance(controller, GammaController) else None
     return Sampler(name, gamma, run, verification, adaptive, first)
