@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from httpx import ConnectError, ConnectTimeout, TransportError
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import httpx  # the HTTP library that this version of the Hub's client raises from
 
 PROBED = {"model": "config.json", "dataset": "README.md"}
 
@@ -39,10 +39,10 @@ def require(name: str, kind: str = "model", revision: str | None = None) -> None
             f"{name} is neither a local path nor a {kind} on the Hub: correct the name, or log in with "
             "`hf auth login` if it is private."
         ) from error
-    except (ConnectError, ConnectTimeout) as error:
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise ValueError(
             f"{name} is no local path, and {constants.ENDPOINT} cannot be reached ({error}): give a local path, or "
             "connect to the Hub."
         ) from error
-    except (HfHubHTTPError, TransportError):
+    except (HfHubHTTPError, httpx.TransportError):
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -29,6 +30,7 @@ class Target:
         self._compiled = Compiled(self._read, type(model).__name__) if compiled else None
         self.config = model.config.get_text_config(decoder=True)
         _refuse_unsupported(model, self.config)
+        self._cache_argument = cache_argument(model)
         self.vocab_size = self.config.vocab_size
         self.context = getattr(self.config, "max_position_embeddings", None) or getattr(
             self.config, "n_positions", None
@@ -109,10 +111,10 @@ class Target:
             input_ids=ids,
             position_ids=place,
             attention_mask=self._mask(positions, extent),
-            past_key_values=window,
             use_cache=True,
             output_hidden_states=True,
             logits_to_keep=keep_logits,
+            **{self._cache_argument: window},
         )
         return output.logits, output.hidden_states
 
@@ -172,6 +174,12 @@ class Target:
 
 
 REMEDY = "Sample it with TRL's own trainer, or use a policy with full or sliding-window softmax attention."
+
+
+def cache_argument(model: nn.Module) -> str:
+    """How the model's forward calls the cache: "cache", or "past_key_values" as before transformers 5.24."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's own takes anything
+    return "cache" if "cache" in inspect.signature(type(base).forward).parameters else "past_key_values"
 
 
 def _precision(logits: Tensor) -> torch.dtype:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from httpx import ConnectError, ConnectTimeout, ReadTimeout, Request, Response
 from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import httpx
 
 from spec_rollout.backends import hub
 
@@ -28,7 +28,7 @@ def answer(monkeypatch):
 
 
 def refusal(kind: type[Exception]) -> Exception:
-    response = Response(404, request=Request("HEAD", "https://hub"))
+    response = httpx.Response(404, request=httpx.Request("HEAD", "https://hub"))
     return kind("no", response=response)
 
 
@@ -36,8 +36,8 @@ def refusal(kind: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ConnectError("no route"), r"no/such is no local path, and https://\S+ cannot be reached \(no route\)"),
-        (ConnectTimeout("slow"), "cannot be reached"),
+        (httpx.ConnectError("no route"), r"no/such is no local path, and https://\S+ cannot be reached \(no route\)"),
+        (httpx.ConnectTimeout("slow"), "cannot be reached"),
         (refusal(RepositoryNotFoundError), "no/such is neither a local path nor a {kind} on the Hub.*hf auth login"),
     ],
 )
@@ -49,7 +49,7 @@ def test_a_missing_name_is_asked_for_once(error, message, kind, answer):
 
 
 @pytest.mark.parametrize(
-    "error", [None, refusal(GatedRepoError), refusal(RemoteEntryNotFoundError), ReadTimeout("busy")]
+    "error", [None, refusal(GatedRepoError), refusal(RemoteEntryNotFoundError), httpx.ReadTimeout("busy")]
 )
 def test_the_loader_is_left_to_say_the_rest(error, answer):
     asked = answer(error)
@@ -58,12 +58,12 @@ def test_the_loader_is_left_to_say_the_rest(error, answer):
 
 
 def test_nothing_is_asked_without_need(answer, tmp_path, monkeypatch):
-    asked = answer(ConnectError("no route"))
+    asked = answer(httpx.ConnectError("no route"))
     hub.require(str(tmp_path))
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *given, **options: "file")
     hub.require("cached/model")
     monkeypatch.undo()
-    answer(ConnectError("no route"))
+    answer(httpx.ConnectError("no route"))
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     hub.require("no/such")
     assert not asked

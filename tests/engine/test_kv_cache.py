@@ -13,6 +13,7 @@ from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kv_cache import SlotCache, causal_mask
 from spec_rollout.engine.requests import make_requests
 from spec_rollout.engine.rollout import Rollout
+from spec_rollout.engine.target import cache_argument
 from spec_rollout.records import SamplingParams
 from tests.tiny import PROMPTS, VOCAB, Scripted, policy
 
@@ -47,7 +48,9 @@ class Checked(Rollout):
             if length == 0:
                 continue
             fresh = DynamicCache()  # without a config it keeps every entry, also of sliding layers
-            self.target.model(input_ids=torch.tensor([tokens[:length]]), past_key_values=fresh, use_cache=True)
+            self.target.model(
+                input_ids=torch.tensor([tokens[:length]]), use_cache=True, **{cache_argument(self.target.model): fresh}
+            )
             for layer, (keys, values) in enumerate(zip(self.cache.keys, self.cache.values, strict=True)):
                 for mine, theirs in ((keys, fresh.layers[layer].keys), (values, fresh.layers[layer].values)):
                     torch.testing.assert_close(mine[slot, :length].transpose(0, 1), theirs[0], atol=2e-5, rtol=1e-4)
