@@ -15,6 +15,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from spec_rollout.bench.workload import (
+    Policy,
+    arithmetic_prompts,
+    hardware,
+    load_policy,
+    positives,
+    table,
+    write_json,
+)
 from spec_rollout.draft import inheritance, refresh
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
@@ -24,17 +33,8 @@ from spec_rollout.draft.packing import Pack
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.refresh import DraftTrainer
 from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.experiments.probe import GAMMA, Probe
 from spec_rollout.gamma import FixedGamma
-from spec_rollout.profile.probe import GAMMA, Probe
-from spec_rollout.profile.workload import (
-    Policy,
-    arithmetic_prompts,
-    hardware,
-    load_policy,
-    positives,
-    table,
-    write_json,
-)
 
 PROMPTS, MAX_NEW_TOKENS, SEED = 256, 320, 0
 FAR = 7

@@ -5,7 +5,7 @@ python scripts/drift_experiment.py --policy policies/small --out drift
 
 import sys
 
-from spec_rollout.profile.drift import main
+from spec_rollout.experiments.drift import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,9 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from spec_rollout.bench.workload import DTYPES, arithmetic_prompts, load_policy, positive
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.profile.inflation import BOUND, SHAPES, divergence, inflate
-from spec_rollout.profile.workload import DTYPES, arithmetic_prompts, load_policy, positive
+from spec_rollout.tasks.inflation import BOUND, SHAPES, divergence, inflate
 
 TEXTS = 16
 

@@ -6,7 +6,7 @@ python scripts/make_reference_policy.py --out policy --size small --seed 0
 import argparse
 import time
 
-from spec_rollout.training.reference_policy import RECIPES, make_reference_policy
+from spec_rollout.tasks.reference_policy import RECIPES, make_reference_policy
 
 
 def main() -> None:

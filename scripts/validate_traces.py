@@ -15,12 +15,7 @@ from tqdm import tqdm
 
 from spec_rollout.backends.calibration import measured_cost
 from spec_rollout.backends.trace import HEAD, NGRAMS, RolloutTrace, TraceRecorder
-from spec_rollout.config import SpecConfig
-from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.gamma import CostModel, FixedGamma, GammaController
-from spec_rollout.profile.measuring import warm_backend
-from spec_rollout.profile.replay import Costs, Work, acceptance, position_rates, replay
-from spec_rollout.profile.workload import (
+from spec_rollout.bench.workload import (
     Policy,
     arithmetic_prompts,
     hardware,
@@ -30,6 +25,11 @@ from spec_rollout.profile.workload import (
     table,
     write_json,
 )
+from spec_rollout.config import SpecConfig
+from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.gamma import CostModel, FixedGamma, GammaController
+from spec_rollout.profile.measuring import warm_backend
+from spec_rollout.simulate.replay import Costs, Work, acceptance, position_rates, replay
 
 COMPLETIONS, SLOTS, WIDEST = 48, 48, SpecConfig().max_num_speculative_tokens
 WARM_UP_S = 600

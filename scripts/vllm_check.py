@@ -14,11 +14,11 @@ from tempfile import TemporaryDirectory
 import torch
 
 from spec_rollout.backends.embedded import EmbeddedBackend
-from spec_rollout.backends.vllm import VLLMBackend
+from spec_rollout.backends.vllm.backend import VLLMBackend
+from spec_rollout.bench.workload import arithmetic_prompts, hardware, write_json
 from spec_rollout.config import VERIFICATIONS, SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import FixedGamma
-from spec_rollout.profile.workload import arithmetic_prompts, hardware, write_json
 from spec_rollout.records import Completion, RolloutStats, SamplingParams
 from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
 from spec_rollout.training.launch import launch

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from spec_rollout.profile.workload import hardware, positive, positives, table, write_json
+from spec_rollout.bench.workload import hardware, positive, positives, table, write_json
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "arithmetic_grpo_vllm.yaml"
 GENERATIONS = 8

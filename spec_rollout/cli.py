@@ -36,17 +36,17 @@ def ppo(argv: Sequence[str]) -> None:
 
 def demo(argv: Sequence[str]) -> int | None:
     """train a small policy three ways and compare reward and time"""
-    return import_module("spec_rollout.profile.demo").main(argv)
+    return import_module("spec_rollout.experiments.demo").main(argv)
 
 
 def bench(argv: Sequence[str]) -> int | None:
     """measure tokens per second against transformers and plain decoding"""
-    return import_module("spec_rollout.profile.bench").main(argv)
+    return import_module("spec_rollout.bench.bench").main(argv)
 
 
 def check(argv: Sequence[str]) -> int | None:
     """compare token ids with and without speculation; exit 1 on any difference"""
-    return import_module("spec_rollout.profile.check").main(argv)
+    return import_module("spec_rollout.bench.check").main(argv)
 
 
 def profile(argv: Sequence[str]) -> int | None:
@@ -61,17 +61,17 @@ def report(argv: Sequence[str]) -> int | None:
 
 def simulate(argv: Sequence[str]) -> int | None:
     """predict recorded rollouts under other slots, ranks and costs: --trace FILE"""
-    return import_module("spec_rollout.profile.simulate").main(argv)
+    return import_module("spec_rollout.simulate.simulate").main(argv)
 
 
 def pretrain_draft(argv: Sequence[str]) -> int | None:
     """train a draft head ahead of a run: --policy DIR --prompts FILE --out DIR"""
-    return import_module("spec_rollout.profile.pretrain").main(argv)
+    return import_module("spec_rollout.experiments.pretrain").main(argv)
 
 
 def serve(argv: Sequence[str]) -> int | None:
     """start a vLLM server that takes policy and draft while it runs: --policy DIR"""
-    return import_module("spec_rollout.backends.vllm_serve").main(argv)
+    return import_module("spec_rollout.backends.vllm.serve").main(argv)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {

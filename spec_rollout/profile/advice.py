@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from spec_rollout.backends.trace import NGRAMS, RolloutTrace
 from spec_rollout.gamma import AcceptanceModel
-from spec_rollout.profile.replay import Costs, Work, replay
+from spec_rollout.simulate.replay import Costs, Work, replay
 
 WORTH = 0.05
 """Gains below this share are not worth a word."""

@@ -11,9 +11,9 @@ import numpy as np
 
 from spec_rollout.backends.trace import NGRAMS, PLACE, RolloutTrace
 from spec_rollout.gamma import AcceptanceModel, GammaController
-from spec_rollout.profile.cost_file import Limits
-from spec_rollout.profile.replay import Costs, Work, position_rates, replay
 from spec_rollout.records import RolloutStats, StepStats
+from spec_rollout.simulate.cost_file import Limits
+from spec_rollout.simulate.replay import Costs, Work, position_rates, replay
 
 PROMPT_PARTS = 4
 LEAST_PASSES = 20

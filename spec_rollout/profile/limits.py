@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.learner import DraftLearner
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.profile.cost_file import Limits
+from spec_rollout.simulate.cost_file import Limits
 
 COPY_BYTES = (2**24, 2**30)
 """Least and most bytes of the copy; in between it has the size of the weights, which a cache may hold or not."""

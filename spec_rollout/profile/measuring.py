@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.backends.trace import HEAD, NGRAMS, TraceRecorder
+from spec_rollout.bench.workload import Policy, warm_up
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import CostModel, FixedGamma, GammaController
-from spec_rollout.profile.workload import Policy, warm_up
 from spec_rollout.records import Drafter, RolloutStats
 
 WIDEST = SpecConfig().max_num_speculative_tokens

@@ -15,10 +15,20 @@ import torch
 from spec_rollout.backends.calibration import measured_cost
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.backends.trace import HEAD, NGRAMS, RolloutTrace, read_traces
-from spec_rollout.backends.vllm_engine import require_vllm
+from spec_rollout.backends.vllm.engine import require_vllm
+from spec_rollout.bench.workload import (
+    Policy,
+    add_policy_arguments,
+    hardware,
+    load_policy,
+    load_prompts,
+    positive,
+    positives,
+    table,
+    write_json,
+)
 from spec_rollout.config import BACKENDS, SpecConfig
 from spec_rollout.profile.charts import profile_charts
-from spec_rollout.profile.cost_file import costs_to_json
 from spec_rollout.profile.limits import device_limits, memory
 from spec_rollout.profile.measuring import (
     WIDEST,
@@ -32,17 +42,7 @@ from spec_rollout.profile.measuring import (
 )
 from spec_rollout.profile.profile_figures import Found, profile_figures
 from spec_rollout.profile.profile_page import warning, write_profile_page
-from spec_rollout.profile.workload import (
-    Policy,
-    add_policy_arguments,
-    hardware,
-    load_policy,
-    load_prompts,
-    positive,
-    positives,
-    table,
-    write_json,
-)
+from spec_rollout.simulate.cost_file import costs_to_json
 
 VERSION = 1
 """Of profile.json; docs/profile.md describes it."""

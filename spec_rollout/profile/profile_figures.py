@@ -12,10 +12,10 @@ from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import AcceptanceModel, CostModel, GammaController
 from spec_rollout.profile import figures as worked_out
 from spec_rollout.profile.advice import advise
-from spec_rollout.profile.cost_file import Limits
 from spec_rollout.profile.figures import Guesses
 from spec_rollout.profile.measuring import WIDEST
-from spec_rollout.profile.replay import Costs, acceptance, position_rates
+from spec_rollout.simulate.cost_file import Limits
+from spec_rollout.simulate.replay import Costs, acceptance, position_rates
 
 VLLM_LEAVES_OUT = (
     "vLLM does not tell guessing from verifying, how much context a step had, or the guesses of a single completion. "

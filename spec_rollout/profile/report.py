@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spec_rollout.bench.workload import table, write_json
 from spec_rollout.profile.canvas import FIXED, MUTED, OURS, PLAIN, Chart, draw
 from spec_rollout.profile.page import number, write_page
 from spec_rollout.profile.runs import Run, Series, read_run, speedup, total_speedup
-from spec_rollout.profile.workload import table, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from spec_rollout.backends.trace import FOLDER, RolloutTrace, Trace, read_traces
 from spec_rollout.gamma import CostModel
-from spec_rollout.profile.replay import Costs, Work, replay
-from spec_rollout.profile.simulate import trained_on
 from spec_rollout.records import RolloutStats
+from spec_rollout.simulate.replay import Costs, Work, replay
+from spec_rollout.simulate.simulate import trained_on
 
 STATE = "trainer_state.json"
 PREFIX = "speculative/"

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from spec_rollout.backends.trace import HEAD
-from spec_rollout.backends.vllm import VLLMBackend
-from spec_rollout.backends.vllm_colocated import Colocated, engine_options
-from spec_rollout.backends.vllm_engine import VLLMEngine, speculative_config
+from spec_rollout.backends.vllm.backend import VLLMBackend
+from spec_rollout.backends.vllm.colocated import Colocated, engine_options
+from spec_rollout.backends.vllm.engine import VLLMEngine, speculative_config
+from spec_rollout.bench.workload import Policy
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.noise import request_keys
 from spec_rollout.profile.measuring import WARM_TOKENS, Measuring, OutOfTime, Sampler, Timed
-from spec_rollout.profile.workload import Policy
 from spec_rollout.records import Request, RolloutStats
 
 PLAIN = "plain"

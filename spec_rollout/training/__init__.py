@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from spec_rollout.training.config import SpecGRPOConfig, SpecRLOOConfig
     from spec_rollout.training.grpo import SpecGRPOTrainer, make_rollout_func
-    from spec_rollout.training.ppo import PPOTrainer
-    from spec_rollout.training.ppo_config import PPOConfig
+    from spec_rollout.training.ppo.config import PPOConfig
+    from spec_rollout.training.ppo.trainer import PPOTrainer
     from spec_rollout.training.rloo import SpecRLOOTrainer
 
 _HOMES = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from transformers import GenerationConfig, TrainingArguments
 from trl import GRPOConfig, RLOOConfig
 
-from spec_rollout.backends.vllm_engine import require_vllm
+from spec_rollout.backends.vllm.engine import require_vllm
 from spec_rollout.config import SpecConfig
 from spec_rollout.training.sampling_params import sampling_params
 

@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetGenerationError
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from spec_rollout.backends import hub
-from spec_rollout.training import arithmetic, gsm8k
+from spec_rollout.tasks import arithmetic, gsm8k
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments

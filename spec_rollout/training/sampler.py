@@ -18,7 +18,7 @@ from trl.extras.profiling import profiling_context
 
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.backends.trace import FOLDER, HEAD, NGRAMS, TraceRecorder
-from spec_rollout.backends.vllm import VLLMBackend
+from spec_rollout.backends.vllm.backend import VLLMBackend
 from spec_rollout.config import SpecConfig
 from spec_rollout.gamma import GammaController
 from spec_rollout.records import Completion, RefreshStats, SamplingParams

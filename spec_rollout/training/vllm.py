@@ -11,9 +11,9 @@ from transformers import Trainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import ensure_master_addr_port
 
-from spec_rollout.backends.vllm_colocated import Colocated, engine_options
-from spec_rollout.backends.vllm_engine import VLLMEngine, require_vllm, speculative_config
-from spec_rollout.backends.vllm_server import Server
+from spec_rollout.backends.vllm.colocated import Colocated, engine_options
+from spec_rollout.backends.vllm.engine import VLLMEngine, require_vllm, speculative_config
+from spec_rollout.backends.vllm.server import Server
 from spec_rollout.config import SpecConfig
 
 

@@ -16,13 +16,13 @@ from spec_rollout.backends.trace import RolloutTrace, read_traces
 from spec_rollout.gamma import CostModel, Measurement
 from spec_rollout.profile import measuring, profile
 from spec_rollout.profile.charts import profile_charts
-from spec_rollout.profile.cost_file import read_costs
 from spec_rollout.profile.page import number
 from spec_rollout.profile.panels import NAMES
 from spec_rollout.profile.profile_figures import vllm_schedule
 from spec_rollout.profile.profile_page import schedule_text
-from spec_rollout.profile.replay import Costs, acceptance
 from spec_rollout.records import StepStats
+from spec_rollout.simulate.cost_file import read_costs
+from spec_rollout.simulate.replay import Costs, acceptance
 
 DOCS = Path(__file__).parents[2] / "docs" / "profile.md"
 LINE = "--batch-sizes 1,3 --fixed-gammas 2 --turns 2 --max-new-tokens 12 --seconds 1000000"

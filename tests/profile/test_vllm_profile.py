@@ -11,7 +11,7 @@ from spec_rollout import cli
 from spec_rollout.backends import calibration
 from spec_rollout.backends.trace import read_traces
 from spec_rollout.profile import measuring
-from tests.backends.vllm_tiny import needs_vllm
+from tests.backends.vllm.tiny import needs_vllm
 
 LINE = "--batch-sizes 1,3 --fixed-gammas 2 --turns 1 --max-new-tokens 12 --seconds 1000000"
 

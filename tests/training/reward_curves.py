@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 
 from accelerate.state import PartialState
 
+from spec_rollout.tasks.arithmetic import accuracy_reward, prompt_dataset
 from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
-from spec_rollout.training.arithmetic import accuracy_reward, prompt_dataset
 from tests.training.processes import KINDS, join
 from tests.training.ranks import digest
 

@@ -14,9 +14,9 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM
 
 from spec_rollout import cli
+from spec_rollout.tasks.arithmetic import accuracy_reward
 from spec_rollout.training import SpecGRPOConfig, SpecRLOOConfig
 from spec_rollout.training import config as training_config
-from spec_rollout.training.arithmetic import accuracy_reward
 from spec_rollout.training.launch import ScriptArguments, load_reward_funcs, load_split, parse
 
 ROOT = Path(__file__).parents[2]

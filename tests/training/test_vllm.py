@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from spec_rollout.backends.vllm_colocated import engine_options
-from spec_rollout.backends.vllm_worker import LiveWeights
+from spec_rollout.backends.vllm.colocated import engine_options
+from spec_rollout.backends.vllm.worker import LiveWeights
 from spec_rollout.training import SpecGRPOConfig, SpecRLOOConfig, SpecRLOOTrainer
-from tests.backends.vllm_tiny import SIZES, needs_vllm
+from tests.backends.vllm.tiny import SIZES, needs_vllm
 from tests.training.conftest import OPTIONS, Digits
 
 
@@ -85,7 +85,7 @@ def test_rloo_and_a_measured_schedule(make_vllm_trainer):
     ],
 )
 def test_what_vllm_cannot_serve_is_refused(tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr("spec_rollout.backends.vllm_engine.find_spec", lambda name: name)
+    monkeypatch.setattr("spec_rollout.backends.vllm.engine.find_spec", lambda name: name)
     with pytest.raises(ValueError, match=message):
         SpecGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, rollout_backend="vllm", **options)
 
@@ -97,7 +97,7 @@ def test_a_server_for_several_processes_is_refused(tmp_path, monkeypatch):
 
 
 def test_without_vllm_the_message_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("spec_rollout.backends.vllm_engine.find_spec", lambda name: None)
+    monkeypatch.setattr("spec_rollout.backends.vllm.engine.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install '\.\[vllm\]'"):
         SpecGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, rollout_backend="vllm")
 

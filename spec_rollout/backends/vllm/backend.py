@@ -1,0 +1,248 @@
+"""Rollouts on vLLM: its engine, our draft head, which learns from the trainer's own forward passes."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from spec_rollout.backends.embedded import COLDEST
+from spec_rollout.backends.vllm.calibration import measured_cost
+from spec_rollout.backends.vllm.draft import draft_tensors, mismatch, save_start, start_vocabulary
+from spec_rollout.backends.vllm.engine import EngineRestarted, VLLMEngine
+from spec_rollout.backends.vllm.steps import Plain
+from spec_rollout.config import SpecConfig
+from spec_rollout.draft.learner import DraftLearner
+from spec_rollout.draft.policy_view import PolicyView
+from spec_rollout.draft.tap import FeatureTap
+from spec_rollout.draft.watchman import Watchman
+from spec_rollout.engine.noise import request_keys
+from spec_rollout.gamma import FixedGamma, GammaController
+from spec_rollout.gamma.saving import RolloutValue
+from spec_rollout.records import Completion, RefreshStats, RolloutStats, SamplingParams, StepStats
+
+MOST_RESTARTS = 3
+"""Attempts at one rollout."""
+
+StartEngine = Callable[[Path | None, int], VLLMEngine]
+"""Starts vLLM with the head in a folder (None: no draft) and a bound of the number of guesses."""
+
+
+class VLLMBackend:
+    """Speculative rollouts of `model` by vLLM.
+
+    Greedy completions are those without speculation, up to rounding; others have the policy's distribution, by
+    rejection sampling, but are drawn from vLLM's random stream: other tokens with speculation than without.
+
+    Args:
+        model: the unwrapped policy; the same object in every step.
+        start: starts the engine, at the first rollout.
+        seed: of the head's initial weights and of its training order.
+
+    Attributes:
+        policy_version: to be changed by the owner whenever the policy's weights have changed.
+    """
+
+    def __init__(self, model: nn.Module, config: SpecConfig, start: StartEngine, *, seed: int = 0):
+        self.model, self.config, self.start = model, config, start
+        self.policy_version = 0
+        self.engine: VLLMEngine | None = None
+        self.stats = RolloutStats()
+        fixed = config.num_speculative_tokens
+        self.controller: GammaController | FixedGamma | None = FixedGamma(fixed) if fixed else None
+        self.learner: DraftLearner | None = None
+        self.tap: FeatureTap | None = None
+        self._controller_state: dict | None = None
+        self._watchman: Watchman | None = None
+        self._lost: str | None = None
+        """What is wrong with the draft that vLLM holds, since the last push."""
+        self._pushed, self._version, self._watched = None, 0, 0
+        self._trace: list[StepStats] = []
+        self._step_began: float | None = None
+        if fixed != 0:
+            self.learner = DraftLearner(PolicyView(model), config, next(model.parameters()).device, seed)
+            if config.draft_model_path:
+                self.load(config.draft_model_path, resume=False)
+
+    @property
+    def draft_version(self) -> int:
+        """Trainings that the head has been through."""
+        return self.learner.version if self.learner else 0
+
+    @property
+    def draft_healthy(self) -> bool:
+        """False while the draft is off: it broke, was lost on the way to vLLM, or its acceptance fell to chance."""
+        alarm = self._lost or (self._watchman.alarm if self._watchman else None)
+        return alarm is None and (self.learner is None or self.learner.healthy)
+
+    def take_stats(self) -> RolloutStats:
+        """Statistics of the rollouts since the last call."""
+        stats, self.stats = self.stats, RolloutStats()
+        return stats
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        *,
+        seed: Sequence[int] = (0,),
+        max_new_tokens: Sequence[int] | None = None,
+        collect: bool = True,
+    ) -> list[Completion]:
+        """One completion per prompt entry, in order.
+
+        In the trainer's process the draws follow from `seed`, the weights, the batch and the numbers of guesses; a
+        server has a stream of its own. `max_new_tokens` is a bound per entry. With `collect=False` the rollouts do not
+        count as training's.
+        """
+        self._step_began = self._step_began or time.perf_counter()
+        params = params or SamplingParams()
+        self._start()
+        began = time.perf_counter()
+        completions = self._draw(prompts, params, seed, max_new_tokens)
+        self.stats.seconds += time.perf_counter() - began
+        steps, prefill_s = self.engine.take_steps()
+        self.stats.steps += steps
+        self.stats.prefill_s += prefill_s
+        if collect and self.learner is not None:
+            self.learner.temperature = max(params.temperature, COLDEST)
+            self._trace += steps
+        self._calibrate()
+        self.engine.sleep()
+        return completions
+
+    def _draw(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        seed: Sequence[int],
+        limits: Sequence[int] | None,
+    ) -> list[Completion]:
+        """Draw, again if vLLM was restarted meanwhile: a completion is of one policy, and counted once."""
+        for _ in range(MOST_RESTARTS):
+            try:
+                self._push()
+                self._stand_watch()
+                torch.manual_seed(
+                    request_keys(seed, 1)[0][0] & 0x7FFFFFFF
+                )  # the stream that a vLLM in here draws from
+                return self.engine.generate(prompts, params, limits)
+            except EngineRestarted as error:
+                warnings.warn(f"{error} The rollout is drawn again.", RuntimeWarning, stacklevel=4)
+        raise ConnectionError(
+            f"vLLM was restarted in each of {MOST_RESTARTS} attempts at one rollout: see its own log."
+        )
+
+    @contextmanager
+    def listen(self, ids: Tensor, mask: Tensor, prompts: Sequence[int]) -> Iterator[None]:
+        """Within it the policy reads the rollouts `ids` [N, T] with `mask` [N, T]; see `FeatureTap.listen`."""
+        if self.learner is None or not self.config.draft_refresh:
+            yield
+            return
+        self.tap = self.tap or FeatureTap(self.model, self.learner.head.config.aux_layers)
+        with self.tap.listen(self.learner.buffer, ids, mask, prompts):
+            yield
+
+    def refresh(self, seconds: float | None = None, *, remaining: int | None = None) -> RefreshStats:
+        """Train the head on what `listen` has heard since the last call; see `EmbeddedBackend.refresh`."""
+        if self.learner is None or not self.config.draft_refresh or self._step_began is None:
+            return RefreshStats(draft_version=self.draft_version)
+        now = time.perf_counter()
+        self.learner.budget.earn(now - self._step_began)
+        value = None
+        if isinstance(self.controller, GammaController) and seconds is None:
+            value = RolloutValue(self.controller.cost, self._trace, self.config.widest)
+        self._trace = []
+        stats = self.learner.refresh(seconds, remaining, value)
+        if stats.steps and self.controller is not None:
+            self.controller.draft_changed()
+        self._step_began = time.perf_counter()
+        return stats
+
+    def save(self, folder: str | Path) -> None:
+        """Write the draft and the controller's tables to `folder` (safetensors and json); nothing without a head."""
+        if self.learner is not None:
+            state = self._controller_state if self.controller is None else self.controller.state_dict()
+            self.learner.save(folder, {"vllm": state})  # what steps cost here is not what they cost elsewhere
+
+    def load(self, folder: str | Path, resume: bool = True) -> None:
+        """Take what `save` wrote, or an EAGLE-3 head from elsewhere; only the head with `resume=False`.
+
+        Raises:
+            ValueError: nothing there can be read, or it was made for another policy.
+        """
+        if self.learner is None:
+            return
+        self._controller_state = (self.learner.load(folder, resume) or {}).get("vllm")
+        self.tap = self._watchman = self._pushed = None
+        if self.config.num_speculative_tokens is None:
+            self.controller = None
+
+    def _start(self) -> None:
+        if self.engine is not None:
+            return
+        if self.learner is None:
+            self.engine = self.start(None, 0)
+            return
+        view, head = self.learner.view, self.learner.head
+        ids = start_vocabulary(view.config.vocab_size, view.draft_ids, head)
+        view.draft_ids = None if ids is None else ids.to(self.learner.device)
+        with TemporaryDirectory(prefix="spec-rollout-") as folder:
+            save_start(Path(folder, "draft"), head, view.draft_ids)
+            self.engine = self.start(Path(folder, "draft"), self.config.widest)
+
+    def _push(self) -> None:
+        """Give vLLM the policy and the draft, both under one version, if either has changed or been lost."""
+        state = self.policy_version, self.draft_version
+        if state == self._pushed and self.engine.versions() == self._held and not self._lost:
+            return
+        self._version += 1
+        tensors = draft_tensors(self.learner) if self.learner is not None else None
+        self.engine.load(None if tensors is None else tensors.items(), self._version)
+        self._lost = mismatch(self.engine, tensors, self._version)
+        self._pushed = state
+        if self._lost:
+            live = self.engine.live_schedule
+            use = (
+                "The draft head is off (num_speculative_tokens=0)" if live else "The server guesses with another draft"
+            )
+            warnings.warn(
+                f"{use} until the next push: {self._lost}. No sample is affected.", RuntimeWarning, stacklevel=3
+            )
+
+    @property
+    def _held(self) -> list[int]:
+        return [self._version, 0 if self.learner is None else self._version]
+
+    def _stand_watch(self) -> None:
+        """Let the controller choose, behind a watchman, while there is a draft that can guess."""
+        learner = self.learner
+        if learner is None or not learner.trained or self._lost:
+            self._watchman = None
+            self.engine.control(Plain())
+            return
+        self._calibrate()
+        if self._watchman is None or self._watched != self.draft_version:
+            expected = learner.acceptance[0] if learner.acceptance else None
+            refreshes, decides = self.config.draft_refresh, self.engine.live_schedule
+            self._watchman = Watchman(self.controller, learner.head, expected, refreshes, decides)
+            self._watched = self.draft_version
+        self.controller.draft_ready = True
+        self.engine.control(self._watchman)
+
+    def _calibrate(self) -> None:
+        """Measure what vLLM's steps cost, once, while it is awake."""
+        if self.controller is not None or self.learner is None:
+            return
+        if not self.engine.live_schedule:
+            self.controller = FixedGamma(self.config.widest)  # what vLLM was started with decides
+            return
+        self.controller = GammaController(measured_cost(self.engine, self.config), self.config.widest)
+        if "cost" in (self._controller_state or {}):
+            self.controller.load_state_dict(self._controller_state)

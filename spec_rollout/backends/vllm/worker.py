@@ -1,0 +1,164 @@
+"""What vLLM's worker learns from us: to take both models' weights while it runs, and to say what it holds.
+
+vLLM puts this class among the bases of its worker (`worker_extension_cls`), in the trainer's process or in a server's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+EXTENSION = "spec_rollout.backends.vllm.worker.LiveWeights"
+
+Weights = str | Iterable[tuple[str, Tensor]]
+"""Checkpoint names and tensors, or a safetensors file of them."""
+
+
+class LiveWeights:
+    """Methods for vLLM's `collective_rpc`; arguments may be strings, since a server passes nothing else."""
+
+    def live_load(self, policy: Weights | None, draft: Weights | None, version: str | int) -> None:
+        """Take the weights of the policy, of the draft or of both; what was taken now has `version`.
+
+        Raises:
+            RuntimeError: the draft brings an output head while it shares the policy's.
+        """
+        _repair_cpu_sampling()
+        if policy is not None:
+            self.model_runner.reload_weights(weights_iterator=_pairs(policy))
+            _repack_tied_heads(self.model_runner.get_model())
+            self.live_policy = int(version)
+        if draft is not None:
+            self._load_draft(dict(_pairs(draft)))
+            self.live_draft = int(version)
+
+    def live_versions(self) -> list[int]:
+        """Versions of the policy and of the draft; 0 for weights that came from the disk at the start."""
+        return [getattr(self, "live_policy", 0), getattr(self, "live_draft", 0)]
+
+    def live_probe(self) -> dict[str, float]:
+        """`probe` of the draft that is really there, measured through its own layers."""
+        draft = self._draft()
+        found: dict[str, float] = {}
+        with torch.inference_mode():
+            found["lm_head"] = _response(draft.lm_head, draft.config.draft_vocab_size)
+            if getattr(draft, "draft_id_to_target_id", None) is not None:
+                found["d2t"] = draft.draft_id_to_target_id.float().mean().item()
+            for name, module in draft.named_modules():
+                short = name.split(".")[-1]
+                if short in LINEAR:
+                    found[short] = _response(module)
+                elif short.endswith("norm"):
+                    found[short] = module.weight.float().abs().mean().item()
+        return found
+
+    def _draft(self) -> nn.Module:
+        draft = self.model_runner.get_draft_model()
+        if draft is None:
+            raise RuntimeError("vLLM was started without a draft: start it with a speculative_config.")
+        return draft
+
+    def _load_draft(self, tensors: dict[str, Tensor]) -> None:
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        runner, draft = self.model_runner, self._draft()
+        if "lm_head.weight" in tensors and draft.lm_head is runner.get_model().lm_head:
+            raise RuntimeError(
+                "The draft shares the policy's output head inside vLLM, so loading an lm_head.weight with it would "
+                "overwrite the policy's: leave it out, or start vLLM with a draft whose output head differs."
+            )
+        with torch.inference_mode(), set_current_vllm_config(runner.vllm_config):
+            initialize_layerwise_reload(draft)
+            draft.load_weights(tensors.items())
+            finalize_layerwise_reload(draft, runner.speculative_config.draft_model_config)
+
+
+LINEAR = {
+    "fc": ("fc.weight",),
+    "qkv_proj": tuple(f"midlayer.self_attn.{part}_proj.weight" for part in "qkv"),
+    "o_proj": ("midlayer.self_attn.o_proj.weight",),
+    "gate_up_proj": ("midlayer.mlp.gate_proj.weight", "midlayer.mlp.up_proj.weight"),
+    "down_proj": ("midlayer.mlp.down_proj.weight",),
+}
+"""vLLM's layers, and the weights of a checkpoint that each of them is made of."""
+
+
+def probe(tensors: dict[str, Tensor]) -> dict[str, float]:
+    """How the layers of an EAGLE-3 head respond to a fixed input, by name, from the weights of its checkpoint.
+
+    A read-back that needs no weights: vLLM repacks them for its kernels, on a CPU so that they cannot be read.
+    """
+    layers = {**LINEAR, "lm_head": ("lm_head.weight",)} if "lm_head.weight" in tensors else LINEAR
+    found = {
+        name: _mean_response(torch.cat([tensors[part].float() for part in parts])) for name, parts in layers.items()
+    }
+    if "d2t" in tensors:
+        found["d2t"] = tensors["d2t"].float().mean().item()
+    for name, tensor in tensors.items():
+        short = name.removesuffix(".weight").split(".")[-1]
+        if short.endswith("norm"):
+            found[short] = tensor.float().abs().mean().item()
+    return found
+
+
+def _stimulus(width: int) -> Tensor:
+    return torch.arange(width, dtype=torch.float32).cos()[None]
+
+
+def _mean_response(weight: Tensor) -> float:
+    return nn.functional.linear(_stimulus(weight.shape[1]).to(weight.device), weight).abs().mean().item()
+
+
+def _response(layer: nn.Module, size: int | None = None) -> float:
+    """Of the first `size` outputs of a linear layer of vLLM's, or of an output head, by the kernel that serves it."""
+    like = next(layer.parameters())
+    width = layer.input_size if hasattr(layer, "input_size") else layer.embedding_dim
+    output = layer.quant_method.apply(layer, _stimulus(width).to(device=like.device, dtype=like.dtype))
+    return output[:, :size].float().abs().mean().item()
+
+
+def _repair_cpu_sampling() -> None:
+    """vLLM 0.31 on a CPU never writes the temperature, top-k and top-p of each guess: it verifies guesses with what
+    happens to lie in memory, and samples do not have the policy's law."""
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import rejection_sampler
+
+    if current_platform.is_cpu():
+        rejection_sampler.expand_batch_to_tokens = _expand
+
+
+def _expand(x: Tensor, ends: Tensor, size: int, replace_from: float = 0, replace_to: float = 0) -> Tensor:
+    """Each row's value of `x` [B] for each of its guesses, [size]; row b's guesses end at ends[b]."""
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=size)
+
+
+def _repack_tied_heads(model: nn.Module) -> None:
+    """On a CPU an output head that is tied to the embedding computes with a packed copy of it, which a reload of the
+    embedding leaves as it was."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        UnquantizedEmbeddingMethod,
+        VocabParallelEmbedding,
+    )
+
+    heads = [m for m in model.modules() if isinstance(m, ParallelLMHead)]
+    tied = {id(m.weight) for m in model.modules() if isinstance(m, VocabParallelEmbedding) and m not in heads}
+    for head in heads:
+        if id(head.weight) in tied and isinstance(head.quant_method, UnquantizedEmbeddingMethod):
+            head.quant_method.process_weights_after_loading(head)
+
+
+def _pairs(weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(weights, str):
+        yield from weights
+        return
+    from safetensors import safe_open
+
+    with safe_open(Path(weights), framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  (not a dictionary)
+            yield name, file.get_tensor(name)

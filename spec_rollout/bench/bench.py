@@ -1,0 +1,205 @@
+"""`spec-rollout bench`: samplers side by side in one run, interleaved and repeated; medians."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from spec_rollout.backends.calibration import measured_cost
+from spec_rollout.backends.embedded import EmbeddedBackend
+from spec_rollout.bench.memory import peak_memory_gib, reset_peak_memory
+from spec_rollout.bench.peers import PEERS, Measured, Sampler
+from spec_rollout.bench.rows import rows_of
+from spec_rollout.bench.vllm_peers import VLLM, VLLM_EAGLE, VLLMPeers, require_vllm_in
+from spec_rollout.bench.workload import (
+    Policy,
+    add_policy_arguments,
+    arithmetic_prompts,
+    hardware,
+    load_policy,
+    positive,
+    positives,
+    table,
+    warm_backend,
+    write_json,
+)
+from spec_rollout.config import VERIFICATIONS, SpecConfig
+from spec_rollout.draft.drafter import EagleDrafter
+from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.gamma import CostModel, FixedGamma, GammaController
+from spec_rollout.records import Controller, RolloutStats, StepStats
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    in_vllm = [name for name in args.peers if name in (VLLM, VLLM_EAGLE)]
+    if in_vllm:
+        require_vllm_in(args.vllm_python)
+    policy = load_policy(args.policy, args.dtype, args.max_new_tokens)
+    widest = max(args.batch_sizes)
+    drafter = _drafter(policy, args.draft, widest, args.compile_passes)
+    config = SpecConfig(max_slots=4096, compile_passes=args.compile_passes)
+    measuring = RolloutEngine(policy.model, config, drafter=drafter)
+    cost = measured_cost(measuring, widest, config.widest, None)
+    rows = []
+    setup = args.policy, args.dtype, widest, drafter, args.fixed_gammas, args.vllm_python
+    with closing(VLLMPeers(in_vllm, policy, *setup)) as vllm:
+        for batch_size in args.batch_sizes:
+            peers = [*_peers(policy, batch_size, [n for n in args.peers if n in PEERS]), *vllm.samplers()]
+            samplers = [*peers, *_own(policy, measuring, cost, args)]
+            rows += rows_of(batch_size, measure(policy, samplers, batch_size, args))
+    _report(args, rows)
+    return 0
+
+
+def _drafter(policy: Policy, folder: str | None, slots: int, compiled: bool) -> EagleDrafter:
+    """With the head in `folder`, or else one that has just learned from a few rollouts; it learns no more."""
+    config = SpecConfig(num_speculative_tokens=3, max_slots=slots, draft_model_path=folder, compile_passes=compiled)
+    if folder is None:
+        drafter = warm_backend(policy, config).drafter
+    else:
+        drafter = EmbeddedBackend(policy.model, config, policy.tokenizer).drafter
+    drafter.buffer = None
+    return drafter
+
+
+def measure(
+    policy: Policy, samplers: list[Sampler], batch_size: int, args: argparse.Namespace
+) -> list[tuple[Sampler, list[Measured]]]:
+    """Every sampler on the same prompts, turn by turn, so that a slow moment of the machine meets all of them."""
+    batches = max(1, -(-args.num_prompts // batch_size))
+    found: dict[Sampler, list[Measured]] = defaultdict(list)
+    turns = tqdm(range(-1, args.repeats), desc=f"bench, batch size {batch_size}", unit="turn", file=sys.stderr)
+    for turn in turns:  # turn -1 warms up
+        prompts = arithmetic_prompts(policy.tokenizer, batches * batch_size, seed=turn + 1)
+        for sampler in samplers if turn % 2 else reversed(samplers):
+            reset_peak_memory()
+            runs = [sampler.run(prompts[i : i + batch_size], turn + 1) for i in range(0, len(prompts), batch_size)]
+            if turn >= 0:
+                found[sampler].append(_sum(runs, peak_memory_gib()))
+    return [(sampler, found[sampler]) for sampler in samplers]
+
+
+def _sum(runs: list[Measured], peak: float | None) -> Measured:
+    stats = None
+    if runs[0].stats is not None:
+        stats = RolloutStats(
+            [step for run in runs for step in run.stats.steps],
+            sum(run.stats.seconds for run in runs),
+            sum(run.stats.prefill_s for run in runs),
+        )
+    elsewhere = [run.peak_memory_gib for run in runs if run.peak_memory_gib is not None]
+    memory = max(elsewhere, default=peak)
+    return Measured(sum(run.tokens for run in runs), sum(run.seconds for run in runs), stats, memory)
+
+
+def _peers(policy: Policy, batch_size: int, names: list[str]) -> list[Sampler]:
+    found = {name: PEERS[name](policy, batch_size) for name in names}
+    for name in [name for name, sampler in found.items() if sampler is None]:
+        print(f"{name} does not decode {batch_size} rows at once and is left out there.", file=sys.stderr)
+    return [sampler for sampler in found.values() if sampler is not None]
+
+
+def _own(policy: Policy, engine: RolloutEngine, cost: CostModel, args: argparse.Namespace) -> list[Sampler]:
+    """Plain decoding, every fixed γ, and the adaptive one, this with each verification."""
+    found = [_ours(policy, engine, "plain", 0, None)]
+    found += [_ours(policy, engine, "fixed", gamma, FixedGamma(gamma)) for gamma in args.fixed_gammas]
+    for verification in args.verification:
+        controller = GammaController(CostModel.from_json(cost.to_json()), engine.config.widest)  # each learns alone
+        found.append(_ours(policy, engine, "adaptive", None, controller, verification))
+    return found
+
+
+def _ours(
+    policy: Policy,
+    shared: RolloutEngine,
+    name: str,
+    gamma: int | None,
+    controller: Controller | None,
+    verification: str = "coupled",
+) -> Sampler:
+    """With the passes and the drafter of `shared`, compiled once for all, and a cache of its own."""
+    drafter = shared.drafter if controller else None
+    config = replace(shared.config, verification=verification)
+    engine = RolloutEngine(policy.model, config, drafter=drafter, controller=controller)
+    engine.target = shared.target
+    first: list[StepStats] = []
+
+    def run(prompts: list[list[int]], seed: int) -> Measured:
+        engine.stats = RolloutStats()
+        began = time.perf_counter()
+        completions = engine.generate(prompts, policy.params, seed=(seed,))
+        seconds = time.perf_counter() - began
+        if not first:
+            first.extend(engine.stats.steps)
+        return Measured(sum(len(c.token_ids) for c in completions), seconds, engine.stats)
+
+    adaptive = controller if isinstance(controller, GammaController) else None
+    return Sampler(name, gamma, run, verification, adaptive, first)
+
+
+def _report(args: argparse.Namespace, rows: list[dict]) -> None:
+    columns = {
+        "engine": "engine",
+        "verification": "verification",
+        "batch_size": "batch size",
+        "gamma": "tokens guessed",
+        "tokens_per_s": "tokens/s",
+        "mean_acceptance_length": "acceptance length",
+        "mean_gamma": "mean guessed",
+        "host_time_share": "host share",
+        "speedup_vs_transformers": "× transformers",
+        "speedup_vs_plain": "× plain",
+        "regret_vs_best_fixed": "regret",
+        "cold_regret": "cold regret",
+    }
+    table(list(columns.values()), [[row[key] for key in columns] for row in rows])
+    setup = {
+        "policy": args.policy,
+        "dtype": args.dtype,
+        "repeats": args.repeats,
+        "max_new_tokens": args.max_new_tokens,
+        "compile_passes": args.compile_passes,
+    }
+    write_json(args.json, {"rows": rows, "hardware": hardware(), "setup": setup})
+
+
+def _some_of(kind: str, known: Iterable[str]) -> Callable[[str], list[str]]:
+    """The parser of a comma-separated list of names out of `known`; it may be empty."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",") if text else []
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"unknown {kind} {', '.join(unknown)}; there is {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="spec-rollout bench", description=__doc__)
+    add_policy_arguments(parser)
+    parser.add_argument("--batch-sizes", type=positives, default=[1, 4, 8, 16, 32], metavar="1,8,32")
+    parser.add_argument("--fixed-gammas", type=positives, default=[1, 2, 3, 5], metavar="1,2,3")
+    peers = [*PEERS, VLLM, VLLM_EAGLE]
+    parser.add_argument("--peers", type=_some_of("peer", peers), default=["transformers"], metavar=",".join(peers))
+    parser.add_argument("--vllm-python", default=sys.executable, metavar="PATH", help="interpreter that has vLLM")
+    parser.add_argument(
+        "--verification",
+        type=_some_of("verification", VERIFICATIONS),
+        default=["coupled"],
+        metavar=",".join(VERIFICATIONS),
+    )
+    parser.add_argument("--draft", metavar="DIR", help="a head from pretrain-draft; by default one is warmed up")
+    parser.add_argument("--compile-passes", action="store_true", help="our engine as with compile_passes=True")
+    parser.add_argument("--num-prompts", type=positive, default=8, metavar="N", help="least prompts per turn")
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N")
+    return parser

@@ -1,0 +1,100 @@
+"""The reference policy: an ordinary Hugging Face folder, the same for the same seed, whole or not there."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spec_rollout.tasks import reference_policy
+from spec_rollout.tasks.arithmetic import problems
+from spec_rollout.tasks.reference_policy import RECIPES, make_model, make_reference_policy, make_tokenizer
+
+
+@pytest.fixture
+def short_training(monkeypatch):
+    monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], num_layers=2, num_problems=24, batch_size=2))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def test_tokenizer_returns_what_it_was_given(tokenizer):
+    for problem in problems("heldout", 200):
+        text = problem.prompt + problem.solution
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    odd = " two  spaces\n\n\ttab, Ünïcode 漢字 🙂 ."
+    assert tokenizer.decode(tokenizer(odd)["input_ids"]) == odd
+
+
+def test_tokenizer_is_deterministic_and_small(tokenizer):
+    assert make_tokenizer().get_vocab() == tokenizer.get_vocab()
+    assert 300 <= len(tokenizer) <= 512
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+def test_prompt_and_solution_tokenize_apart(tokenizer):
+    """A completion continues the ids of its prompt: no token straddles the two."""
+    for problem in problems("heldout", 100):
+        whole = tokenizer(problem.prompt + problem.solution)["input_ids"]
+        assert whole == tokenizer(problem.prompt)["input_ids"] + tokenizer(problem.solution)["input_ids"]
+
+
+@pytest.mark.parametrize(("size", "low", "high"), [("tiny", 0.5e6, 1.5e6), ("small", 5e6, 15e6)])
+def test_sizes(tokenizer, size, low, high):
+    assert low < make_model(RECIPES[size], tokenizer).num_parameters() < high
+
+
+def test_folder_is_an_ordinary_policy_and_the_same_for_a_seed(short_training, tmp_path):
+    first = make_reference_policy(tmp_path / "first", "tiny", seed=1)
+    again = make_reference_policy(tmp_path / "again", "tiny", seed=1)
+    other = make_reference_policy(tmp_path / "other", "tiny", seed=2)
+    assert {p.name for p in tmp_path.iterdir()} == {"first", "again", "other"}
+    assert {p.name for p in first.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (first, again, other)]
+    assert weights[0] == weights[1] != weights[2]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(first), AutoTokenizer.from_pretrained(first)
+    assert model.dtype == torch.float32
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id] and model.config.use_cache
+    assert len(tokenizer) == model.config.vocab_size
+
+
+@torch.no_grad()
+def test_packed_problems_do_not_see_each_other(tokenizer):
+    """A row of training data gives each problem the logits that it has alone."""
+    model = make_model(replace(RECIPES["tiny"], num_layers=2), tokenizer).eval()
+    row = reference_policy.packed_rows(tokenizer, 12, seed=0)[0]
+    ids, positions = torch.tensor([row["input_ids"]]), torch.tensor([row["position_ids"]])
+    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+    starts = [*(positions[0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
+    assert len(starts) > 3
+    for first, last in itertools.pairwise(starts):
+        torch.testing.assert_close(packed[first:last], model(ids[:, first:last]).logits[0], atol=1e-4, rtol=1e-4)
+        labels = [label for label in row["labels"][first:last] if label != -100]
+        assert labels and row["input_ids"][first:last][-len(labels) :] == labels
+
+
+def test_an_interrupted_training_leaves_nothing(monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reference_policy, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_reference_policy(tmp_path / "policy", "tiny")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not an empty folder: remove it"):
+        make_reference_policy(tmp_path, "tiny")
+
+
+def test_an_unknown_size_is_named(tmp_path):
+    with pytest.raises(ValueError, match="size='huge' is unknown: choose one of tiny, small, base"):
+        make_reference_policy(tmp_path / "policy", "huge")
