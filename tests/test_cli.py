@@ -28,13 +28,25 @@ def test_the_version(capsys):
     assert capsys.readouterr().out.startswith("spec-rollout ")
 
 
-@pytest.mark.parametrize("name", ["demo", "bench", "check"])
+@pytest.mark.parametrize(
+    ("name", "home"),
+    [
+        ("demo", "experiments.demo"),
+        ("bench", "bench.bench"),
+        ("check", "bench.check"),
+        ("profile", "profile.profile"),
+        ("report", "profile.report"),
+        ("simulate", "simulate.simulate"),
+        ("pretrain-draft", "experiments.pretrain"),
+        ("serve", "backends.vllm.serve"),
+    ],
+)
 @pytest.mark.parametrize(("returned", "status"), [(None, 0), (1, 1)])
-def test_a_command_gets_the_rest_of_the_line(monkeypatch, name, returned, status):
+def test_a_command_gets_the_rest_of_the_line(monkeypatch, name, home, returned, status):
     module = ModuleType(name)
     given = []
     module.main = lambda argv: given.append(argv) or returned
-    monkeypatch.setitem(sys.modules, f"spec_rollout.profile.{name}", module)
+    monkeypatch.setitem(sys.modules, f"spec_rollout.{home}", module)
     assert cli.main([name, "--json", "file"]) == status
     assert given == [["--json", "file"]]
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from spec_rollout.training.rloo import SpecRLOOTrainer
 
 _HOMES = {
-    "PPOConfig": "ppo_config",
-    "PPOTrainer": "ppo",
+    "PPOConfig": "ppo.config",
+    "PPOTrainer": "ppo.trainer",
     "SpecGRPOConfig": "config",
     "SpecGRPOTrainer": "grpo",
     "SpecRLOOConfig": "config",

@@ -1,4 +1,4 @@
-"""GSM8K: its rows as prompts, its answers checked, and the whole way from a local file to a trained policy."""
+"""GSM8K: its rows as prompts, its answers checked; `training/test_gsm8k.py` goes on to a trained policy."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from decimal import Decimal
 
 import pytest
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
 
 from spec_rollout.tasks.gsm8k import accuracy_reward, final_number, to_prompt
-from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
-from spec_rollout.training.launch import ScriptArguments, launch, load_reward_funcs, load_split
+from spec_rollout.training.launch import ScriptArguments, load_reward_funcs, load_split
 
 ROWS = [
     {"question": "Two and two? ", "answer": "2+2 = <<2+2=4>>4\n#### 4"},
@@ -49,25 +47,6 @@ def test_the_boxed_number_is_read(text, number):
 def test_the_reward():
     said = [r"\boxed{4}", [{"role": "assistant", "content": r"\boxed{4.0}"}], r"\boxed{40}", "4"]
     assert accuracy_reward(said, answer=["4"] * 4, other="ignored") == [1.0, 1.0, 0.0, 0.0]
-
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_local_copy_trains(make_policy, tokenizer, tmp_path, peeking, kind):
-    make_policy().save_pretrained(tmp_path / "policy")
-    tokenizer.save_pretrained(tmp_path / "policy")
-    source = tmp_path / "train.jsonl" if kind == "file" else tmp_path / "gsm8k"
-    if kind == "folder":
-        source.mkdir()
-        Dataset.from_list(ROWS).to_parquet(source / "train-00000-of-00001.parquet")
-    else:
-        Dataset.from_list(ROWS).to_json(source)
-    line = f"--dataset_name {source} --dataset_format gsm8k --model_name_or_path {tmp_path / 'policy'} --use_cpu"
-    line += f" --bf16 false --output_dir {tmp_path / 'out'} --per_device_train_batch_size 4 --num_generations 2"
-    line += " --max_completion_length 6 --max_steps 1 --report_to none --save_strategy no --disable_tqdm true"
-    trainer = launch(SpecGRPOTrainer, SpecGRPOConfig, [*line.split(), "--max_slots", "3", "--logging_steps", "1"])
-    assert trainer.train_dataset.column_names == ["answer", "prompt"]
-    assert "rewards/accuracy_reward/mean" in trainer.state.log_history[0]
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_foreign_columns_are_refused(tmp_path):

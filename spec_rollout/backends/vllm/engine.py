@@ -47,7 +47,7 @@ class VLLMEngine(Protocol):
         """What is really loaded: of the policy, of the draft; 0 is what vLLM was started with."""
 
     def draft_probe(self) -> dict[str, float]:
-        """The draft's response; see `vllm_worker.probe`."""
+        """The draft's response; see `worker.probe`."""
 
     def control(self, controller: Controller) -> None:
         """Let `controller` see the steps from now on, and choose where `live_schedule` is true."""
