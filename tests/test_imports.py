@@ -1,6 +1,7 @@
-"""Imports point one way: in the order that `ORDER` gives."""
+"""Imports point one way, in the order that `ORDER` gives, and never in a circle."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,21 +39,20 @@ TRL_HOSTS = {"tasks", "training", "experiments"}
 
 
 def imports(source: str) -> Iterator[tuple[int, str, bool]]:
-    """(line, dotted name, whether a function delays it) of each import that runs; TYPE_CHECKING blocks do not."""
+    """(line, dotted name, whether it waits for a function) of each import; those for typing alone count as waiting."""
 
     def visit(node: ast.AST, delayed: bool) -> Iterator[tuple[int, str, bool]]:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for child in node.orelse:
-                yield from visit(child, delayed)
-            return
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name, delayed) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             yield from ((node.lineno, f"{node.module}.{alias.name}", delayed) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.lineno, "." * node.level, delayed
+        waits = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        )
         for child in ast.iter_child_nodes(node):
-            yield from visit(child, delayed or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+            yield from visit(child, delayed or waits)
 
     yield from visit(ast.parse(source), delayed=False)
 
@@ -98,6 +98,7 @@ def test_imports_point_one_way(path):
         ("gamma", "from spec_rollout.engine.rows import Rows"),
         ("gamma", "import torch"),
         ("records", "from spec_rollout import engine"),
+        ("records", "if TYPE_CHECKING:\n    from spec_rollout.engine.rows import Rows"),
         ("training", "from spec_rollout.cli import main"),
         ("training", "from spec_rollout.bench.bench import main"),
         ("draft", "from .eagle import EagleHead"),
@@ -115,7 +116,6 @@ def test_a_wrong_arrow_is_found(part, source):
 @pytest.mark.parametrize(
     ("part", "source"),
     [
-        ("records", "if TYPE_CHECKING:\n    from spec_rollout.engine.rows import Rows"),
         ("backends", "def load():\n    from vllm import LLM"),
         ("training", "from trl import GRPOTrainer\nfrom spec_rollout.backends.embedded import EmbeddedBackend"),
         ("gamma", "import math\nimport numpy as np\nfrom spec_rollout.records import StepStats"),
@@ -124,6 +124,38 @@ def test_a_wrong_arrow_is_found(part, source):
 )
 def test_a_right_arrow_passes(part, source):
     assert wrong_arrows(part, source) == []
+
+
+def circles(sources: dict[str, str]) -> list[str]:
+    """The modules of a circle of imports in `sources`, by dotted name; empty without one. That the package itself, or
+    a part of it, offers a name from within is no circle."""
+    graph = {
+        module: {
+            next((known for known in (name, name.rpartition(".")[0]) if known in sources and known != module), module)
+            for _, name, _ in imports(source)
+        }
+        - {module}
+        for module, source in sources.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_imports_go_in_a_circle():
+    sources = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path.read_text(encoding="utf-8")
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert len(sources) > 100 and circles(sources) == []
+
+
+def test_a_circle_is_found():
+    sources = {"a.b": "from a.c import d", "a.c": "if TYPE_CHECKING:\n    from a.b import e"}
+    assert set(circles(sources)) == {"a.b", "a.c"}
 
 
 @pytest.mark.parametrize(

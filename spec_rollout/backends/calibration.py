@@ -106,7 +106,7 @@ def _made_up(engine: RolloutEngine, rows: int, context: int, widest: int) -> Rol
     engine.cache = SlotCache()
     params = SamplingParams(max_new_tokens=context - SHORT + widest + 2)
     prompt = [i % engine.target.vocab_size for i in range(SHORT)]
-    rollout = Rollout(engine, [Request(i, prompt, (i, 0), params.max_new_tokens) for i in range(rows)], params)
+    rollout = engine.start([Request(i, prompt, (i, 0), params.max_new_tokens) for i in range(rows)], params)
     rollout.admit()
     if context > SHORT:
         for buffer in (*engine.cache.keys, *engine.cache.values):

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from spec_rollout.backends.calibration import measured_cost
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.engine.protocols import Drafter
 from spec_rollout.gamma import FixedGamma, GammaController
 from spec_rollout.gamma.acceptance import PRIOR_RATE, expected_curve
 from spec_rollout.gamma.saving import RolloutValue
-from spec_rollout.records import Controller, Drafter, StepStats
+from spec_rollout.records import Controller, StepStats
 
 
 class Source:

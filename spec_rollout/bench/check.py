@@ -26,8 +26,9 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.draft.ngrams import History, NgramDrafter
 from spec_rollout.draft.references import OracleDrafter, RandomDrafter
 from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.engine.protocols import Drafter
 from spec_rollout.gamma import FixedGamma
-from spec_rollout.records import Completion, Drafter, StepStats
+from spec_rollout.records import Completion, StepStats
 
 WIDEST = 7
 SEED = (20,)

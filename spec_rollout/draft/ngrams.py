@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from spec_rollout.engine.gumbel_max import draw_among
+from spec_rollout.engine.protocols import Drafter
 from spec_rollout.engine.rows import Rows
-from spec_rollout.records import Drafter
 
 ORDERS = (1, 2, 3, 4, 6, 8)
 """Lengths of the runs that are looked up."""

@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.kv_cache import SlotCache
+from spec_rollout.engine.protocols import Drafter, Recorder
 from spec_rollout.engine.requests import make_requests
 from spec_rollout.engine.rollout import Rollout
 from spec_rollout.engine.target import Target
-from spec_rollout.records import Completion, Controller, Drafter, Recorder, RolloutStats, SamplingParams, StepStats
+from spec_rollout.records import Completion, Controller, Request, RolloutStats, SamplingParams, StepStats
 
 
 class RolloutEngine:
@@ -78,7 +79,7 @@ class RolloutEngine:
         before, prefill_s = len(self.stats.steps), self.stats.prefill_s
         began = time.perf_counter()
         with self.target.rollout():
-            rollout = Rollout(self, requests, params)
+            rollout = self.start(requests, params)
             self._decode(rollout)
             completions = rollout.completions()
         seconds = time.perf_counter() - began
@@ -87,6 +88,19 @@ class RolloutEngine:
             own = RolloutStats(self.stats.steps[before:], seconds, self.stats.prefill_s - prefill_s)
             self.recorder.rollout(requests, completions, own)
         return completions
+
+    def start(self, requests: list[Request], params: SamplingParams) -> Rollout:
+        """A rollout of `requests`, not yet admitted; to be driven within `target.rollout()`."""
+        return Rollout(
+            requests,
+            params,
+            target=self.target,
+            cache=self.cache,
+            stats=self.stats,
+            config=self.config,
+            drafter=self.drafter,
+            tokenizer=self.tokenizer,
+        )
 
     def _decode(self, rollout: Rollout) -> None:
         while not rollout.done:
@@ -104,7 +118,7 @@ class RolloutEngine:
             rollout.commit(samples, verdict, hidden)
             if self.recorder is not None:
                 self.recorder.step(rollout.rows, rollout.report.emitted, guesses.shape[1])
-            step = rollout.finish_step(verdict, guesses.shape[1])
+            step = rollout.finish_step(guesses.shape[1])
             clock.append(time.perf_counter())
             self._account(step, clock)
             if self.progress is not None:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from spec_rollout.engine.protocols import Drafter
 from spec_rollout.engine.rows import Rows
-from spec_rollout.records import Drafter, RolloutStats
+from spec_rollout.records import RolloutStats
 
 
 class GuardedDrafter:

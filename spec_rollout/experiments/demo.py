@@ -7,7 +7,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from spec_rollout.bench.workload import (
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.experiments import arithmetic_run
 from spec_rollout.experiments.pictures import draw_demo
+from spec_rollout.experiments.runs import Run
 from spec_rollout.records import RolloutStats, StepStats
 from spec_rollout.tasks.reference_policy import make_reference_policy
 from spec_rollout.training import SpecGRPOTrainer
@@ -36,18 +36,6 @@ LEARNING_RATE = 1e-4
 SKIPPED_STEPS = 1
 """The first step warms up caches and, in our sampler, decodes without a draft; it counts in no speed-up but its draft
 training is charged like any other."""
-
-
-@dataclass
-class Run:
-    """What one training run left: per step, the reward, the seconds of sampling and of all, and the tokens drawn."""
-
-    rewards: list[float] = field(default_factory=list)
-    rollout_seconds: list[float] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
-    completions: list[list[list[int]]] = field(default_factory=list)
-    stats: list[RolloutStats] = field(default_factory=list)
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Recorded:

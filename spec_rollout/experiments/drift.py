@@ -6,7 +6,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +22,12 @@ from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.experiments import arithmetic_run
 from spec_rollout.experiments.pictures import draw_drift
 from spec_rollout.experiments.probe import CEILING_PROMPTS, CEILING_STEPS, GAMMA, Probe
+from spec_rollout.experiments.runs import Drift
 from spec_rollout.tasks.arithmetic import worked_sums_reward
 from spec_rollout.training import SpecGRPOTrainer
 
 PROBED_EARLY = (1, 5)
 """Steps that are probed besides every nth, since a cold head learns most in them."""
-
-
-@dataclass
-class Drift:
-    """Mean acceptance length at γ = GAMMA on the same held-out prompts, for each probed step. `frozen`, `refreshed`
-    and `double` begin as the ceiling of the first policy, `cold` as any run without a checkpoint."""
-
-    steps: list[int] = field(default_factory=list)
-    frozen: list[float] = field(default_factory=list)
-    refreshed: list[float] = field(default_factory=list)
-    double: list[float] = field(default_factory=list)
-    cold: list[float] = field(default_factory=list)
-    ceiling: list[float] = field(default_factory=list)
-    policy_kl: list[float] = field(default_factory=list)
-    """Mean over sampled tokens of log π(token) − log π₀(token), in nats; π₀ is the policy before training."""
-    probe_reward: list[float] = field(default_factory=list)
-    """Mean reward on the probe's prompts."""
-    reward: list[float] = field(default_factory=list)
-    """Of every step, as the next ones."""
-    refresh_seconds: list[float] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
-    tokens_per_second: list[float] = field(default_factory=list)
-    acceptance_length: list[float] = field(default_factory=list)
-    """At the numbers of guesses that the controller chose."""
-    refresh_time_share: float = 0.0
-    """Draft training's share of the time of all steps, the first one's included."""
 
 
 class DriftTrainer(SpecGRPOTrainer):

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from spec_rollout.experiments.demo import Run
-    from spec_rollout.experiments.drift import Drift
+from spec_rollout.experiments.runs import Drift, Run
 
 INK, ROWS, GUESSES, OURS, THEIRS = "#333333", "#9db8d2", "#d1495b", "#d1495b", "#66727c"
 

@@ -16,8 +16,9 @@ from spec_rollout.backends.trace import HEAD, NGRAMS, TraceRecorder
 from spec_rollout.bench.workload import Policy, warm_up
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.engine.protocols import Drafter
 from spec_rollout.gamma import CostModel, FixedGamma, GammaController
-from spec_rollout.records import Drafter, RolloutStats
+from spec_rollout.records import RolloutStats
 
 WIDEST = SpecConfig().max_num_speculative_tokens
 WARM_UP_SHARE, WARM_UP_ROUNDS = 0.3, 5

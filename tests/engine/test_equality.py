@@ -299,7 +299,7 @@ def test_the_whole_context_can_be_used():
 
 def test_prefill_in_several_passes(monkeypatch):
     """Prompts that do not fit one prefill pass are prefilled in more, a longer one alone."""
-    monkeypatch.setattr("spec_rollout.engine.rollout.PREFILL_TOKENS", 8)
+    monkeypatch.setattr("spec_rollout.engine.prefill.PREFILL_TOKENS", 8)
     prompts = [[1, 2, 3], [4, 5], [*range(30)], [6], [7], [8, 9, 10, 11, 12], [*range(30)], [1, 2, 3]]
     params = SamplingParams(max_new_tokens=10)
     expected = reference(policy("mistral"), prompts, params)

@@ -28,8 +28,8 @@ class Checked(Rollout):
         self.check()
         return seconds
 
-    def finish_step(self, verdict, gamma):
-        step = super().finish_step(verdict, gamma)
+    def finish_step(self, gamma):
+        step = super().finish_step(gamma)
         self.check()
         return step
 
@@ -83,7 +83,7 @@ def test_verbs_one_by_one():
     params = SamplingParams(max_new_tokens=8, temperature=0)
     requests = make_requests([[1, 2, 3], [4]], params, (0,), None, VOCAB, None)
     with engine.target.rollout():
-        rollout = Rollout(engine, requests, params)
+        rollout = engine.start(requests, params)
         rollout.admit()
         assert rollout.rows.length.tolist() == [2, 0] and rollout.longest == 2
         assert rollout.noise(5) is None
@@ -93,7 +93,7 @@ def test_verbs_one_by_one():
         samples, verdict = rollout.sample_and_verify(logits, None, guesses)
         rollout.commit(samples, verdict, hidden)
         assert rollout.rows.length.tolist() == [2 + int(verdict.emitted[0]), int(verdict.emitted[1])]
-        step = rollout.finish_step(verdict, 4)
+        step = rollout.finish_step(4)
         assert step.rows == 2 and step.gamma == 4 and step.emitted == int(verdict.emitted.sum())
         assert step.context == max(rollout.rows.lengths)
         assert not rollout.done

@@ -12,7 +12,7 @@ from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.engine.rollout import PREFILL_TOKENS
+from spec_rollout.engine.prefill import PREFILL_TOKENS
 from spec_rollout.gamma import FixedGamma
 from spec_rollout.records import SamplingParams
 from tests.tiny import make_policy

@@ -8,7 +8,7 @@ import torch
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter, RandomDrafter
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.engine.rollout import NEAR_TIE
+from spec_rollout.engine.near_ties import NEAR_TIE
 from spec_rollout.engine.target import Target
 from spec_rollout.records import SamplingParams
 from tests.engine.recorded import common, difference, recorded

@@ -1,0 +1,57 @@
+"""Who takes part in a rollout: who guesses, and who looks on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from spec_rollout.engine.rejection import Proposal
+from spec_rollout.engine.rows import Rows
+from spec_rollout.records import Completion, Request, RolloutStats
+
+
+class Drafter(Protocol):
+    """Guesses the next tokens of each active row. Its guesses can cost speed, never correctness."""
+
+    def begin(self, rows: Rows) -> None:
+        """A rollout starts on `rows` (empty slots); allocate or clear what is kept per slot."""
+
+    def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
+        """Guesses [B, gamma] int64 for the B = rows.count active rows.
+
+        `noise` [B, gamma + 1, N] is the Gumbel noise of the positions to be guessed (None when greedy); a drafter that
+        draws from its own scores with it, as the target will (`gumbel_max.draw`), makes the guesses that the target is
+        most likely to draw. `temperature` is the rollout's (1 when greedy).
+        """
+
+    def proposal(self) -> Proposal | None:
+        """What the last guesses were drawn from by the noise, for `verification="rejection"`; None if there was no
+        distribution, such as in a table of n-grams."""
+
+    def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
+        """The target has computed `hidden` (its hidden states, each [N, T, H]) at positions start[n] + 0..T-1 of the
+        slots slots[0]..slots[1]-1; positions at or beyond a row's length are padding or guesses not come true."""
+
+    def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
+        """New rows sit in slots[0]..slots[1]-1; their prompts, but for the last token, have been observed."""
+
+    def copy(self, rows: Rows, source: Tensor, target: Tensor) -> None:
+        """Slots `target` [N] become copies of slots `source` [N] (siblings of a group; a row moved to a free slot)."""
+
+    def finish(self, rows: Rows, slots: Tensor) -> None:
+        """The rows in `slots` [N] are complete and about to leave."""
+
+
+class Recorder(Protocol):
+    """Looks on while completions are sampled; `source` tells it who guesses, the "head" or "ngrams"."""
+
+    source: str
+
+    def step(self, rows: Rows, emitted: np.ndarray, gamma: int) -> None:
+        """The active rows have just emitted `emitted` [B] tokens each after `gamma` guesses; none has left yet."""
+
+    def rollout(self, requests: Sequence[Request], completions: Sequence[Completion], stats: RolloutStats) -> None:
+        """One `generate` call is complete; `stats` are its own."""
