@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from spec_rollout.engine.attention import GROUPED_SDPA, takes_grouped_sdpa
 from spec_rollout.engine.compiled import Compiled, NotCompilableError
 from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask
+from spec_rollout.engine.lean.agreement import disagreement
+from spec_rollout.engine.lean.lean_pass import LeanPass
+from spec_rollout.engine.lean.recognition import family_of
 from spec_rollout.records import UnsupportedModelError
 
 MASKED_LAYERS = ("full_attention", "sliding_attention")
@@ -35,6 +39,9 @@ class Target:
         self.context = getattr(self.config, "max_position_embeddings", None) or getattr(
             self.config, "n_positions", None
         )
+        self._lean: LeanPass | None = None
+        self._proven: dict[tuple, bool] = {}
+        """Whether the lean pass computes what this policy computes, by family and dtype."""
         self.precision: torch.dtype | None = None
         """Of the arithmetic; known once the model has been probed."""
 
@@ -65,8 +72,10 @@ class Target:
             with torch.no_grad():
                 if self.precision is None:
                     self._probe()
+                self._lean = self._make_lean()
                 yield
         finally:
+            self._lean = None
             for config, implementation in zip(configs, attention, strict=True):
                 config._attn_implementation = implementation
             for module in training:
@@ -91,6 +100,8 @@ class Target:
         Returns the logits [N, T, V] (of the last `keep_logits` tokens, if given) and the hidden states: the residual
         stream before each layer and the final one after the norm, each [N, T, H].
         """
+        if self._lean is not None and slots[0] == keep_logits == 0 and cache.keys:
+            return self._lean(cache, ids, positions, extent)
         if self._compiled is not None and slots[0] == keep_logits == 0 and cache.keys:
             return self._compiled(ids, positions, extent, cache.keys, cache.values)
         return self._pass(ids, positions, extent, cache.window(slots[0], positions, extent), keep_logits)
@@ -117,6 +128,36 @@ class Target:
             **{self._cache_argument: window},
         )
         return output.logits, output.hidden_states
+
+    def _make_lean(self) -> LeanPass | None:
+        """The lean pass on the weights of now, where it is known to compute what the policy computes."""
+        if self._compiled is not None or torch.is_autocast_enabled(self.device.type):
+            return None
+        family = family_of(self.model)
+        if family is None or self.precision != self.dtype:
+            return None
+        lean = LeanPass(self.model, family)
+        key = (family, self.dtype)
+        if key not in self._proven:
+
+            def lean_forward(cache, slots, ids, positions, extent):
+                return lean(cache, ids, positions, extent)
+
+            off = disagreement(self.forward, lean_forward, self.vocab_size, (self.dtype, self.device))
+            self._proven[key] = off <= 1
+            if not off <= 1:
+                warnings.warn(
+                    f"The lean decode pass differs from {type(self.model).__name__}'s own forward by {off:.3g} times "
+                    "what is allowed; this policy is decoded through its own forward, which is slower.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return lean if self._proven[key] else None
+
+    @property
+    def path(self) -> str:
+        """What decodes: "lean", "compiled" or "transformers"; known within a rollout."""
+        return "lean" if self._lean is not None else "transformers" if self._compiled is None else "compiled"
 
     def canonical(self, ids: Tensor) -> Tensor:
         """Logits [V] after the tokens `ids` [n], from one plain forward pass over exactly those tokens.

@@ -1,0 +1,98 @@
+"""The parts of a decoder layer as the lean pass uses them, read off the module tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from spec_rollout.engine.lean.norms import Norm, read_norm
+from spec_rollout.engine.lean.projections import GatedMLP, Joined, Projection
+
+
+@dataclass(frozen=True)
+class Family:
+    """What distinguishes one architecture of the Llama shape from another.
+
+    `attention_out` and `mlp_out` norm what is added to the residual stream, `attention_in` and `mlp_in` what is read
+    from it; None where there is no such norm. `norm_offset` is added to the norms' weights.
+    """
+
+    attention_in: str | None = "input_layernorm"
+    attention_out: str | None = None
+    mlp_in: str | None = "post_attention_layernorm"
+    mlp_out: str | None = None
+    norm_offset: float = 0.0
+
+
+OUTER = Family(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+SANDWICH = Family(
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    norm_offset=1.0,
+)
+FAMILIES = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3"), Family()),
+    **dict.fromkeys(("olmo2", "olmo3"), OUTER),
+    **dict.fromkeys(("gemma2", "gemma3_text"), SANDWICH),
+}
+"""By `model_type`."""
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer. `qkv` gives [N, (Hq + 2 Hk) · D] of [N, H]."""
+
+    qkv: Joined
+    q_norm: Norm | None
+    k_norm: Norm | None
+    whole_norm: bool
+    """Whether those norms are over all heads at once."""
+    heads: tuple[int, int, int]
+    """Query heads, key heads, their size."""
+    scaling: float
+    kind: str
+    """The layer's type, which names its mask and its rope."""
+    rope: bool
+    o_proj: Projection
+    mlp: GatedMLP
+    attention_in: Norm | None
+    attention_out: Norm | None
+    mlp_in: Norm | None
+    mlp_out: Norm | None
+    residual_multiplier: float
+
+
+def read_layer(layer: nn.Module, family: Family, kind: str) -> LayerWeights:
+    """The weights of `layer` as they are now."""
+    attention = layer.self_attn
+    fused = hasattr(attention, "qkv_proj")
+    names = ("qkv_proj",) if fused else ("q_proj", "k_proj", "v_proj")
+    size = attention.head_dim
+    queries = attention.o_proj.in_features // size
+    keys = queries // attention.num_key_value_groups
+
+    def norm(holder: nn.Module, name: str | None) -> Norm | None:
+        module = getattr(holder, name, None) if name else None
+        return None if module is None else read_norm(module, family.norm_offset)
+
+    q_norm = getattr(attention, "q_norm", None)
+    return LayerWeights(
+        qkv=Joined([getattr(attention, name) for name in names]),
+        q_norm=norm(attention, "q_norm"),
+        k_norm=norm(attention, "k_norm"),
+        whole_norm=q_norm is not None and q_norm.weight.shape[-1] != size,
+        heads=(queries, keys, size),
+        scaling=attention.scaling,
+        kind=kind,
+        rope=bool(getattr(attention, "use_rope", True)),
+        o_proj=Projection(attention.o_proj),
+        mlp=GatedMLP(layer.mlp),
+        attention_in=norm(layer, family.attention_in),
+        attention_out=norm(layer, family.attention_out),
+        mlp_in=norm(layer, family.mlp_in),
+        mlp_out=norm(layer, family.mlp_out),
+        residual_multiplier=getattr(layer, "residual_multiplier", 1.0),
+    )
