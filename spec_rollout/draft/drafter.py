@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.features import FeatureBuffer
+from spec_rollout.draft.lean_head import LeanHead
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.gumbel_max import draw_among
@@ -56,6 +57,7 @@ class EagleDrafter:
         self._scores: list[Tensor] = []
         """Of the last guesses, [B, Vd] each."""
         self.fused_width = len(head.config.aux_layers) * head.config.hidden_size
+        self.compiled, self.lean = compiled, None
         self.first, self.next = self._first, self._next
         if compiled:
             self.first, self.next = (Compiled(f, "the draft head") for f in (self._first, self._next))
@@ -77,6 +79,7 @@ class EagleDrafter:
         self.known = np.zeros(rows.slots, dtype=np.int64)
         own = self.head.own_output
         self.output_rows = (self.view.output_rows() if own is None else own.detach()).to(dtype)
+        self.lean = None if self.compiled else LeanHead(self.head, self.view, rows.capacity)
 
     def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
         kept = torch.cat([*(hidden[i] for i in self.head.config.aux_layers), hidden[-1]], -1)  # [N, T, F]
@@ -128,13 +131,9 @@ class EagleDrafter:
             first = torch.from_numpy(known).to(rows.device)
             here = (rows.tokens[start:stop], self.features[start:stop])
             tokens, fused, place = self._entries(first, *here, min(width, behind))
-            self._layer(tokens, fused, place, self._window(start, place, self._extent(rows, 0)))
+            self._layer(tokens, fused, place, self._extent(rows, 0), *self._cache(), start)
             np.minimum(known + width, end, out=known)
         return max(1, behind)
-
-    def _window(self, start: int, place: Tensor, extent: int) -> SlotWindow:
-        keys, values = self._cache()
-        return SlotWindow(keys, values, keys[0].shape[:2], start, place, extent)
 
     def _entries(self, first: Tensor, tokens: Tensor, features: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """`width` entries of each row from `first` [N] on: their tokens, fused features [N, width, H] and places."""
@@ -160,8 +159,7 @@ class EagleDrafter:
         """The first guess of the rows 0..B-1 after the `width` entries from `known` [B] on have been read; the last
         before their `length` must be among them."""
         ids, fused, place = self._entries(known, tokens, features, width)
-        window = SlotWindow(keys, values, keys[0].shape[:2], 0, place, extent)
-        hidden = self._layer(ids, fused, place, window)
+        hidden = self._layer(ids, fused, place, extent, keys, values)
         at = length[: known.shape[0]] - 1 - known
         last = hidden.gather(1, at.clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2]))
         return self._guess(torch.where(at[:, None, None] >= 0, last, 0.0), noise, temperature)
@@ -178,15 +176,27 @@ class EagleDrafter:
         values: list[Tensor],
     ) -> Guess:
         """The guess after `ids` [B, 1], themselves guessed from `hidden` [B, 1, H], at the entries `place` [B, 1]."""
-        window = SlotWindow(keys, values, keys[0].shape[:2], 0, place, extent)
-        return self._guess(self._layer(ids, hidden, place, window), noise, temperature)
+        return self._guess(self._layer(ids, hidden, place, extent, keys, values), noise, temperature)
 
-    def _layer(self, tokens: Tensor, hidden: Tensor, place: Tensor, window: SlotWindow) -> Tensor:
-        """One pass of the layer over `tokens` and `hidden` at entries `place` [N, T]; extends the head's own cache."""
+    def _layer(
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        place: Tensor,
+        extent: int,
+        keys: list[Tensor],
+        values: list[Tensor],
+        start: int = 0,
+    ) -> Tensor:
+        """One pass of the layer over `tokens` and `hidden` at entries `place` [N, T] of the slots from `start` on;
+        extends the head's own cache."""
+        if self.lean is not None and start == 0:
+            return self.lean(tokens, hidden, place, extent, self.cache)
+        window = SlotWindow(keys, values, keys[0].shape[:2], start, place, extent)
         q, k, v = self.head.project(self.view.embed(tokens).to(hidden.dtype), hidden, place)
-        keys, values = window.update(k, v, 0)
-        mask = causal_mask(place, keys.shape[2])
-        attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        known, read = window.update(k, v, 0)
+        mask = causal_mask(place, extent)
+        attended = F.scaled_dot_product_attention(q, known, read, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
         return self.head.combine(attended, hidden)
 
     def _guess(self, hidden: Tensor, noise: Tensor | None, temperature: float) -> Guess:

@@ -1,22 +1,24 @@
-"""The lean pass: a decode pass of policies of the Llama shape in about thirty operations per layer."""
+"""The lean pass: a decode pass of policies of the Llama shape in fewer than thirty operations per layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spec_rollout.engine.kv_cache import SlotCache, causal_mask
-from spec_rollout.engine.lean.norms import read_norm
+from spec_rollout.engine.kv_cache import SlotCache
+from spec_rollout.engine.lean.attention import Attention
+from spec_rollout.engine.lean.norms import Norm, read_norm
 from spec_rollout.engine.lean.projections import Projection
 from spec_rollout.engine.lean.recognition import base_model
-from spec_rollout.engine.lean.rope import RopeTables, rotate
+from spec_rollout.engine.lean.rope import RopeTables
 from spec_rollout.engine.lean.views import Streams, Views
 from spec_rollout.engine.lean.weights import Family, LayerWeights, read_layer
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+SHAPES = 16
+"""Pass shapes whose buffers are kept."""
 
 
 class LeanPass:
@@ -42,100 +44,68 @@ class LeanPass:
         like = decoder.embed_tokens.weight.new_empty(1)
         self.rope = RopeTables(decoder.rotary_emb, set(kinds), like, self.config.max_position_embeddings)
         self.views = Views()
-        self.zero, self.never = like.new_zeros(()), like.new_full((), -torch.inf)
+        self.like = like
+        self.shapes: dict[tuple[int, int], Attention] = {}
 
     def __call__(self, cache: SlotCache, ids: Tensor, positions: Tensor, extent: int) -> tuple[Tensor, Sequence]:
         """Run `ids` [B, T] at `positions` [B, T] of the slots from 0 on, extend their cache and attend to its first
         `extent` entries; returns what `Target.forward` returns."""
         rows, width = ids.shape
+        attention = self._attention(rows, width)
         self.rope.reach(cache.capacity)
-        place = positions.flatten()
-        angles = self.rope.at(place)
-        masks = {kind: self._mask(positions, extent, window) for kind, window in self.windows.items()}
+        angles = self.rope.at(positions.flatten())
+        masks = {kind: attention.mask(positions, extent, window) for kind, window in self.windows.items()}
         index = self.views.index(cache, positions)
         x = self.embed(ids.flatten())
         if self.embed_scale != 1.0:
             x = x * self.embed_scale
         streams = []
-        keys_values = self.views.of(cache, rows, extent)
-        for layer, buffers in zip(self.layers, keys_values, strict=True):
+        for layer, buffers in zip(self.layers, self.views.of(cache, rows, extent), strict=True):
             streams.append(x)
-            x = self._layer(layer, x, angles[layer.kind], masks[layer.kind], index, buffers, (rows, width))
+            _project(layer, x, attention)
+            kind = layer.kind
+            attended = attention.attend(
+                angles[kind] if layer.rope else None, masks[kind], index, buffers, layer.scaling
+            )
+            x = _add(x, layer.o_proj, attended, layer.attention_out, layer.residual_multiplier)
+            inner = layer.mlp.inner(x if layer.mlp_in is None else layer.mlp_in(x))
+            x = _add(x, layer.mlp.down, inner, layer.mlp_out, layer.residual_multiplier)
         x = self.norm(x)
         streams.append(x)
+        return self._logits(x).view(rows, width, -1), Streams(streams, rows, width)
+
+    def _logits(self, x: Tensor) -> Tensor:
         logits = self.output(x)
         if self.logits_scale != 1.0:
             logits = logits / self.logits_scale
-        if self.softcap:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits.view(rows, width, -1), Streams(streams, rows, width)
+        return logits if not self.softcap else torch.tanh(logits / self.softcap) * self.softcap
 
-    def _mask(self, positions: Tensor, extent: int, window: int | None) -> Tensor:
-        """What is added to scores, [B, 1, T · G, extent], G query heads of one key head one after the other."""
-        queries, keys, _ = self.layers[0].heads
-        seen = causal_mask(positions.repeat_interleave(queries // keys, 1), extent, window)
-        return torch.where(seen, self.zero, self.never)
-
-    def _layer(
-        self,
-        layer: LayerWeights,
-        x: Tensor,
-        angles: tuple[Tensor, Tensor],
-        mask: Tensor,
-        index: Tensor,
-        buffers: tuple[Tensor, Tensor, Tensor, Tensor],
-        shape: tuple[int, int],
-    ) -> Tensor:
-        """One decoder layer over the residual stream `x` [N, H]."""
-        attended = self._attend(layer, x, angles, mask, index, buffers, shape)
-        x = _add(x, layer.o_proj, attended, layer.attention_out, layer.residual_multiplier)
-        inner = layer.mlp.inner(x if layer.mlp_in is None else layer.mlp_in(x))
-        return _add(x, layer.mlp.down, inner, layer.mlp_out, layer.residual_multiplier)
-
-    def _attend(
-        self,
-        layer: LayerWeights,
-        x: Tensor,
-        angles: tuple[Tensor, Tensor],
-        mask: Tensor,
-        index: Tensor,
-        buffers: tuple[Tensor, Tensor, Tensor, Tensor],
-        shape: tuple[int, int],
-    ) -> Tensor:
-        """What attention reads for `x` [N, H], before the output projection: [N, Hq · D]."""
-        queries, keys, size = layer.heads
-        rows, width = shape
-        qkv = layer.qkv(x if layer.attention_in is None else layer.attention_in(x))
-        heads = qkv.view(-1, queries + 2 * keys, size)
-        both = _normed(layer, qkv, heads)
-        if layer.rope:
-            both = rotate(both, *angles)
-        flat_keys, flat_values, cached_keys, cached_values = buffers
-        flat_keys.index_copy_(0, index, both[:, queries:])
-        flat_values.index_copy_(0, index, heads[:, queries + keys :])
-        groups = queries // keys
-        query = both[:, :queries].view(rows, width, keys, groups, size).transpose(1, 2)
-        output = F.scaled_dot_product_attention(
-            query.reshape(rows, keys, width * groups, size), cached_keys, cached_values, mask, scale=layer.scaling
-        )
-        output = output.view(rows, keys, width, groups, size).transpose(1, 2)
-        return output.reshape(rows * width, queries * size)
+    def _attention(self, rows: int, width: int) -> Attention:
+        """That of passes of this shape. Few shapes are kept: rows leave, and γ changes."""
+        found = self.shapes.get((rows, width))
+        if found is None:
+            if len(self.shapes) == SHAPES:
+                self.shapes.pop(next(iter(self.shapes)))
+            found = self.shapes[rows, width] = Attention(rows, width, self.layers[0].heads, self.like)
+        return found
 
 
-def _normed(layer: LayerWeights, qkv: Tensor, heads: Tensor) -> Tensor:
-    """Queries and keys [N, Hq + Hk, D] after their norms, if they have some."""
-    queries, keys, size = layer.heads
-    if layer.q_norm is None:
-        return heads[:, : queries + keys]
-    if layer.whole_norm:
-        q, k = qkv[:, : queries * size], qkv[:, queries * size : (queries + keys) * size]
-        return torch.cat([layer.q_norm(q), layer.k_norm(k)], 1).view(-1, queries + keys, size)
-    return torch.cat([layer.q_norm(heads[:, :queries]), layer.k_norm(heads[:, queries : queries + keys])], 1)
+def _project(layer: LayerWeights, x: Tensor, attention: Attention) -> None:
+    """Queries, keys and values of the residual stream `x` [N, H], put where attention reads them."""
+    read = x if layer.attention_in is None else layer.attention_in(x)
+    for projection, part in zip(layer.qkv, attention.parts if len(layer.qkv) > 1 else (attention.whole,), strict=True):
+        projection(read, part)
+    if layer.head_norm is not None:
+        layer.head_norm(attention.queries_keys, attention.queries_keys)
+    elif layer.whole_norms is not None:
+        for norm, part in zip(layer.whole_norms, attention.parts[:2], strict=True):
+            norm(part, part)
 
 
-def _add(x: Tensor, projection: Projection, inner: Tensor, norm, multiplier: float) -> Tensor:
+def _add(x: Tensor, projection: Projection, inner: Tensor, norm: Norm | None, multiplier: float) -> Tensor:
     """The residual stream after one more contribution."""
     if norm is None and multiplier == 1.0:
         return projection.onto(x, inner)
     more = projection(inner)
-    return torch.add(x, more if norm is None else norm(more), alpha=multiplier)
+    more = more if norm is None else norm(more)
+    return x + (more if multiplier == 1.0 else more * multiplier)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,38 +21,31 @@ class Projection:
         self.weight = module.weight.detach().t() if plain else None
         self.bias = module.bias.detach() if plain and module.bias is not None else None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """y, in the buffer `out` if given."""
         if self.module is not None:
-            return self.module(x)
-        return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
+            y = self.module(x)
+            return y if out is None else out.copy_(y)
+        if self.bias is None:
+            return torch.mm(x, self.weight, out=out)
+        return torch.addmm(self.bias, x, self.weight, out=out)
 
     def onto(self, residual: Tensor, x: Tensor) -> Tensor:
-        """`residual` + y, in one operation where there is no bias."""
-        if self.module is None and self.bias is None:
+        """`residual` + y, in one operation where there is no bias and y need not be rounded by itself."""
+        if self.module is None and self.bias is None and residual.dtype == torch.float32:
             return torch.addmm(residual, x, self.weight)
         return residual + self(x)
-
-
-class Joined:
-    """The outputs of several projections of one input, side by side."""
-
-    def __init__(self, modules: Sequence[nn.Module]):
-        self.parts = [Projection(module) for module in modules]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.parts[0](x) if len(self.parts) == 1 else torch.cat([part(x) for part in self.parts], 1)
 
 
 class GatedMLP:
     """down(act(gate(x)) · up(x)), in either of the forms in which checkpoints store gate and up."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, act: Callable[[Tensor], Tensor]):
+        self.act = act
         self.down = Projection(module.down_proj)
         self.both = Projection(module.gate_up_proj) if hasattr(module, "gate_up_proj") else None
         if self.both is None:
-            self.gate, self.up, self.act = Projection(module.gate_proj), Projection(module.up_proj), module.act_fn
-        else:
-            self.act = module.activation_fn
+            self.gate, self.up = Projection(module.gate_proj), Projection(module.up_proj)
 
     def inner(self, x: Tensor) -> Tensor:
         """What `down` reads."""

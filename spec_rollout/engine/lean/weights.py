@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from spec_rollout.engine.lean.norms import Norm, read_norm
-from spec_rollout.engine.lean.projections import GatedMLP, Joined, Projection
+from spec_rollout.engine.lean.norms import Norm, read_head_norm, read_norm
+from spec_rollout.engine.lean.projections import GatedMLP, Projection
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,14 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer. `qkv` gives [N, (Hq + 2 Hk) · D] of [N, H]."""
+    """One layer of the residual stream [N, H]."""
 
-    qkv: Joined
-    q_norm: Norm | None
-    k_norm: Norm | None
-    whole_norm: bool
-    """Whether those norms are over all heads at once."""
+    qkv: tuple[Projection, ...]
+    """Of queries, keys and values each, or of all three side by side."""
+    head_norm: Norm | None
+    """Of queries and keys [N, Hq + Hk, D] together."""
+    whole_norms: tuple[Norm, Norm] | None
+    """Of queries [N, Hq · D] and of keys, over all heads at once."""
     heads: tuple[int, int, int]
     """Query heads, key heads, their size."""
     scaling: float
@@ -72,24 +73,24 @@ def read_layer(layer: nn.Module, family: Family, kind: str) -> LayerWeights:
     names = ("qkv_proj",) if fused else ("q_proj", "k_proj", "v_proj")
     size = attention.head_dim
     queries = attention.o_proj.in_features // size
-    keys = queries // attention.num_key_value_groups
+    heads = (queries, queries // attention.num_key_value_groups, size)
 
     def norm(holder: nn.Module, name: str | None) -> Norm | None:
         module = getattr(holder, name, None) if name else None
         return None if module is None else read_norm(module, family.norm_offset)
 
-    q_norm = getattr(attention, "q_norm", None)
+    q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    whole = q_norm is not None and q_norm.weight.shape[-1] != size
     return LayerWeights(
-        qkv=Joined([getattr(attention, name) for name in names]),
-        q_norm=norm(attention, "q_norm"),
-        k_norm=norm(attention, "k_norm"),
-        whole_norm=q_norm is not None and q_norm.weight.shape[-1] != size,
-        heads=(queries, keys, size),
+        qkv=tuple(Projection(getattr(attention, name)) for name in names),
+        head_norm=None if q_norm is None or whole else read_head_norm(q_norm, k_norm, heads, family.norm_offset),
+        whole_norms=(norm(attention, "q_norm"), norm(attention, "k_norm")) if whole else None,
+        heads=heads,
         scaling=attention.scaling,
         kind=kind,
         rope=bool(getattr(attention, "use_rope", True)),
         o_proj=Projection(attention.o_proj),
-        mlp=GatedMLP(layer.mlp),
+        mlp=GatedMLP(layer.mlp, getattr(layer.mlp, "act_fn", None) or layer.mlp.activation_fn),
         attention_in=norm(layer, family.attention_in),
         attention_out=norm(layer, family.attention_out),
         mlp_in=norm(layer, family.mlp_in),

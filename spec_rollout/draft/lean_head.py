@@ -1,0 +1,77 @@
+"""The draft head's layer in few operations, on the weights of one rollout."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spec_rollout.draft.eagle import EagleHead
+from spec_rollout.draft.policy_view import PolicyView
+from spec_rollout.engine.kv_cache import SlotCache
+from spec_rollout.engine.lean.attention import Attention
+from spec_rollout.engine.lean.norms import read_norm
+from spec_rollout.engine.lean.projections import GatedMLP, Projection
+from spec_rollout.engine.lean.rope import angles, table
+from spec_rollout.engine.lean.views import Views
+
+SHAPES = 16
+"""Pass shapes whose buffers are kept."""
+
+
+class LeanHead:
+    """Computes `EagleHead.project`, attention over a slot cache and `combine` as one pass without gradients.
+
+    Args:
+        capacity: entries of a slot.
+    """
+
+    def __init__(self, head: EagleHead, view: PolicyView, capacity: int):
+        self.config, self.view = head.config, view
+        layer, attention = head.midlayer, head.midlayer.self_attn
+        self.input_norm, self.hidden_norm = read_norm(layer.input_layernorm), read_norm(layer.hidden_norm)
+        self.mlp_norm, self.norm = read_norm(layer.post_attention_layernorm), read_norm(head.norm)
+        self.qkv = [Projection(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        self.o_proj, self.mlp = Projection(attention.o_proj), GatedMLP(layer.mlp, F.silu)
+        config = self.config
+        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        self.like = head.fc.weight.new_empty(1)
+        self.table = self._table(capacity)
+        self.views = Views()
+        self._shapes: dict[tuple[int, int], tuple[Attention, Tensor]] = {}
+
+    def __call__(self, ids: Tensor, hidden: Tensor, place: Tensor, extent: int, cache: SlotCache) -> Tensor:
+        """The layer's output [B, T, H] for tokens `ids` and features `hidden` [B, T, H] at entries `place` [B, T] of
+        the slots from 0 on; extends the head's cache and attends to its first `extent` entries."""
+        rows, width = ids.shape
+        attention, read = self._buffers(rows, width)
+        size = self.config.hidden_size
+        x = hidden.reshape(rows * width, size)
+        self.input_norm(self.view.embed(ids.flatten()).to(x.dtype), read[:, :size])
+        normed = self.hidden_norm(x, read[:, size:])
+        for projection, part in zip(self.qkv, attention.parts, strict=True):
+            projection(read, part)
+        turn = angles(self.table, place.flatten())
+        mask = attention.mask(place, extent, None)
+        (buffers,) = self.views.of(cache, rows, extent)
+        index = self.views.index(cache, place)
+        attended = attention.attend(turn, mask, index, buffers, self.config.head_dim**-0.5)
+        x = self.o_proj.onto(normed if self.config.norm_before_residual else x, attended)
+        return self.mlp.down.onto(x, self.mlp.inner(self.mlp_norm(x))).view(rows, width, size)
+
+    def _buffers(self, rows: int, width: int) -> tuple[Attention, Tensor]:
+        found = self._shapes.get((rows, width))
+        if found is None:
+            if len(self._shapes) == SHAPES:
+                self._shapes.pop(next(iter(self._shapes)))
+            read = self.like.new_empty(rows * width, 2 * self.config.hidden_size)
+            found = self._shapes[rows, width] = Attention(rows, width, self.heads, self.like), read
+        return found
+
+    def _table(self, capacity: int) -> Tensor:
+        """Angles as `eagle.rotate` computes them."""
+        half = self.config.head_dim // 2
+        frequency = self.config.rope_theta ** (-torch.arange(half, device=self.like.device).float() / half)
+        angle = torch.arange(capacity, device=self.like.device).float()[:, None] * frequency
+        cos, sin = (part.to(self.like.dtype).repeat(1, 2) for part in (angle.cos(), angle.sin()))
+        return table(cos, sin)

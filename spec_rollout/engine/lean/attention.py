@@ -1,0 +1,74 @@
+"""Attention of the lean pass: a few queries per row over grouped keys, in buffers that are made once."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spec_rollout.engine.kv_cache import causal_mask
+from spec_rollout.engine.lean.rope import Angles
+from spec_rollout.engine.lean.views import LayerBuffers
+
+
+class Attention:
+    """For passes of `rows` rows of `width` tokens each, N in all, with `heads` (Hq, Hk, D) in each layer.
+
+    `parts` are the places of queries, keys and values, [N, heads · D] each, side by side in `whole`
+    [N, (Hq + 2 Hk) · D]: projections write into them, then `attend` reads them. `queries_keys` [N, Hq + Hk, D] are
+    the first two, for norms. Every layer overwrites what the one before left.
+    """
+
+    def __init__(self, rows: int, width: int, heads: tuple[int, int, int], like: Tensor):
+        queries, keys, size = heads
+        count, groups, half = rows * width, queries // keys, size // 2
+        self.groups = groups
+        self.whole = like.new_empty(count, (queries + 2 * keys) * size)
+        self.parts = self.whole.split([queries * size, keys * size, keys * size], 1)
+        by_head = self.whole.view(count, -1, size)
+        self.queries_keys, self.values = by_head[:, : queries + keys], by_head[:, queries + keys :]
+        turned = like.new_empty(count, queries + keys, size)
+        self._turned = turned, turned[..., :half], turned[..., half:]
+        self._halves = self.queries_keys[..., :half], self.queries_keys[..., half:]
+        by_group = (rows, width, keys, groups, size)
+        self._unturned = self.queries_keys[:, :queries].view(by_group), self.queries_keys[:, queries:]
+        self._ready = turned[:, :queries].view(by_group), turned[:, queries:]
+        query = like.new_empty(rows, keys, width, groups, size)
+        self._query, self._query_places = query.flatten(2, 3), query.transpose(1, 2)
+        self._split_output = (rows, keys, width, groups, size)
+        self._output = like.new_empty(count, queries * size)
+        self._output_places = self._output.view(by_group)
+        self.zero, self.never = like.new_zeros(()), like.new_full((), -torch.inf)
+
+    def mask(self, positions: Tensor, extent: int, window: int | None) -> Tensor:
+        """What is added to scores, [B, 1, T · G, extent], for tokens at `positions` [B, T]."""
+        each = positions if self.groups == 1 else positions.repeat_interleave(self.groups, 1)
+        return torch.where(causal_mask(each, extent, window), self.zero, self.never)
+
+    def attend(
+        self, angles: Angles | None, mask: Tensor, index: Tensor, buffers: LayerBuffers, scaling: float
+    ) -> Tensor:
+        """The output [N, Hq · D], before its projection, after keys and values were written at `index` [N].
+
+        It lies in a buffer of this object. Without `angles` nothing is rotated.
+        """
+        query, key = self._unturned if angles is None else self._turn(*angles)
+        flat_keys, flat_values, cached_keys, cached_values = buffers
+        flat_keys.index_copy_(0, index, key)
+        flat_values.index_copy_(0, index, self.values)
+        self._query_places.copy_(query)
+        output = F.scaled_dot_product_attention(self._query, cached_keys, cached_values, mask, scale=scaling)
+        self._output_places.copy_(output.view(self._split_output).transpose(1, 2))
+        return self._output
+
+    def _turn(self, cos: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        whole, first, second = self._turned
+        a, b = self._halves
+        if whole.dtype != torch.float32:  # as transformers rounds: each product, then their sum
+            swapped = torch.cat([b * low, a * high], -1)
+            whole.copy_(self.queries_keys * cos + swapped)
+            return self._ready
+        torch.mul(self.queries_keys, cos, out=whole)
+        first.addcmul_(b, low)
+        second.addcmul_(a, high)
+        return self._ready
