@@ -75,7 +75,7 @@ def test_bench_measures_every_engine_at_every_batch_size(folder, tmp_path, capsy
     fixed = [r["regret_vs_best_fixed"] for r in figures["rows"] if r["engine"] in ("plain", "fixed")]
     assert fixed.count(0.0) >= 2  # the best one at each batch size
     assert all(r["speedup_vs_plain"] == 1 for r in figures["rows"] if r["engine"] == "plain")
-    assert {"device", "threads", "torch"} <= figures["hardware"].keys()
+    assert {"device", "threads", "torch"} <= figures["hardware"].keys() and figures["setup"]["path"] == "lean"
 
 
 def test_bench_figures():

@@ -17,6 +17,7 @@ import torch
 
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kv_cache import SlotCache
+from spec_rollout.engine.lean.recognition import family_of
 from spec_rollout.engine.rollout import Rollout
 from spec_rollout.gamma.cost_model import CostModel, Measurement
 from spec_rollout.records import Request, RolloutStats, SamplingParams
@@ -201,6 +202,7 @@ def _cache_path(engine: RolloutEngine, widest: int, folder: str | None, shape_of
         widest,
         shape_of_draft,
         engine.config.compile_passes,
+        family_of(engine.target.model) is not None,
     ]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     base = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "spec_rollout"

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             peers = [*_peers(policy, batch_size, [n for n in args.peers if n in PEERS]), *vllm.samplers()]
             samplers = [*peers, *_own(policy, measuring, cost, args)]
             rows += rows_of(batch_size, measure(policy, samplers, batch_size, args))
-    _report(args, rows)
+    _report(args, rows, measuring.target.path)
     return 0
 
 
@@ -145,7 +145,7 @@ def _ours(
     return Sampler(name, gamma, run, verification, adaptive, first)
 
 
-def _report(args: argparse.Namespace, rows: list[dict]) -> None:
+def _report(args: argparse.Namespace, rows: list[dict], path: str) -> None:
     columns = {
         "engine": "engine",
         "verification": "verification",
@@ -167,7 +167,9 @@ def _report(args: argparse.Namespace, rows: list[dict]) -> None:
         "repeats": args.repeats,
         "max_new_tokens": args.max_new_tokens,
         "compile_passes": args.compile_passes,
+        "path": path,
     }
+    print(f"Our passes: {path}.")
     write_json(args.json, {"rows": rows, "hardware": hardware(), "setup": setup})
 
 

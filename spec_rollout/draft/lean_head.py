@@ -9,14 +9,11 @@ from torch import Tensor
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.engine.kv_cache import SlotCache
-from spec_rollout.engine.lean.attention import Attention
+from spec_rollout.engine.lean.attention import Attentions
 from spec_rollout.engine.lean.norms import read_norm
 from spec_rollout.engine.lean.projections import GatedMLP, Projection
 from spec_rollout.engine.lean.rope import angles, table
 from spec_rollout.engine.lean.views import Views
-
-SHAPES = 16
-"""Pass shapes whose buffers are kept."""
 
 
 class LeanHead:
@@ -38,14 +35,15 @@ class LeanHead:
         self.like = head.fc.weight.new_empty(1)
         self.table = self._table(capacity)
         self.views = Views()
-        self._shapes: dict[tuple[int, int], tuple[Attention, Tensor]] = {}
+        self.attentions = Attentions(self.heads, self.like)
 
     def __call__(self, ids: Tensor, hidden: Tensor, place: Tensor, extent: int, cache: SlotCache) -> Tensor:
         """The layer's output [B, T, H] for tokens `ids` and features `hidden` [B, T, H] at entries `place` [B, T] of
         the slots from 0 on; extends the head's cache and attends to its first `extent` entries."""
         rows, width = ids.shape
-        attention, read = self._buffers(rows, width)
+        attention = self.attentions.of(rows, width)
         size = self.config.hidden_size
+        read = self.like.new_empty(rows * width, 2 * size)
         x = hidden.reshape(rows * width, size)
         self.input_norm(self.view.embed(ids.flatten()).to(x.dtype), read[:, :size])
         normed = self.hidden_norm(x, read[:, size:])
@@ -58,15 +56,6 @@ class LeanHead:
         attended = attention.attend(turn, mask, index, buffers, self.config.head_dim**-0.5)
         x = self.o_proj.onto(normed if self.config.norm_before_residual else x, attended)
         return self.mlp.down.onto(x, self.mlp.inner(self.mlp_norm(x))).view(rows, width, size)
-
-    def _buffers(self, rows: int, width: int) -> tuple[Attention, Tensor]:
-        found = self._shapes.get((rows, width))
-        if found is None:
-            if len(self._shapes) == SHAPES:
-                self._shapes.pop(next(iter(self._shapes)))
-            read = self.like.new_empty(rows * width, 2 * self.config.hidden_size)
-            found = self._shapes[rows, width] = Attention(rows, width, self.heads, self.like), read
-        return found
 
     def _table(self, capacity: int) -> Tensor:
         """Angles as `eagle.rotate` computes them."""

@@ -39,6 +39,8 @@ class Target:
         self.context = getattr(self.config, "max_position_embeddings", None) or getattr(
             self.config, "n_positions", None
         )
+        self.path = "transformers" if self._compiled is None else "compiled"
+        """What decodes: "lean", "compiled" or "transformers", as of the last rollout."""
         self._lean: LeanPass | None = None
         self._proven: dict[tuple, bool] = {}
         """Whether the lean pass computes what this policy computes, by family and dtype."""
@@ -73,6 +75,8 @@ class Target:
                 if self.precision is None:
                     self._probe()
                 self._lean = self._make_lean()
+                if self._compiled is None:
+                    self.path = "transformers" if self._lean is None else "lean"
                 yield
         finally:
             self._lean = None
@@ -156,11 +160,6 @@ class Target:
                     stacklevel=2,
                 )
         return lean if self._proven[key] else None
-
-    @property
-    def path(self) -> str:
-        """What decodes: "lean", "compiled" or "transformers"; known within a rollout."""
-        return "lean" if self._lean is not None else "transformers" if self._compiled is None else "compiled"
 
     def canonical(self, ids: Tensor) -> Tensor:
         """Logits [V] after the tokens `ids` [n], from one plain forward pass over exactly those tokens.

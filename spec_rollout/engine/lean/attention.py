@@ -10,6 +10,40 @@ from spec_rollout.engine.kv_cache import causal_mask
 from spec_rollout.engine.lean.rope import Angles
 from spec_rollout.engine.lean.views import LayerBuffers
 
+SHAPES = 64
+"""Pass shapes whose views are kept."""
+
+
+class Attentions:
+    """One `Attention` for each pass shape that occurs; all lie in the same buffers, as large as the largest needs."""
+
+    def __init__(self, heads: tuple[int, int, int], like: Tensor):
+        self.heads, self.like = heads, like
+        self._tokens = 0
+        self._shapes: dict[tuple[int, int], Attention] = {}
+
+    def of(self, rows: int, width: int) -> Attention:
+        """That of passes over `rows` rows of `width` tokens."""
+        found = self._shapes.get((rows, width))
+        if found is None:
+            if rows * width > self._tokens:
+                self._grow(rows * width)
+            elif len(self._shapes) == SHAPES:
+                self._shapes.pop(next(iter(self._shapes)))
+            found = self._shapes[rows, width] = Attention(rows, width, self.heads, self._buffers)
+        return found
+
+    def _grow(self, tokens: int) -> None:
+        self._tokens = tokens
+        self._shapes.clear()
+        self._buffers = [self.like.new_empty(tokens * width) for width in buffer_widths(self.heads)]
+
+
+def buffer_widths(heads: tuple[int, int, int]) -> tuple[int, ...]:
+    """Numbers per token in the buffers of an `Attention`: projected, rotated, as the kernel reads them, its output."""
+    queries, keys, size = heads
+    return (queries + 2 * keys) * size, (queries + keys) * size, queries * size, queries * size
+
 
 class Attention:
     """For passes of `rows` rows of `width` tokens each, N in all, with `heads` (Hq, Hk, D) in each layer.
@@ -19,26 +53,28 @@ class Attention:
     the first two, for norms. Every layer overwrites what the one before left.
     """
 
-    def __init__(self, rows: int, width: int, heads: tuple[int, int, int], like: Tensor):
+    def __init__(self, rows: int, width: int, heads: tuple[int, int, int], buffers: list[Tensor]):
         queries, keys, size = heads
         count, groups, half = rows * width, queries // keys, size // 2
         self.groups = groups
-        self.whole = like.new_empty(count, (queries + 2 * keys) * size)
+        widths = buffer_widths(heads)
+        whole, turned, query, output = (b[: count * w] for b, w in zip(buffers, widths, strict=True))
+        self.whole = whole.view(count, -1)
         self.parts = self.whole.split([queries * size, keys * size, keys * size], 1)
         by_head = self.whole.view(count, -1, size)
         self.queries_keys, self.values = by_head[:, : queries + keys], by_head[:, queries + keys :]
-        turned = like.new_empty(count, queries + keys, size)
+        turned = turned.view(count, queries + keys, size)
         self._turned = turned, turned[..., :half], turned[..., half:]
         self._halves = self.queries_keys[..., :half], self.queries_keys[..., half:]
         by_group = (rows, width, keys, groups, size)
         self._unturned = self.queries_keys[:, :queries].view(by_group), self.queries_keys[:, queries:]
         self._ready = turned[:, :queries].view(by_group), turned[:, queries:]
-        query = like.new_empty(rows, keys, width, groups, size)
+        query = query.view(rows, keys, width, groups, size)
         self._query, self._query_places = query.flatten(2, 3), query.transpose(1, 2)
         self._split_output = (rows, keys, width, groups, size)
-        self._output = like.new_empty(count, queries * size)
+        self._output = output.view(count, queries * size)
         self._output_places = self._output.view(by_group)
-        self.zero, self.never = like.new_zeros(()), like.new_full((), -torch.inf)
+        self.zero, self.never = output.new_zeros(()), output.new_full((), -torch.inf)
 
     def mask(self, positions: Tensor, extent: int, window: int | None) -> Tensor:
         """What is added to scores, [B, 1, T · G, extent], for tokens at `positions` [B, T]."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spec_rollout.engine.kv_cache import SlotCache
-from spec_rollout.engine.lean.attention import Attention
+from spec_rollout.engine.lean.attention import Attention, Attentions
 from spec_rollout.engine.lean.norms import Norm, read_norm
 from spec_rollout.engine.lean.projections import Projection
 from spec_rollout.engine.lean.recognition import base_model
@@ -17,8 +17,6 @@ from spec_rollout.engine.lean.views import Streams, Views
 from spec_rollout.engine.lean.weights import Family, LayerWeights, read_layer
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-SHAPES = 16
-"""Pass shapes whose buffers are kept."""
 
 
 class LeanPass:
@@ -44,14 +42,13 @@ class LeanPass:
         like = decoder.embed_tokens.weight.new_empty(1)
         self.rope = RopeTables(decoder.rotary_emb, set(kinds), like, self.config.max_position_embeddings)
         self.views = Views()
-        self.like = like
-        self.shapes: dict[tuple[int, int], Attention] = {}
+        self.attentions = Attentions(self.layers[0].heads, like)
 
     def __call__(self, cache: SlotCache, ids: Tensor, positions: Tensor, extent: int) -> tuple[Tensor, Sequence]:
         """Run `ids` [B, T] at `positions` [B, T] of the slots from 0 on, extend their cache and attend to its first
         `extent` entries; returns what `Target.forward` returns."""
         rows, width = ids.shape
-        attention = self._attention(rows, width)
+        attention = self.attentions.of(rows, width)
         self.rope.reach(cache.capacity)
         angles = self.rope.at(positions.flatten())
         masks = {kind: attention.mask(positions, extent, window) for kind, window in self.windows.items()}
@@ -79,15 +76,6 @@ class LeanPass:
         if self.logits_scale != 1.0:
             logits = logits / self.logits_scale
         return logits if not self.softcap else torch.tanh(logits / self.softcap) * self.softcap
-
-    def _attention(self, rows: int, width: int) -> Attention:
-        """That of passes of this shape. Few shapes are kept: rows leave, and γ changes."""
-        found = self.shapes.get((rows, width))
-        if found is None:
-            if len(self.shapes) == SHAPES:
-                self.shapes.pop(next(iter(self.shapes)))
-            found = self.shapes[rows, width] = Attention(rows, width, self.layers[0].heads, self.like)
-        return found
 
 
 def _project(layer: LayerWeights, x: Tensor, attention: Attention) -> None:
