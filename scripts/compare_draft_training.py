@@ -1,4 +1,4 @@
-"""Ways to train a draft head from nothing, side by side: acceptance after as many steps, and what a step takes.
+"""For maintainers: ways to train a draft head from nothing, side by side, by acceptance and the time of a step.
 
 python scripts/compare_draft_training.py --policy policies/small --json benchmarks/cpu-small-draft-training.json
 """

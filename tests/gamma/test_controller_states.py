@@ -80,6 +80,4 @@ class ControllerMachine(RuleBasedStateMachine):
 ControllerMachine.TestCase.settings = settings(
     deadline=None, max_examples=30, stateful_step_count=25, derandomize=True
 )
-
-
 TestControllerMachine = ControllerMachine.TestCase
