@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -55,3 +56,19 @@ def test_a_script_is_for_users_or_says_that_it_is_not(path):
     """One for users is thin."""
     source = path.read_text(encoding="utf-8")
     assert ast.get_docstring(ast.parse(source)).startswith("For maintainers: ") or len(source.splitlines()) < 60
+
+
+FINDINGS = sorted((ROOT / "findings").glob("*.sh"))
+TEXTS = [path for kind in ("docs/*.md", "spec_rollout/**/*.py", "tests/**/*.py", "*.md") for path in ROOT.glob(kind)]
+
+
+@pytest.mark.parametrize("path", FINDINGS, ids=lambda path: path.name)
+def test_a_finding_is_listed_and_is_a_shell_script(path):
+    """What it states is seen by running it, which needs a package index."""
+    assert f"[{path.name}]({path.name})" in (ROOT / "findings" / "README.md").read_text(encoding="utf-8")
+    assert subprocess.run(["bash", "-n", path]).returncode == 0
+
+
+def test_what_refers_to_a_finding_finds_it():
+    named = {name for text in TEXTS for name in re.findall(r"findings/([\w-]+\.sh)", text.read_text(encoding="utf-8"))}
+    assert named and named <= {path.name for path in FINDINGS}
