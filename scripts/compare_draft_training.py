@@ -1,4 +1,4 @@
-"""Ways to train a draft head from nothing, side by side: acceptance after as many steps, and what a step takes.
+"""For maintainers: ways to train a draft head from nothing, side by side, by acceptance and the time of a step.
 
 python scripts/compare_draft_training.py --policy policies/small --json benchmarks/cpu-small-draft-training.json
 """
@@ -29,6 +29,7 @@ from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.features import FeatureBuffer, Sample, measured
 from spec_rollout.draft.inheritance import head_config, inherit
+from spec_rollout.draft.objective import STEP_DECAY, scores
 from spec_rollout.draft.packing import Pack
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.refresh import DraftTrainer
@@ -63,9 +64,9 @@ class Overlap(DraftTrainer):
     def loss(self, batch: Pack) -> Tensor:
         losses = [
             1 - torch.minimum(log_q.exp(), target).sum(-1).mean()
-            for log_q, target in self._unrolled(self.head, batch, self.depth, self._starts(batch))
+            for log_q, target in scores(self.head, self.view, batch, self.depth, self._starts(batch))
         ]
-        return sum(loss * refresh.STEP_DECAY**j for j, loss in enumerate(losses))
+        return sum(loss * STEP_DECAY**j for j, loss in enumerate(losses))
 
 
 class Noisy(DraftTrainer):

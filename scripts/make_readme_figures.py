@@ -1,4 +1,4 @@
-"""Tables and pictures of the README and the docs from the JSON files in benchmarks/.
+"""For maintainers: tables and pictures of the README and the docs from the JSON files in benchmarks/.
 
 python scripts/make_readme_figures.py            # rewrites what stands between the markers, and the pictures
 python scripts/make_readme_figures.py --check    # writes nothing; exit status 1 if a page says something else

@@ -1,4 +1,4 @@
-"""Replays against real rollouts at settings that the costs were not fitted on, and what recording costs.
+"""For maintainers: replays beside real rollouts at settings that no cost was fitted on, and what recording takes.
 
 python scripts/validate_traces.py --policy DIR --json benchmarks/cpu-small-simulate.json
 """

@@ -1,4 +1,4 @@
-"""A GRPO run of an arithmetic policy on vLLM, and what its engine holds and draws afterwards.
+"""For maintainers: a GRPO run of an arithmetic policy on vLLM, and what its engine holds and draws afterwards.
 
 python scripts/vllm_check.py --policy policies/small --json check.json [options of spec-rollout grpo]
 """

@@ -1,4 +1,4 @@
-"""GRPO on vLLM without speculation, with a head that stays as it is, and with one that learns on, side by side.
+"""For maintainers: GRPO on vLLM side by side: without speculation, with a frozen head, with one that learns on.
 
 python scripts/vllm_side_by_side.py --policy policies/small --draft HEAD --out runs/side --json side.json
 """

@@ -1,4 +1,4 @@
-"""What the parts of a rollout hand to each other: plain records, and the protocol of what chooses γ."""
+"""What the parts hand to each other: plain records, and the protocol of what chooses γ."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Where a rollout runs: the engine in the trainer's process, or vLLM, each with its draft."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import httpx  # the HTTP library that this version of the Hub's client raises from
+from huggingface_hub.utils import httpx  # what this version raises from: findings/hub2-raises-httpx2.sh
 
 PROBED = {"model": "config.json", "dataset": "README.md"}
 

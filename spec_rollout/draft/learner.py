@@ -14,7 +14,8 @@ from torch import Tensor
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft import ranks
 from spec_rollout.draft.budget import RefreshBudget
-from spec_rollout.draft.checkpoint import load_head, load_optimizer, save_head
+from spec_rollout.draft.checkpoint import save_head
+from spec_rollout.draft.checkpoint_reader import load_head, load_optimizer
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.features import FeatureBuffer, measured
 from spec_rollout.draft.inheritance import head_config, inherit

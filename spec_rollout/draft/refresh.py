@@ -8,16 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spec_rollout.draft import ranks
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.features import FeatureBuffer, Sample, hold_out
 from spec_rollout.draft.muon import Muon, multiplies_bfloat16
+from spec_rollout.draft.objective import divergence, overlap, scores
 from spec_rollout.draft.packing import Pack, pack, shuffled
 from spec_rollout.draft.policy_view import PolicyView
-from spec_rollout.draft.unroll import unroll
 from spec_rollout.records import RefreshStats
 
 UNROLLED_STEPS, FIRST_UNROLLED_STEPS, DEEPER_AFTER = 5, 3, 50
@@ -25,8 +24,6 @@ UNROLLED_STEPS, FIRST_UNROLLED_STEPS, DEEPER_AFTER = 5, 3, 50
 more time per step; in its first DEEPER_AFTER steps the time is better spent on the first three."""
 UNROLLED_SHARE = 4
 """All steps but the first are unrolled from one in so many entries."""
-STEP_DECAY = 0.8
-"""Weight of each further unrolled step in the loss (EAGLE-3)."""
 PACK_WIDTH = 512
 """Most entries of a packed row; the rows of short rollouts are narrower, as attention grows with the square."""
 BATCH_TOKENS = 1024
@@ -47,8 +44,6 @@ BURST, FIRST_BURST = 16, 3
 
 Worth = Callable[[list[float], list[float]], float]
 """Seconds that are saved by going from one list of acceptance rates, by position, to another."""
-Scored = tuple[Tensor, Tensor]
-"""Log-probabilities of the head and probabilities of the target, [N, Vd] float32."""
 
 
 class DraftTrainer:
@@ -206,14 +201,8 @@ class DraftTrainer:
         return FIRST_UNROLLED_STEPS if self.steps < DEEPER_AFTER else UNROLLED_STEPS
 
     def loss(self, batch: Pack) -> Tensor:
-        """Mean Kullback-Leibler divergence (the gradient of soft cross-entropy) of each unrolled step; a further step
-        weighs `STEP_DECAY` of the one before."""
-        total = weights = 0.0
-        for j, (log_q, target) in enumerate(self._unrolled(self.head, batch, self.depth, self._starts(batch))):
-            divergence = F.kl_div(log_q, target, reduction="none").sum(-1)
-            total = total + STEP_DECAY**j * divergence.sum() / max(1, len(divergence))
-            weights += STEP_DECAY**j
-        return total / weights
+        """The head's `divergence` from the target on `batch`, a scalar."""
+        return divergence(scores(self.head, self.view, batch, self.depth, self._starts(batch)))
 
     def _starts(self, batch: Pack) -> Tensor:
         """Entries [R, P / UNROLLED_SHARE] from which the head is unrolled: some of those that it learns at."""
@@ -222,29 +211,13 @@ class DraftTrainer:
 
     @torch.no_grad()
     def acceptance(self, samples: list[Sample], temperature: float = 1.0) -> list[float]:
-        """Acceptance rate of the first, second … guess on the rollouts of all ranks: the overlap of draft and target,
-        Σ min(p, q), which keyed sampling comes close to. Empty without rollouts."""
+        """Acceptance rate of the first, second … guess on the rollouts of all ranks, by the `overlap` of draft and
+        target. Empty without rollouts."""
         sums = torch.zeros(UNROLLED_STEPS, 2, dtype=torch.float64)
         if samples:
             with self.precision:
                 packed = Pack(*(x.to(self.device) for x in pack(samples, PACK_WIDTH)))
-                for j, (log_q, target) in enumerate(self._unrolled(self.average, packed, UNROLLED_STEPS)):
-                    q, p = (log_q / temperature).softmax(-1), (target.log() / temperature).softmax(-1)
-                    sums[j, 0] = torch.minimum(q, p).sum()
-                    sums[j, 1] = len(target)
+                for j, step in enumerate(scores(self.average, self.view, packed, UNROLLED_STEPS)):
+                    sums[j, 0], sums[j, 1] = overlap(step, temperature), len(step.target)
         sums = ranks.total(sums.to(self.device))
         return (sums[:, 0] / sums[:, 1]).tolist() if sums[:, 1].all() else []
-
-    def _unrolled(self, head: EagleHead, batch: Pack, steps: int, starts: Tensor | None = None) -> Iterator[Scored]:
-        """For each of `steps` unrolled steps of `head` its log-probabilities and the target's probabilities."""
-        rows = self.view.output_rows()
-        with torch.no_grad():
-            final = batch.features[..., head.fc.in_features :].roll(-1, 1)  # the state that predicts token p + 2
-            target = self.view.logits(final[batch.learn], rows).softmax(-1)
-            embeds = self.view.embed(batch.tokens).to(head.fc.weight.dtype)
-            place = torch.full((len(batch.learn), batch.learn.shape[1] + 1), -1, device=rows.device)
-            place[:, :-1][batch.learn] = torch.arange(len(target), device=rows.device)
-        rows = rows.to(embeds.dtype) if head.own_output is None else head.own_output
-        for entries, hidden in unroll(head, embeds, batch, steps, starts):
-            at = place.gather(1, entries)
-            yield F.linear(hidden[at >= 0], rows).float().log_softmax(-1), target[at[at >= 0]]

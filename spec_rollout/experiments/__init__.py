@@ -1,0 +1,1 @@
+"""A policy trained several ways: the demo, the drift of heads, a draft made ahead."""

@@ -1,4 +1,7 @@
-"""γ, the number of guessed tokens per step: measured costs, measured acceptance, chosen by goodput. No torch."""
+"""γ, the number of guessed tokens per step: chosen by measured costs and acceptance.
+
+Plain Python and NumPy, no torch.
+"""
 
 from spec_rollout.gamma.acceptance import AcceptanceModel
 from spec_rollout.gamma.controller import FixedGamma, GammaController

@@ -1,0 +1,1 @@
+"""Recorded rollouts under other slots, ranks and costs."""

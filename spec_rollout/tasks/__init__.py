@@ -1,0 +1,1 @@
+"""What is learned: arithmetic, GSM8K, and the small policies made for it."""

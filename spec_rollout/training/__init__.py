@@ -1,4 +1,7 @@
-"""What touches TRL. Its classes are imported when they are first asked for."""
+"""What touches TRL: the trainers, their options, and how a run is launched.
+
+Its classes are imported when they are first asked for.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

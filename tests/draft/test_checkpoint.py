@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spec_rollout.draft.checkpoint import CONFIG, WEIGHTS, load_head, load_optimizer, save_head
+from spec_rollout.draft.checkpoint import CONFIG, WEIGHTS, save_head
+from spec_rollout.draft.checkpoint_reader import load_head, load_optimizer
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from tests.tiny import VOCAB, policy
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spec_rollout.draft.checkpoint import WEIGHTS, load_head, save_head
+from spec_rollout.draft.checkpoint import WEIGHTS, save_head
+from spec_rollout.draft.checkpoint_reader import load_head
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from tests.tiny import VOCAB, policy
 

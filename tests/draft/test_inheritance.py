@@ -5,7 +5,8 @@ import torch
 
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
-from spec_rollout.draft.checkpoint import load_head, save_head
+from spec_rollout.draft.checkpoint import save_head
+from spec_rollout.draft.checkpoint_reader import load_head
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.inheritance import MLP, QUERIES, head_config, inherit
 from spec_rollout.draft.policy_view import PolicyView, decoder_layers

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from spec_rollout.draft import refresh
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.features import HELD_OUT_TOKENS, FeatureBuffer, Sample, hold_out
+from spec_rollout.draft.objective import scores
 from spec_rollout.draft.packing import pack
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.refresh import (
@@ -66,7 +67,7 @@ def test_acceptance_is_the_overlap_of_draft_and_target(buffer):
     (sample, *_) = buffer.samples
     head, view = trainer.head, trainer.view
     with torch.no_grad():
-        (log_q, target), *_ = trainer._unrolled(head, pack([sample], PACK_WIDTH), 1)
+        (log_q, target), *_ = scores(head, view, pack([sample], PACK_WIDTH), 1)
         fused = sample.features[:, : head.fc.in_features].float()
         embeds = view.embed(sample.tokens[1:])[None]
         hidden = head.fuse(fused)[None]
@@ -86,13 +87,12 @@ def test_an_older_head_is_unrolled_further(buffer, monkeypatch):
     trainer = trainer_for(policy("llama"))
     batch = next(trainer.batches(buffer.samples))
     depths = []
-    unrolled = trainer._unrolled
 
-    def counted(head, batch, steps, starts):
+    def counted(head, view, batch, steps, starts):
         depths.append(steps)
-        return unrolled(head, batch, steps, starts)
+        return scores(head, view, batch, steps, starts)
 
-    monkeypatch.setattr(trainer, "_unrolled", counted)
+    monkeypatch.setattr(refresh, "scores", counted)
     for steps in (0, DEEPER_AFTER - 1, DEEPER_AFTER):
         trainer.steps = steps
         trainer.step(batch)

@@ -48,6 +48,10 @@ class Machine:
         return CostModel(cells, host_seconds=self.host_s)
 
 
+def exact_model(machine: Machine | None = None) -> CostModel:
+    return (machine or Machine()).calibrate(np.random.default_rng(0), noise=0.0)
+
+
 @dataclass
 class World:
     """Steps of `machine` with a draft of conditional `rates`; keeps what the controller did and should have done."""

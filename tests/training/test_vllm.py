@@ -60,7 +60,7 @@ def test_policy_and_draft_follow_and_a_lost_draft_is_noticed_within_a_step(make_
     assert all(entry["speculative/acceptance_rate"] > 0 for entry in logged[1:4])
     assert "speculative/acceptance_rate" not in logged[4]
     backend = trainer.sampler.backend
-    assert backend.engine.versions() == [backend._version] * 2 and backend._version == 6
+    assert backend.engine.versions() == [backend.delivery.version] * 2 and backend.delivery.version == 6
 
 
 @needs_vllm

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from spec_rollout.backends.embedded import COLDEST
 from spec_rollout.backends.vllm.calibration import measured_cost
-from spec_rollout.backends.vllm.draft import draft_tensors, mismatch, save_start, start_vocabulary
+from spec_rollout.backends.vllm.delivery import Delivery
+from spec_rollout.backends.vllm.draft import save_start, start_vocabulary
 from spec_rollout.backends.vllm.engine import EngineRestarted, VLLMEngine
 from spec_rollout.backends.vllm.steps import Plain
 from spec_rollout.config import SpecConfig
@@ -60,11 +61,10 @@ class VLLMBackend:
         self.tap: FeatureTap | None = None
         self._controller_state: dict | None = None
         self._watchman: Watchman | None = None
-        self._lost: str | None = None
-        """What is wrong with the draft that vLLM holds, since the last push."""
-        self._pushed, self._version, self._watched = None, 0, 0
+        self._watched = 0
         self._trace: list[StepStats] = []
         self._step_began: float | None = None
+        self.delivery = Delivery()
         if fixed != 0:
             self.learner = DraftLearner(PolicyView(model), config, next(model.parameters()).device, seed)
             if config.draft_model_path:
@@ -78,7 +78,7 @@ class VLLMBackend:
     @property
     def draft_healthy(self) -> bool:
         """False while the draft is off: it broke, was lost on the way to vLLM, or its acceptance fell to chance."""
-        alarm = self._lost or (self._watchman.alarm if self._watchman else None)
+        alarm = self.delivery.lost or (self._watchman.alarm if self._watchman else None)
         return alarm is None and (self.learner is None or self.learner.healthy)
 
     def take_stats(self) -> RolloutStats:
@@ -127,7 +127,7 @@ class VLLMBackend:
         """Draw, again if vLLM was restarted meanwhile: a completion is of one policy, and counted once."""
         for _ in range(MOST_RESTARTS):
             try:
-                self._push()
+                self.delivery.push(self.engine, self.learner, (self.policy_version, self.draft_version))
                 self._stand_watch()
                 torch.manual_seed(
                     request_keys(seed, 1)[0][0] & 0x7FFFFFFF
@@ -180,7 +180,7 @@ class VLLMBackend:
         if self.learner is None:
             return
         self._controller_state = (self.learner.load(folder, resume) or {}).get("vllm")
-        self.tap = self._watchman = self._pushed = None
+        self.tap = self._watchman = self.delivery.pushed = None
         if self.config.num_speculative_tokens is None:
             self.controller = None
 
@@ -197,33 +197,10 @@ class VLLMBackend:
             save_start(Path(folder, "draft"), head, view.draft_ids)
             self.engine = self.start(Path(folder, "draft"), self.config.widest)
 
-    def _push(self) -> None:
-        """Give vLLM the policy and the draft, both under one version, if either has changed or been lost."""
-        state = self.policy_version, self.draft_version
-        if state == self._pushed and self.engine.versions() == self._held and not self._lost:
-            return
-        self._version += 1
-        tensors = draft_tensors(self.learner) if self.learner is not None else None
-        self.engine.load(None if tensors is None else tensors.items(), self._version)
-        self._lost = mismatch(self.engine, tensors, self._version)
-        self._pushed = state
-        if self._lost:
-            live = self.engine.live_schedule
-            use = (
-                "The draft head is off (num_speculative_tokens=0)" if live else "The server guesses with another draft"
-            )
-            warnings.warn(
-                f"{use} until the next push: {self._lost}. No sample is affected.", RuntimeWarning, stacklevel=3
-            )
-
-    @property
-    def _held(self) -> list[int]:
-        return [self._version, 0 if self.learner is None else self._version]
-
     def _stand_watch(self) -> None:
         """Let the controller choose, behind a watchman, while there is a draft that can guess."""
         learner = self.learner
-        if learner is None or not learner.trained or self._lost:
+        if learner is None or not learner.trained or self.delivery.lost:
             self._watchman = None
             self.engine.control(Plain())
             return

@@ -15,7 +15,7 @@ from spec_rollout.backends import hub
 from spec_rollout.backends.vllm.colocated import engine_options
 from spec_rollout.backends.vllm.draft import save_start, start_vocabulary
 from spec_rollout.backends.vllm.engine import require_vllm, speculative_config
-from spec_rollout.draft.checkpoint import load_head
+from spec_rollout.draft.checkpoint_reader import load_head
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.inheritance import head_config
 from spec_rollout.gamma import GammaController

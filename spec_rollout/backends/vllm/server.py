@@ -5,34 +5,29 @@ Weights travel as safetensors files in a folder that the trainer and the server 
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spec_rollout.backends.vllm.connection import HINT, Connection
 from spec_rollout.backends.vllm.engine import EngineRestarted, PolicyWeights, completion, sampling_options
 from spec_rollout.backends.vllm.steps import Guesses, step_stats
 from spec_rollout.config import SpecConfig
 from spec_rollout.records import Completion, Controller, SamplingParams, StepStats
 
-RETRY_S = 2.0
 LONGEST_S = 3600.0
 """A rollout or a push that takes longer than this hangs."""
 COUNTERS = "vllm:spec_decode_num_"
-HINT = "start one with `spec-rollout serve`, and give its address by vllm_server_base_url, or _host and _port"
 
 
-class Server:
+class Server(Connection):
     """A `VLLMEngine` behind a server's address, for one process: its counters of guesses are everybody's.
 
     Args:
@@ -57,11 +52,11 @@ class Server:
         config: SpecConfig,
         timeout: float = 240.0,
     ):
-        self.url, self.policy, self.folder, self.timeout = url.rstrip("/"), policy, Path(folder), timeout
+        super().__init__(url, timeout)
+        self.policy, self.folder = policy, Path(folder)
         self.controller: Controller | None = None
         self._steps: list[StepStats] = []
         self._held: list[int] | None = None
-        self._await_health()
         self.model = self._request("/v1/models")["data"][0]["id"]
         self.versions()
         served = self._request("/server_info?config_format=json")["vllm_config"]
@@ -194,48 +189,6 @@ class Server:
         """One of the methods of `LiveWeights`."""
         reply = self._request("/collective_rpc", {"method": method, "args": list(arguments)}, seconds)
         return reply["results"][0] if reply else None
-
-    def _request(self, path: str, body: dict | None = None, seconds: float | None = None) -> Any:
-        """The decoded reply, which may take `seconds`, by default `timeout`.
-
-        Raises:
-            EngineRestarted: the server was lost meanwhile, and is there again.
-            ConnectionError: it was lost and did not come back in time, or it does not answer in time.
-            RuntimeError: it refused.
-        """
-        seconds = seconds or self.timeout
-        data = None if body is None else json.dumps(body).encode()
-        request = Request(self.url + path, data, {"Content-Type": "application/json"})
-        try:
-            with urlopen(request, timeout=seconds) as reply:
-                text = reply.read().decode()
-        except HTTPError as error:
-            raise RuntimeError(f"{path}: status {error.code}, {error.read().decode()[:300]}") from error
-        except TimeoutError as error:
-            raise ConnectionError(
-                f"The vLLM server at {self.url} has not answered {path} within {seconds:.0f} seconds: its own log may "
-                "say why; start it again and resume the run."
-            ) from error
-        except (OSError, HTTPException) as error:
-            self._await_health()
-            self._lost(f"It was lost ({error!r}).")
-        return json.loads(text) if text.startswith(("{", "[")) else text
-
-    def _lost(self, what: str) -> None:
-        raise EngineRestarted(f"The vLLM server at {self.url}: {what}")
-
-    def _await_health(self) -> None:
-        deadline = time.monotonic() + self.timeout
-        while True:
-            try:
-                with urlopen(self.url + "/health", timeout=RETRY_S):
-                    return
-            except (OSError, HTTPException) as error:
-                if time.monotonic() > deadline:
-                    raise ConnectionError(
-                        f"No vLLM server answers at {self.url} after {self.timeout:.0f} seconds ({error}): {HINT}."
-                    ) from error
-            time.sleep(RETRY_S)
 
 
 def _write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -1,0 +1,1 @@
+"""PPO in the manner of TRL, on the same rollouts."""

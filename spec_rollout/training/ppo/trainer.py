@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
-from spec_rollout.training.grpo import SpecGRPOTrainer
 from spec_rollout.training.mismatch import log_difference
 from spec_rollout.training.ppo.advantages import generalized_advantages, is_open_ended, token_rewards, whiten
+from spec_rollout.training.ppo.checkpoints import ValueCheckpoints
 from spec_rollout.training.ppo.config import PPOConfig
 from spec_rollout.training.ppo.loss import KLController, policy_loss, value_loss
 from spec_rollout.training.ppo.metrics import rollout_metrics, token_means
@@ -28,14 +25,10 @@ from spec_rollout.training.ppo.value_head import (
     attach_value_function,
     make_value_function,
     read_completions,
-    set_learning_rate,
-    value_weights,
 )
 
-KL_FILE = "kl_controller.json"
 
-
-class PPOTrainer(SpecGRPOTrainer):
+class PPOTrainer(ValueCheckpoints):
     """
     Proximal policy optimisation ([Schulman et al. 2017](https://huggingface.co/papers/1707.06347)) with a value
     function, generalised advantages and a KL penalty in the rewards, on speculative rollouts.
@@ -211,37 +204,3 @@ class PPOTrainer(SpecGRPOTrainer):
         before = list(column)[: -len(means)]
         column.clear()
         column.extend(before + means)
-
-    def create_optimizer(self, model=None):
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if fresh and self.args.value_learning_rate is not None:
-            set_learning_rate(optimizer, self.value_function, self.args.value_learning_rate)
-        return optimizer
-
-    def _save(self, output_dir=None, state_dict=None):
-        weights = value_weights(self.model.state_dict() if state_dict is None else state_dict)
-        super()._save(output_dir, state_dict)
-        if weights:  # else ZeRO-3 keeps them, and the policy's, in shards alone
-            self.value_function.save(output_dir or self.args.output_dir, weights)
-
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            state = json.dumps({"kl_coef": self.kl_controller.coef})
-            Path(self._get_output_dir(trial=trial), folder, KL_FILE).write_text(state)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.value_function.restore(resume_from_checkpoint)
-
-    def _load_best_model(self):
-        super()._load_best_model()
-        if not self.is_deepspeed_enabled:  # which restores the whole model from its own files
-            self.value_function.restore(self.state.best_model_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.kl_controller.coef = json.loads(Path(checkpoint, KL_FILE).read_text())["kl_coef"]

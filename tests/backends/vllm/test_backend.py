@@ -43,7 +43,7 @@ def taught(once_taught):
     yield once_taught
     for part, state in zip(parts, before, strict=True):
         part.load_state_dict(state)
-    once_taught._pushed = None
+    once_taught.delivery.pushed = None
 
 
 def test_greedy_completions_are_those_without_speculation(taught):
@@ -139,14 +139,14 @@ def test_a_policy_that_does_not_arrive_is_an_error(taught, monkeypatch):
 
 def test_after_sleep_both_are_pushed_again(taught, monkeypatch):
     taught.generate(PROMPTS, GREEDY)
-    version = taught._version
+    version = taught.delivery.version
     taught.generate(PROMPTS, GREEDY)
-    assert taught._version == version
+    assert taught.delivery.version == version
     monkeypatch.setattr(taught.engine, "sleeps", True)
     taught.generate(PROMPTS, GREEDY)
     taught.take_stats()
     assert_same(taught.generate(PROMPTS, GREEDY), plain(taught.model))
-    assert taught._version == version + 1 and taught.take_stats().drafted > 0
+    assert taught.delivery.version == version + 1 and taught.take_stats().drafted > 0
 
 
 def test_an_update_cannot_overwrite_the_policys_output_head(taught):
@@ -158,7 +158,7 @@ def test_an_update_cannot_overwrite_the_policys_output_head(taught):
     tensors["lm_head.weight"] = torch.zeros_like(taught.learner.view.output_rows())
     with pytest.raises(RuntimeError, match="overwrite the policy's"):
         taught.engine.load(tensors.items(), 99)
-    taught._pushed = None
+    taught.delivery.pushed = None
     assert_same(taught.generate(PROMPTS, GREEDY), plain(taught.model))
 
 

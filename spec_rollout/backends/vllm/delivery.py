@@ -1,0 +1,52 @@
+"""The policy and the draft on their way to vLLM, between two rollouts."""
+
+from __future__ import annotations
+
+import warnings
+
+from spec_rollout.backends.vllm.draft import draft_tensors, mismatch
+from spec_rollout.backends.vllm.engine import VLLMEngine
+from spec_rollout.draft.learner import DraftLearner
+
+
+class Delivery:
+    """What one vLLM was given, and whether it arrived.
+
+    Attributes:
+        version: pushes so far; vLLM holds both under the number of the last one.
+        pushed: versions of the policy and of the draft in the last push; None makes the next one certain.
+        lost: what is wrong with the draft that vLLM holds since the last push; None if nothing is.
+    """
+
+    def __init__(self):
+        self.version = 0
+        self.pushed: tuple[int, int] | None = None
+        self.lost: str | None = None
+
+    def push(self, engine: VLLMEngine, learner: DraftLearner | None, state: tuple[int, int]) -> None:
+        """Give `engine` the policy and the draft of `learner`, if either has changed or been lost.
+
+        Args:
+            state: versions of the policy and of the draft.
+
+        Raises:
+            EngineRestarted: vLLM was restarted after the push.
+            RuntimeError: vLLM does not hold the policy that was pushed.
+        """
+        held = [self.version, 0 if learner is None else self.version]
+        if state == self.pushed and engine.versions() == held and not self.lost:
+            return
+        self.version += 1
+        tensors = draft_tensors(learner) if learner is not None else None
+        engine.load(None if tensors is None else tensors.items(), self.version)
+        self.lost = mismatch(engine, tensors, self.version)
+        self.pushed = state
+        if self.lost:
+            use = (
+                "The draft head is off (num_speculative_tokens=0)"
+                if engine.live_schedule
+                else "The server guesses with another draft"
+            )
+            warnings.warn(
+                f"{use} until the next push: {self.lost}. No sample is affected.", RuntimeWarning, stacklevel=3
+            )

@@ -1,0 +1,96 @@
+"""What the client of a vLLM server asks, refuses and survives; no server runs."""
+
+from contextlib import nullcontext
+
+import pytest
+
+from spec_rollout.backends.vllm.engine import EngineRestarted
+from spec_rollout.backends.vllm.server import LONGEST_S, Server
+from spec_rollout.config import SpecConfig
+from spec_rollout.records import SamplingParams
+
+
+@pytest.fixture
+def server():
+    """The client of a server that is not there."""
+    server = object.__new__(Server)
+    server.url, server.timeout, server.model = "http://here", 7.0, "policy"
+    return server
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"speculative_config": {"rejection_sample_method": "synthetic"}}, "rejection_sample_method='synthetic'"),
+        ({"model_config": {"logprobs_mode": "raw_logprobs"}}, "logprobs_mode='raw_logprobs'.*processed_logprobs"),
+    ],
+)
+def test_a_lossy_server_is_refused(server, change, message):
+    good = {"speculative_config": None, "model_config": {"logprobs_mode": "processed_logprobs"}}
+    server._refuse_lossy(good)
+    with pytest.raises(ValueError, match=f"http://here runs with {message}"):
+        server._refuse_lossy({**good, **change})
+
+
+def test_a_server_that_is_lost_while_it_is_asked_is_a_restart(server, monkeypatch):
+    def refuse(*given, **options):
+        raise ConnectionResetError("gone")
+
+    monkeypatch.setattr("spec_rollout.backends.vllm.connection.urlopen", refuse)
+    monkeypatch.setattr(Server, "_await_health", lambda self: None)
+    with pytest.raises(EngineRestarted, match="http://here: It was lost"):
+        server.versions()
+
+
+def test_an_unreachable_server_is_named(tmp_path):
+    with pytest.raises(ConnectionError, match=r"http://127.0.0.1:1 after 0 seconds.*spec-rollout serve"):
+        Server("http://127.0.0.1:1/", dict, tmp_path, SpecConfig(), timeout=0)
+
+
+@pytest.mark.parametrize(("path", "bound"), [("/metrics", 7), ("/v1/completions", LONGEST_S)])
+def test_a_server_that_hangs_ends_the_run(server, monkeypatch, path, bound):
+    found = []
+
+    def hang(request, timeout=None):
+        found.append(timeout)
+        raise TimeoutError
+
+    monkeypatch.setattr("spec_rollout.backends.vllm.connection.urlopen", hang)
+    with pytest.raises(ConnectionError, match=f"http://here has not answered {path} within {bound:.0f} seconds"):
+        if path == "/metrics":
+            server._counters()
+        else:
+            server.speculates = True
+            server._draw([[1]], SamplingParams(), 4)
+    assert found == [bound]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "message"),
+    [
+        ([3], {}, None),
+        ([3, 0], {}, None),
+        ([3], {"num_speculative_tokens": 3}, None),
+        ([], {"num_speculative_tokens": 0}, None),
+        ([3], {"num_speculative_tokens": 0}, "=0 asks for 0 in each step, but .*http://here .* guess 3"),
+        ([3], {"num_speculative_tokens": 2}, "=2 asks for 2 in each step, but .* guess 3"),
+        ([3, 0], {"num_speculative_tokens": 3}, "=3 asks for 3 in each step, but .* guess 0 or 3"),
+        ([3], {"max_num_speculative_tokens": 2}, "=None asks for .* at most max_num_speculative_tokens=2, .* guess 3"),
+        ([], {}, "=None asks for at least 1 .* guess 0: .* 0 for plain decoding"),
+    ],
+)
+def test_a_server_that_guesses_other_numbers_is_refused(server, schedule, options, message):
+    parts = [[1 + 4 * i, 4 + 4 * i, number] for i, number in enumerate(schedule)]
+    config = {"num_speculative_tokens": max(schedule), "num_speculative_tokens_per_batch_size": parts} if parts else {}
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        server._refuse_other_guesses(config, SpecConfig(**options))
+
+
+@pytest.mark.parametrize("speculates", [True, False])
+def test_min_p_is_served_by_a_server_without_speculation(server, monkeypatch, speculates):
+    sent = []
+    monkeypatch.setattr(Server, "_request", lambda self, path, body, seconds: sent.append(body) or {"choices": []})
+    server.speculates = speculates
+    with pytest.raises(ValueError, match="min_p=0.1") if speculates else nullcontext():
+        server._draw([[1]], SamplingParams(min_p=0.1), 4)
+    assert [body["min_p"] for body in sent] == ([] if speculates else [0.1])

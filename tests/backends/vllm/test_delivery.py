@@ -1,0 +1,116 @@
+"""Policy and draft reach an engine, a false one here, or it is told what did not arrive."""
+
+import pytest
+
+from spec_rollout.backends.vllm.backend import VLLMBackend
+from spec_rollout.backends.vllm.worker import probe
+from spec_rollout.config import SpecConfig
+from spec_rollout.gamma import GammaController
+from spec_rollout.records import Completion, StepStats
+from tests.tiny import policy
+
+
+class FakeEngine:
+    """A `VLLMEngine` whose completions are one token long and whose guesses all fail."""
+
+    def __init__(self, live_schedule=True, sleeps=False):
+        self.live_schedule, self.sleeps, self.asleep = live_schedule, sleeps, False
+        self.held, self.probed, self.pushes, self.steps = [0, 0], {}, 0, []
+
+    def generate(self, prompts, params, limits=None):
+        assert not self.asleep
+        rows, gamma = len(prompts), self.controller.choose(len(prompts), 0)
+        self.steps.append(StepStats(rows, gamma, 0, rows, [0] * gamma, verify_s=0.001 * (gamma + 1)))
+        self.controller.observe(self.steps[-1])
+        return [Completion([1], [0.0], "length") for _ in prompts]
+
+    def load(self, draft, version):
+        self.asleep, self.held, self.probed = False, [version] * 2, probe(dict(draft))
+        self.pushes += 1
+
+    def versions(self):
+        return [0, 0] if self.asleep else self.held
+
+    def draft_probe(self):
+        return self.probed
+
+    def control(self, controller):
+        self.controller = controller
+
+    def take_steps(self):
+        taken, self.steps = self.steps, []
+        return taken, 0.0
+
+    def sleep(self):
+        self.asleep = self.sleeps
+
+
+def fake_backend(engine, trained=False, **options):
+    backend = VLLMBackend(policy("llama"), SpecConfig(**{"max_slots": 4, **options}), lambda *_: engine)
+    backend.learner.trained = trained
+    return backend
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_sleeping_engine_is_measured_while_it_is_awake(trained):
+    engine = FakeEngine(sleeps=True)
+    backend = fake_backend(engine, trained)
+    backend.generate([[1, 2]] * 4)
+    backend.refresh()
+    assert isinstance(backend.controller, GammaController)
+    backend.learner.trained = True
+    backend.generate([[1, 2]] * 4)
+    assert engine.pushes == 2 and sum(step.rows for step in backend.take_stats().steps) == 8
+
+
+def test_a_loaded_head_is_pushed_whatever_its_version(tmp_path):
+    engine = FakeEngine()
+    backend = fake_backend(engine, num_speculative_tokens=3)
+    backend.save(tmp_path / "draft")
+    for _ in range(2):
+        backend.generate([[1, 2]])
+    assert engine.pushes == 1
+    backend.load(tmp_path / "draft")
+    backend.generate([[1, 2]])
+    assert engine.pushes == 2
+
+
+@pytest.mark.parametrize(
+    ("live", "learns", "message"),
+    [
+        (True, True, "The draft head is off .* until it has learned again"),
+        (True, False, "The draft head is off .* for good, as draft_refresh=False"),
+        (False, True, "The draft head guesses in vain on the server until it has learned again"),
+    ],
+)
+def test_a_fall_to_chance_is_told_as_it_is(tmp_path, monkeypatch, live, learns, message):
+    monkeypatch.setattr("spec_rollout.draft.watchman.WATCHED", 1)
+    fake_backend(FakeEngine()).save(tmp_path / "draft")
+    options = {"num_speculative_tokens": 3, "draft_refresh": learns, "draft_model_path": str(tmp_path / "draft")}
+    backend = fake_backend(FakeEngine(live), trained=True, **options)
+    with pytest.warns(RuntimeWarning, match=message):
+        backend.generate([[1, 2]] * 4)
+    assert not backend.draft_healthy
+
+
+@pytest.mark.parametrize(
+    ("live", "message"), [(True, "The draft head is off"), (False, "The server guesses with another draft until")]
+)
+def test_a_draft_that_did_not_arrive_is_told_as_it_is(monkeypatch, live, message):
+    monkeypatch.setattr(FakeEngine, "draft_probe", lambda self: {})
+    with pytest.warns(RuntimeWarning, match=message):
+        fake_backend(FakeEngine(live), trained=True, num_speculative_tokens=3).generate([[1, 2]])
+
+
+def test_a_restart_between_a_push_and_its_read_back_is_not_the_end(monkeypatch):
+    engine = FakeEngine()
+    load = engine.load
+
+    def load_and_restart(draft, version):
+        load(draft, version)
+        engine.held, engine.load = [0, 0], load
+
+    engine.load = load_and_restart
+    with pytest.warns(RuntimeWarning, match="starts with after version 1 was pushed. The rollout is drawn again"):
+        assert len(fake_backend(engine, num_speculative_tokens=3).generate([[1, 2]] * 4)) == 4
+    assert engine.pushes == 2 and engine.held == [2, 2] and len(engine.steps) == 0
