@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from spec_rollout.engine.attention import GROUPED_SDPA, takes_grouped_sdpa
 from spec_rollout.engine.compiled import Compiled, NotCompilableError
-from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask
+from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask, chunked_mask
+from spec_rollout.engine.recurrences import Recurrences, running
+from spec_rollout.engine.support import ATTENTION, REMEDY, has_recurrent_layers, refuse_unsupported
 from spec_rollout.records import UnsupportedModelError
-
-MASKED_LAYERS = ("full_attention", "sliding_attention")
 
 
 class Target:
@@ -29,7 +29,10 @@ class Target:
         self.model = model
         self._compiled = Compiled(self._read, type(model).__name__) if compiled else None
         self.config = model.config.get_text_config(decoder=True)
-        _refuse_unsupported(model, self.config)
+        self._recurrences = Recurrences(model)
+        self.recurrent = has_recurrent_layers(model, self.config)
+        """Whether a slot holds states beside keys and values; they move on with the row and cannot be taken back."""
+        refuse_unsupported(model, self.config, self._recurrences.found, compiled)
         self._cache_argument = cache_argument(model)
         self.vocab_size = self.config.vocab_size
         self.context = getattr(self.config, "max_position_embeddings", None) or getattr(
@@ -62,7 +65,7 @@ class Target:
             for config in configs:
                 config._attn_implementation = self._attention(config._attn_implementation)
             self.model.eval()
-            with torch.no_grad():
+            with torch.no_grad(), self._recurrences.installed():
                 if self.precision is None:
                     self._probe()
                 yield
@@ -85,15 +88,19 @@ class Target:
         positions: Tensor,
         extent: int,
         keep_logits: int = 0,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Run `ids` [N, T] at `positions` [N, T] of the slots `slots` = (start, stop) and extend their cache.
+
+        A prefill gives the `lengths` [N] of its rows, the tokens beyond which are padding; a pass over guesses is
+        followed by `SlotCache.commit`, which says how many came true.
 
         Returns the logits [N, T, V] (of the last `keep_logits` tokens, if given) and the hidden states: the residual
         stream before each layer and the final one after the norm, each [N, T, H].
         """
         if self._compiled is not None and slots[0] == keep_logits == 0 and cache.keys:
             return self._compiled(ids, positions, extent, cache.keys, cache.values)
-        return self._pass(ids, positions, extent, cache.window(slots[0], positions, extent), keep_logits)
+        return self._pass(ids, positions, extent, cache.window(slots[0], positions, extent, lengths), keep_logits)
 
     def _read(
         self, ids: Tensor, positions: Tensor, extent: int, keys: list[Tensor], values: list[Tensor]
@@ -107,15 +114,16 @@ class Target:
     ) -> tuple[Tensor, Sequence[Tensor]]:
         # A guess may reach past the context; what it leads to is never emitted, it only must not be an invalid index.
         place = positions if self.context is None else positions.clamp(max=self.context - 1)
-        output = self.model(
-            input_ids=ids,
-            position_ids=place,
-            attention_mask=self._mask(positions, extent),
-            use_cache=True,
-            output_hidden_states=True,
-            logits_to_keep=keep_logits,
-            **{self._cache_argument: window},
-        )
+        with running(window.recurrent) if self.recurrent else nullcontext():
+            output = self.model(
+                input_ids=ids,
+                position_ids=place,
+                attention_mask=self._mask(positions, extent),
+                use_cache=True,
+                output_hidden_states=True,
+                logits_to_keep=keep_logits,
+                **{self._cache_argument: window},
+            )
         return output.logits, output.hidden_states
 
     def canonical(self, ids: Tensor) -> Tensor:
@@ -125,16 +133,22 @@ class Target:
         """
         return self.model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]
 
-    def _mask(self, positions: Tensor, extent: int) -> Tensor | dict[str, Tensor]:
+    def _mask(self, positions: Tensor, extent: int) -> Tensor | dict[str, Tensor | None]:
+        """One mask for the attention layers, or one by kind of layer where there are several; other layers take none,
+        and a model that is given a single mask gives them none."""
         kinds = set(getattr(self.config, "layer_types", None) or ())
         window = getattr(self.config, "sliding_window", None)
         if not kinds:
             return self._as_taken(causal_mask(positions, extent, window))
-        masks = {
-            kind: self._as_taken(causal_mask(positions, extent, window if kind == "sliding_attention" else None))
-            for kind in kinds
-        }
-        return masks if len(masks) > 1 else next(iter(masks.values()))
+        windows = {"sliding_attention": window}
+        masks: dict[str, Tensor | None] = {}
+        for kind in kinds & set(ATTENTION) or {"full_attention"}:
+            if kind == "chunked_attention":
+                mask = chunked_mask(positions, extent, self.config.attention_chunk_size)
+            else:
+                mask = causal_mask(positions, extent, windows.get(kind))
+            masks[kind] = self._as_taken(mask)
+        return masks | dict.fromkeys(kinds - set(masks)) if len(masks) > 1 else next(iter(masks.values()))
 
     def _as_taken(self, mask: Tensor) -> Tensor:
         if self.config._attn_implementation != "eager":
@@ -152,7 +166,7 @@ class Target:
         whole = torch.stack([self.model(input_ids=row[None], use_cache=False).logits[0] for row in ids])
         try:
             every = torch.arange(length, device=self.device).expand(2, -1)
-            self.forward(cache, (0, 2), ids[:, :3], every[:, :3], extent)
+            self.forward(cache, (0, 2), ids[:, :3], every[:, :3], extent, lengths=start)
             positions = start[:, None] + torch.arange(width, device=self.device)
             logits, _ = self.forward(cache, (0, 2), ids.gather(1, positions), positions, extent)
         except NotCompilableError:
@@ -173,9 +187,6 @@ class Target:
         self.precision = precision
 
 
-REMEDY = "Sample it with TRL's own trainer, or use a policy with full or sliding-window softmax attention."
-
-
 def cache_argument(model: nn.Module) -> str:
     """How the model's forward calls the cache: "cache", or "past_key_values" as before transformers 5.24."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's own takes anything
@@ -188,17 +199,3 @@ def _precision(logits: Tensor) -> torch.dtype:
         if torch.equal(logits, logits.to(narrow).to(logits.dtype)):
             return narrow
     return logits.dtype
-
-
-def _refuse_unsupported(model: nn.Module, config) -> None:
-    name = type(model).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder; only causal language models are decoded. {REMEDY}")
-    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - set(MASKED_LAYERS))
-    if foreign:
-        raise UnsupportedModelError(
-            f"{name} has layers of type {', '.join(map(repr, foreign))}; speculative decoding needs "
-            f"{' or '.join(map(repr, MASKED_LAYERS))} layers, whose state can be masked per row. {REMEDY}"
-        )
-    if getattr(model, "_is_stateful", False):
-        raise UnsupportedModelError(f"{name} keeps a recurrent state that cannot be rolled back. {REMEDY}")
