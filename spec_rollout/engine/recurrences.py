@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spec_rollout.engine.recurrent import RecurrentPass
-from spec_rollout.records import UnsupportedModelError
 
 CURRENT: ContextVar[RecurrentPass | None] = ContextVar("the recurrent layers' view of the pass that runs", default=None)
 CLOSED = -1e4
@@ -65,22 +65,36 @@ def _mamba2(chunked: Callable, module: ModuleType) -> Callable:
         view = CURRENT.get()
         if view is None:
             return chunked(hidden_states, dt, A, B, C, chunk_size=chunk_size, **options)
-        least = options.get("dt_limit", (0.0,))[0]
-        if least > 0 or not options.get("dt_softplus"):
-            raise UnsupportedModelError(
-                f"{module.__name__} keeps time steps at or above {least} (softplus: {options.get('dt_softplus')}); "
-                "a token can be passed over only where a time step may be 0"
-            )
         options |= {"return_final_states": True}
         size = min(chunk_size, max(16, 1 << (hidden_states.shape[1] - 1).bit_length()))  # what is short is not padded
 
         def advance(state: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-            step = dt if valid is None else dt.masked_fill(~valid[..., None], CLOSED)
-            return chunked(hidden_states, step, A, B, C, chunk_size=size, **{**options, "initial_states": state})
+            steps = {"dt": dt} if valid is None else _time_steps(dt, valid, **options)
+            given = {**options, "initial_states": state, **steps}
+            return chunked(hidden_states, given.pop("dt"), A, B, C, chunk_size=size, **given)
 
         return view.recur(advance)
 
     return scan
+
+
+def _time_steps(
+    dt: Tensor,
+    valid: Tensor,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    **options,
+) -> dict[str, object]:
+    """What the scan takes for its time steps, 0 where `valid` [N, T] is false. A raw value can say so unless the model
+    keeps its steps above a limit; then they are worked out here."""
+    hidden = ~valid[..., None]
+    if dt_softplus and dt_limit[0] <= 0:
+        return {"dt": dt.masked_fill(hidden, CLOSED)}
+    steps = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
+    steps = (F.softplus(steps) if dt_softplus else steps).clamp(*dt_limit).masked_fill(hidden, 0)
+    return {"dt": steps, "dt_bias": None, "dt_softplus": False, "dt_limit": (0.0, float("inf"))}
 
 
 SEAMS: dict[str, Callable[[Callable, ModuleType], Callable]] = {
