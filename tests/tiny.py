@@ -63,12 +63,14 @@ RECURRENT = {"layer_types": ["linear_attention", "full_attention", "linear_atten
 DELTA_RULE = {
     **RECURRENT,
     "head_dim": 8,
+    "rms_norm_eps": 1e-2,  # or the norm behind the recurrence magnifies rounding where its output is near 0
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 6,
 }
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 6, "mamba_n_groups": 2, "mamba_expand": 2}
+MAMBA |= {"mamba_chunk_size": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 HYBRIDS = {
     "qwen3_5_text": DELTA_RULE,
@@ -84,6 +86,7 @@ HYBRIDS = {
         "mamba_head_dim": 8,
         "ssm_state_size": 6,
         "n_groups": 2,
+        "chunk_size": 8,
         "head_dim": 8,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
