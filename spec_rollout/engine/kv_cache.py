@@ -40,7 +40,7 @@ class SlotCache:
 
     def window(self, start: int, positions: Tensor, extent: int, lengths: Tensor | None = None) -> SlotWindow:
         """For a forward pass that writes slots start..start + N - 1 at `positions` [N, T] and attends to the first
-        `extent` entries of each. With `lengths` [N] it is a prefill: row n has the first lengths[n] of the T tokens."""
+        `extent` entries of each. With `lengths` [N] it is a prefill: row n has the first lengths[n] of the tokens."""
         rows = slice(start, start + positions.shape[0])
         recurrent = RecurrentPass(self.states, rows, positions.shape[1], lengths)
         return SlotWindow(self.keys, self.values, (self.slots, self.capacity), start, positions, extent, recurrent)

@@ -16,8 +16,8 @@ NEAR_TIE = {torch.float32: 2e-4, torch.float64: 1e-10}
 times the rounding of a float32 forward pass, and rare: about one token in 10 000. At a temperature below 1, which
 magnifies the rounding, the bound grows with it."""
 RECURRENT = 4
-"""Times that for a policy with recurrent layers: a state carries the rounding of all tokens before, and the norm behind
-it magnifies what is small; the logits of tiny random ones were off by up to 1.7e-4 where those of others were by 2e-5."""
+"""Times that for a policy with recurrent layers: a state carries the rounding of all tokens before, and the norm
+behind it magnifies what is small; logits of tiny random ones were off by up to 1.7e-4, those of others by 2e-5."""
 
 
 class NearTies:

@@ -22,7 +22,8 @@ def prefill(target: Target, cache: SlotCache, rows: Rows, admission: Admission, 
     for slots, width in admission.passes(PREFILL_TOKENS):
         place = torch.arange(width, device=rows.device).expand(slots[1] - slots[0], -1)
         ids = rows.tokens[slots[0] : slots[1], :width]
-        _, hidden = target.forward(cache, slots, ids, place, width, 1, rows.length[slots[0] : slots[1]])
+        lengths = rows.length[slots[0] : slots[1]]
+        _, hidden = target.forward(cache, slots, ids, place, width, keep_logits=1, lengths=lengths)
         seen = (rows, slots, place[:, 0], hidden)
         draft.guard(lambda drafter, seen=seen: drafter.observe(*seen))
     if admission.fresh:

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from spec_rollout.engine.recurrent import RecurrentPass
 
-CURRENT: ContextVar[RecurrentPass | None] = ContextVar("the recurrent layers' view of the pass that runs", default=None)
+CURRENT: ContextVar[RecurrentPass | None] = ContextVar(
+    "the recurrent layers' view of the pass that runs", default=None
+)
 CLOSED = -1e4
 """A time step's raw value whose softplus is 0 in every floating-point type, beside any bias."""
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spec_rollout.records import UnsupportedModelError
+
 Advance = Callable[[Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 """(state [N, …] or None for zeros, valid [N, T] bool or None for all) -> output of the layer's recurrence over T tokens
 and the state after the valid ones; a token that is not valid leaves the state as it is."""
@@ -103,6 +105,10 @@ class RecurrentPass:
     def recur(self, advance: Advance) -> tuple[Tensor, Tensor]:
         """Output and last state of the recurrence behind the convolution that was just asked for."""
         key, self.key = self.key, None
+        if key is None:
+            raise UnsupportedModelError(
+                "a layer has a recurrence without a convolution that reads the cache before it"
+            )
         kept = self.states.states.get(key)
         padded = None if self.lengths is None else first(self.lengths, self.width)
         output, state = advance(None if kept is None else kept[self.rows], padded)

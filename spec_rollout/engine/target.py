@@ -188,9 +188,11 @@ class Target:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """How the model's forward calls the cache: "cache", or "past_key_values" as before transformers 5.24."""
+    """How the model's forward calls the cache: "cache", or before transformers 5.24 "past_key_values", or "cache_params"
+    where it has no attention."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's own takes anything
-    return "cache" if "cache" in inspect.signature(type(base).forward).parameters else "past_key_values"
+    taken = inspect.signature(type(base).forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in taken), "past_key_values")
 
 
 def _precision(logits: Tensor) -> torch.dtype:

@@ -52,8 +52,8 @@ def wrap(monkeypatch, owner, name, mutation):
 
 
 def position_off_by_one(patch):
-    def forward(honest, self, cache, slots, ids, positions, extent, keep_logits=0):
-        return honest(self, cache, slots, ids, positions + (0 if keep_logits else 1), extent, keep_logits)
+    def forward(honest, self, cache, slots, ids, positions, extent, **prefill):
+        return honest(self, cache, slots, ids, positions + (0 if prefill else 1), extent, **prefill)
 
     wrap(patch, Target, "forward", forward)
 
