@@ -11,8 +11,8 @@ from torch import Tensor
 from spec_rollout.records import UnsupportedModelError
 
 Advance = Callable[[Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
-"""(state [N, …] or None for zeros, valid [N, T] bool or None for all) -> output of the layer's recurrence over T tokens
-and the state after the valid ones; a token that is not valid leaves the state as it is."""
+"""(state [N, …] or None for zeros, valid [N, T] bool or None for all) -> output of the layer's recurrence over T
+tokens and the state after the valid ones; a token that is not valid leaves the state as it is."""
 
 
 Key = tuple[int, int]
@@ -31,8 +31,8 @@ class RecurrentStates:
     """Per recurrent layer the last K - 1 inputs of its convolution [slots, C, K - 1] and the state of its recurrence
     [slots, …], each after the row's committed tokens.
 
-    A state cannot be rolled back by lowering a number. So a pass over guesses leaves it alone and keeps its own inputs,
-    which are small; `commit` replays those that came true.
+    A state cannot be rolled back by lowering a number. So a pass over guesses leaves it alone and keeps its own
+    inputs, which are small; `commit` replays those that came true.
     """
 
     def __init__(self):
@@ -75,8 +75,9 @@ class RecurrentStates:
 class RecurrentPass:
     """One forward pass over `width` tokens of the slots `rows`, as its recurrent layers see it.
 
-    With `lengths` [N], row n's tokens beyond the first lengths[n] are padding and the states follow the others at once;
-    without, the pass reads guesses, whose states follow at `RecurrentStates.commit`. A single token needs no such wait.
+    With `lengths` [N], row n's tokens beyond the first lengths[n] are padding and the states follow the others at
+    once; without, the pass reads guesses, and the states follow at `RecurrentStates.commit`. A single token needs no
+    such wait.
     """
 
     def __init__(self, states: RecurrentStates, rows: slice, width: int, lengths: Tensor | None):

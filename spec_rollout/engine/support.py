@@ -13,8 +13,8 @@ RECURRENT = ("linear_attention", "conv", "hybrid")
 STATELESS = ("moe", "mlp")
 KINDS = "the gated or Kimi's delta rule, Mamba-2 and short convolutions"
 REMEDY = (
-    "Sample it with TRL's own trainer, or use a policy with full, sliding-window or chunked softmax attention, alone or "
-    f"beside recurrent layers of {KINDS}."
+    "Sample it with TRL's own trainer, or use a policy with full, sliding-window or chunked softmax attention, alone "
+    f"or beside recurrent layers of {KINDS}."
 )
 
 
@@ -37,7 +37,7 @@ def refuse_unsupported(model: nn.Module, config, recurrences: bool, compiled: bo
     foreign = sorted(kinds - {*ATTENTION, *RECURRENT, *STATELESS})
     if foreign:
         raise UnsupportedModelError(
-            f"{name} has layers of type {', '.join(map(repr, foreign))}, whose state cannot be masked per row. {REMEDY}"
+            f"{name} has layers of type {', '.join(map(repr, foreign))}, which cannot be masked per row. {REMEDY}"
         )
     _refuse_scaled_attention(name, config)
     if not has_recurrent_layers(model, config):
@@ -47,7 +47,8 @@ def refuse_unsupported(model: nn.Module, config, recurrences: bool, compiled: bo
         raise UnsupportedModelError(f"{name} keeps a recurrent state{of} that cannot be rolled back. {REMEDY}")
     if compiled:
         raise ValueError(
-            f"compile_passes=True: {name} has recurrent layers, whose passes are not compiled. Set compile_passes=False."
+            f"compile_passes=True: {name} has recurrent layers, whose passes are not compiled. "
+            "Set compile_passes=False."
         )
 
 
@@ -56,6 +57,7 @@ def _refuse_scaled_attention(name: str, config) -> None:
     context, floor = getattr(config, "max_position_embeddings", None) or 0, getattr(config, "floor_scale", None) or 0
     if getattr(config, "attn_temperature_tuning", False) and context >= floor:
         raise UnsupportedModelError(
-            f"{name} scales its attention by a position that all rows of a pass share (attn_temperature_tuning, from "
-            f"{floor} tokens on; max_position_embeddings={context}). Set max_position_embeddings below {floor}. {REMEDY}"
+            f"{name} scales its attention by a position that all rows of a pass share (attn_temperature_tuning, "
+            f"from {floor} tokens on; max_position_embeddings={context}). Set max_position_embeddings below {floor}. "
+            f"{REMEDY}"
         )

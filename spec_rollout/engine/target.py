@@ -188,8 +188,8 @@ class Target:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """How the model's forward calls the cache: "cache", or before transformers 5.24 "past_key_values", or "cache_params"
-    where it has no attention."""
+    """How the model's forward calls the cache: "cache", or before transformers 5.24 "past_key_values" ("cache_params"
+    where it has no attention)."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's own takes anything
     taken = inspect.signature(type(base).forward).parameters
     return next((name for name in ("cache", "past_key_values", "cache_params") if name in taken), "past_key_values")

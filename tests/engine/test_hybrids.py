@@ -18,7 +18,7 @@ from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.recurrences import Recurrences
 from spec_rollout.engine.rollout import Rollout
 from spec_rollout.engine.target import cache_argument
-from spec_rollout.records import Completion, SamplingParams, UnsupportedModelError
+from spec_rollout.records import Completion, SamplingParams
 from tests.tiny import (
     HYBRIDS,
     PROMPTS,
@@ -26,7 +26,6 @@ from tests.tiny import (
     Scripted,
     assert_same,
     cut,
-    make_policy,
     policy,
     reference,
 )
@@ -177,7 +176,7 @@ def test_states_equal_a_fresh_prefill(name, slots, monkeypatch):
 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_long_rows(name):
-    """Prompts and completions of more tokens than a chunk of the recurrence, in prefills of one and of several rows."""
+    """Prompts and completions longer than a chunk of the recurrence, in prefills of one and of several rows."""
     model = policy(name)
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(97, (n,), generator=generator).tolist() for n in (70, 3, 66, 1, 64)]
