@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from spec_rollout.engine.attention import GROUPED_SDPA, takes_grouped_sdpa
-from spec_rollout.engine.compiled import Compiled, NotCompilableError
+from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask, chunked_mask
+from spec_rollout.engine.probe import STRIDES, Probe, narrow_windows, prove
 from spec_rollout.engine.recurrences import Recurrences, running
-from spec_rollout.engine.support import ATTENTION, REMEDY, has_recurrent_layers, refuse_unsupported
+from spec_rollout.engine.support import ATTENTION, has_recurrent_layers, refuse_unsupported
 from spec_rollout.records import UnsupportedModelError
 
 
@@ -40,6 +41,7 @@ class Target:
         )
         self.precision: torch.dtype | None = None
         """Of the arithmetic; known once the model has been probed."""
+        self._proven: dict[tuple, list[str]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -60,25 +62,59 @@ class Target:
             )
         training = [module for module in self.model.modules() if module.training]
         configs = {id(m.config): m.config for m in self.model.modules() if hasattr(m, "_supports_sdpa")}.values()
-        attention = [config._attn_implementation for config in configs]
+        own = [config._attn_implementation for config in configs]
         try:
-            for config in configs:
-                config._attn_implementation = self._attention(config._attn_implementation)
             self.model.eval()
             with torch.no_grad(), self._recurrences.installed():
-                if self.precision is None:
-                    self._probe()
+                proven = (*own, self.dtype)
+                if proven not in self._proven:
+                    self._proven[proven] = self._probe(list(configs), own)
+                _attend(configs, self._proven[proven])
                 yield
         finally:
-            for config, implementation in zip(configs, attention, strict=True):
-                config._attn_implementation = implementation
+            _attend(configs, own)
             for module in training:
                 module.training = True
 
-    def _attention(self, implementation: str) -> str:
-        if implementation not in ("eager", "sdpa"):
-            implementation = "sdpa" if getattr(self.model, "_supports_sdpa", False) else "eager"
-        return GROUPED_SDPA if implementation == "sdpa" and takes_grouped_sdpa(self.model) else implementation
+    def _probe(self, configs: list, own: list[str]) -> list[str]:
+        """The attention for each of `configs` under which this target decodes what the policy reads with its `own`, as
+        the trainer runs it: the first of those it may take that is proven."""
+        compiled = self._compiled
+        self._compiled = None
+        try:
+            taken = self._first_proven(configs, own)
+        finally:
+            self._compiled = compiled
+        if compiled is not None:
+            prove(self, [Probe(self, stride).expected() for stride in STRIDES])
+        return taken
+
+    def _first_proven(self, configs: list, own: list[str]) -> list[str]:
+        failure = None
+        with narrow_windows(self.model):
+            expected = [Probe(self, stride).expected() for stride in STRIDES]
+            self.precision = _precision(expected[0])
+            for wanted in (GROUPED_SDPA, "sdpa", "eager"):
+                taken = [self._attention(implementation, wanted) for implementation in own]
+                if None in taken:
+                    continue
+                _attend(configs, taken)
+                try:
+                    prove(self, expected)
+                    return taken
+                except UnsupportedModelError as error:
+                    failure = failure or error
+        raise failure
+
+    def _attention(self, own: str, wanted: str) -> str | None:
+        """What takes the place of the implementation `own` where `wanted` is tried; None if that cannot be."""
+        if own == "eager":
+            return own
+        if wanted == GROUPED_SDPA and not takes_grouped_sdpa(self.model):
+            return None
+        if wanted == "eager":
+            return None if own == "sdpa" else wanted
+        return wanted if own == wanted or getattr(self.model, "_supports_sdpa", False) else None
 
     def forward(
         self,
@@ -155,36 +191,10 @@ class Target:
             return mask
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
 
-    def _probe(self) -> None:
-        """Decode two ragged rows both ways; a model that ignores a mask, a position or the cache shows itself here,
-        and with an extent far beyond the rows also one that counts back from the cache's end."""
-        length, width, extent = 6, 3, min(512, self.context or 512)
-        ids = (torch.arange(2 * length, device=self.device) * 7 % self.vocab_size).view(2, length)
-        cache = SlotCache()
-        cache.allocate(3, extent + 1)
-        start = torch.tensor([3, 1], device=self.device)
-        whole = torch.stack([self.model(input_ids=row[None], use_cache=False).logits[0] for row in ids])
-        try:
-            every = torch.arange(length, device=self.device).expand(2, -1)
-            self.forward(cache, (0, 2), ids[:, :3], every[:, :3], extent, lengths=start)
-            positions = start[:, None] + torch.arange(width, device=self.device)
-            logits, _ = self.forward(cache, (0, 2), ids.gather(1, positions), positions, extent)
-        except NotCompilableError:
-            raise
-        except Exception as error:  # whatever it trips over, it cannot
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} cannot decode ragged rows: {type(error).__name__}: {error}. {REMEDY}"
-            ) from error
-        expected = whole.gather(1, positions[..., None].expand_as(logits)).float()
-        error = (logits.float() - expected).abs().max() / expected.std().clamp(min=1e-6)
-        precision = _precision(whole)
-        bound = 1e-2 if precision in (torch.float32, torch.float64) else 0.25
-        if not error <= bound:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} does not decode ragged rows as it reads whole sequences: its logits "
-                f"differ by {error:.2g} standard deviations (bound {bound}). {REMEDY}"
-            )
-        self.precision = precision
+
+def _attend(configs, implementations: list[str]) -> None:
+    for config, implementation in zip(configs, implementations, strict=True):
+        config._attn_implementation = implementation
 
 
 def cache_argument(model: nn.Module) -> str:

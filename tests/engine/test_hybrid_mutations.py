@@ -15,9 +15,9 @@ from spec_rollout.engine.recurrent import RecurrentPass, RecurrentStates
 from spec_rollout.engine.rollout import Rollout
 from spec_rollout.engine.scheduler import Scheduler
 from spec_rollout.engine.target import Target
-from spec_rollout.records import SamplingParams
+from spec_rollout.records import SamplingParams, UnsupportedModelError
 from tests.engine.test_mutations import wrap
-from tests.tiny import PROMPTS, VOCAB, Scripted, assert_same, policy, reference
+from tests.tiny import PROMPTS, VOCAB, Scripted, assert_same, make_policy, policy, reference, unprobed
 
 PARAMS = SamplingParams(max_new_tokens=40)
 LIMITS = [8, 40, 5, 12, 9, 12, 20]
@@ -147,7 +147,7 @@ NAMES = ("qwen3_5_text", "lfm2", "bamba")
 def noticed(name, mutation, monkeypatch) -> None:
     drawn(name)
     # the probe must not come before the tokens
-    monkeypatch.setattr(Target, "_probe", lambda self: setattr(self, "precision", torch.float32))
+    monkeypatch.setattr(Target, "_probe", unprobed)
     mutation(monkeypatch)
     with pytest.raises(AssertionError):
         check(name)
@@ -166,13 +166,35 @@ def test_mutation_is_noticed(name, mutation, monkeypatch):
     noticed(name, mutation, monkeypatch)
 
 
+def states_not_copied(patch):
+    wrap(patch, RecurrentStates, "copy", lambda honest, self, source, target: None)
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [*MUTATIONS[:5], stale_after_a_step_without_guesses, padding_read_as_tokens, states_not_copied],
+    ids=lambda mutation: mutation.__name__,
+)
+def test_the_probe_comes_before_the_tokens(mutation, monkeypatch):
+    mutation(monkeypatch)
+    with pytest.raises(UnsupportedModelError, match="BambaForCausalLM does not decode ragged rows"):
+        check("bamba")
+
+
 @pytest.mark.parametrize("name", ["bamba", "nemotron_h"])
 def test_time_steps_of_hidden_tokens(name, monkeypatch):
     noticed(name, hidden_tokens_decay_the_state, monkeypatch)
 
 
 def test_chunks_of_attention(monkeypatch):
+    """Chunks longer than the probe are noticed there as well."""
+
     def ignored(patch):
         patch.setattr(target, "chunked_mask", lambda positions, extent, size: causal_mask(positions, extent))
 
-    noticed("llama4_text", ignored, monkeypatch)
+    with monkeypatch.context() as patch:
+        noticed("llama4_text", ignored, patch)
+    ignored(monkeypatch)
+    engine = RolloutEngine(make_policy("llama4_text", attention_chunk_size=60))
+    with pytest.raises(UnsupportedModelError, match="does not decode ragged rows"):
+        engine.generate(PROMPTS, PARAMS)
