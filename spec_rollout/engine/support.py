@@ -18,6 +18,12 @@ REMEDY = (
 )
 
 
+def attention_layers(config) -> int:
+    """Layers that keep keys and values."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return sum(kind in (*ATTENTION, "hybrid") for kind in kinds)
+
+
 def has_recurrent_layers(model: nn.Module, config) -> bool:
     kinds = set(getattr(config, "layer_types", None) or ())
     return bool(kinds & set(RECURRENT)) or getattr(model, "_is_stateful", False)

@@ -64,8 +64,9 @@ def test_the_tiny_policies_could_fail():
         assert all(decay.exp().max() < 0.4 for decay in decays)
 
 
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize(
+    ("name", "law"), [*((name, "T=1") for name in HYBRIDS), ("qwen3_5_text", "greedy"), ("bamba", "greedy")]
+)
 def test_token_ids(name, law):
     model, expected = policy(name), drawn(name, law)
     params = replace(LAWS[law], max_new_tokens=20)
@@ -196,7 +197,7 @@ def test_one_engine_for_many_rollouts():
         engine = RolloutEngine(
             policy(name), SpecConfig(num_speculative_tokens=3, max_slots=4), drafter=RandomDrafter()
         )
-        for prompts, size in ((PROMPTS, 20), ([[4], [6]], 3), ([[*range(60)], [9]], 30), (PROMPTS, 8)):
+        for prompts, size in ((PROMPTS, 12), ([[4], [6]], 3), ([[*range(60)], [9]], 12), (PROMPTS, 8)):
             params = SamplingParams(max_new_tokens=size)
             assert_same(engine.generate(prompts, params), reference(policy(name), prompts, params), ERROR)
 
