@@ -34,9 +34,10 @@ class PolicyView:
     def logits(self, final: Tensor, rows: Tensor) -> Tensor:
         """The target's logits [..., Vd] float32 over `rows`, from its final hidden states [..., H].
 
-        Repeats what some models do after the output head: a soft cap (Gemma), a scale (Cohere, Granite).
+        Repeats what some models do after the output head: a soft cap (Gemma), a scale (Cohere, Granite, Falcon-H1).
         """
         logits = F.linear(final.to(rows.dtype), rows).float() * (getattr(self.config, "logit_scale", None) or 1.0)
+        logits = logits * (getattr(self.config, "lm_head_multiplier", None) or 1.0)
         logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if not cap else torch.tanh(logits / cap) * cap

@@ -6,12 +6,16 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from spec_rollout.engine.recurrent import RecurrentPass, RecurrentStates
+
 
 class SlotCache:
-    """Keys and values of `slots` rows of up to `capacity` tokens, per layer [slots, capacity, heads, head_dim].
+    """Keys and values of `slots` rows of up to `capacity` tokens, per attention layer [slots, capacity, heads,
+    head_dim], and the `states` of the recurrent layers.
 
-    A forward pass writes and reads them through a `SlotWindow`. Rolling a row back needs nothing here: entries beyond
-    a row's committed length are masked by the caller and overwritten later.
+    A forward pass writes and reads them through a `SlotWindow`. Rolling keys and values back needs nothing here:
+    entries beyond a row's committed length are masked by the caller and overwritten later. The recurrent layers follow
+    the tokens that `commit` keeps.
     """
 
     def __init__(self):
@@ -19,6 +23,7 @@ class SlotCache:
         self.kind: object = None
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.states = RecurrentStates()
 
     def allocate(self, slots: int, capacity: int, kind: object = None) -> None:
         """Make room for `slots` rows of `capacity` tokens; buffers that are large enough are kept, unless `kind` (such
@@ -27,21 +32,39 @@ class SlotCache:
             self.slots, self.capacity = max(slots, self.slots), max(capacity, self.capacity)
             self.kind = kind
             self.keys, self.values = [], []
+            self.states.allocate(self.slots)
 
-    def window(self, start: int, positions: Tensor, extent: int) -> SlotWindow:
+    @property
+    def buffers(self) -> list[Tensor]:
+        return [*self.keys, *self.values, *self.states.buffers]
+
+    def window(self, start: int, positions: Tensor, extent: int, lengths: Tensor | None = None) -> SlotWindow:
         """For a forward pass that writes slots start..start + N - 1 at `positions` [N, T] and attends to the first
-        `extent` entries of each."""
-        return SlotWindow(self.keys, self.values, (self.slots, self.capacity), start, positions, extent)
+        `extent` entries of each. With `lengths` [N] it is a prefill: row n has the first lengths[n] of the tokens."""
+        rows = slice(start, start + positions.shape[0])
+        recurrent = RecurrentPass(self.states, rows, positions.shape[1], lengths)
+        return SlotWindow(self.keys, self.values, (self.slots, self.capacity), start, positions, extent, recurrent)
+
+    def clear(self, slots: tuple[int, int]) -> None:
+        """New rows sit in slots[0]..slots[1] - 1; what their slots held is not theirs."""
+        self.states.clear(slots)
+
+    def commit(self, tokens: Tensor) -> None:
+        """Of the tokens that the last pass read, row n keeps the first `tokens` [N]."""
+        self.states.commit(tokens)
 
     def copy(self, source: Tensor, target: Tensor, extent: int) -> None:
-        """Slots `target` [N] take over the first `extent` entries of slots `source` [N]."""
+        """Slots `target` [N] take over the first `extent` entries of slots `source` [N], and the recurrent states."""
         for buffer in (*self.keys, *self.values):
             buffer[target, :extent] = buffer[source, :extent]
+        self.states.copy(source, target)
 
 
 class SlotWindow(Cache):
     """What one forward pass sees of a slot cache: a model's attention layers call `update` as they do with any
-    transformers cache. The first pass through a layer makes its buffers, of `size` (slots, capacity)."""
+    transformers cache. The first pass through a layer makes its buffers, of `size` (slots, capacity); attention layers
+    are counted as they come, so that none is kept for a layer of another kind. Recurrent layers find a cache that is
+    always empty: what they need stands in front of the inputs that `update_conv_state` returns, and in `recurrent`."""
 
     def __init__(
         self,
@@ -51,8 +74,10 @@ class SlotWindow(Cache):
         start: int,
         positions: Tensor,
         extent: int,
+        recurrent: RecurrentPass | None = None,
     ):
         super().__init__(layers=[])
+        self.recurrent, self._places = recurrent, {}
         self.keys, self.values, self.size = keys, values, size
         rows = torch.arange(start, start + positions.shape[0], device=positions.device)[:, None]
         self._index = (rows * size[1] + positions).flatten()
@@ -60,16 +85,36 @@ class SlotWindow(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Write [N, heads, T, head_dim] keys and values; return the window's [N, heads, extent, head_dim]."""
-        if layer_idx == len(self.keys):
+        place = self._places.setdefault(layer_idx, len(self._places))
+        if place == len(self.keys):
             for buffers, states in ((self.keys, key_states), (self.values, value_states)):
                 _, heads, _, head_dim = states.shape
                 buffers.append(states.new_zeros(*self.size, heads, head_dim))
-        return self._write(self.keys[layer_idx], key_states), self._write(self.values[layer_idx], value_states)
+        return self._write(self.keys[place], key_states), self._write(self.values[place], value_states)
 
     def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
         flat = buffer.view(self.size[0] * self.size[1], -1)
         flat.index_copy_(0, self._index, states.transpose(1, 2).reshape(self._index.shape[0], -1).to(flat.dtype))
         return buffer[self._rows, : self._extent].transpose(1, 2).to(states.dtype)
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, *, conv_kernel_size: int, **kwargs
+    ) -> Tensor:
+        """Inputs [N, C, T] of a convolution; returns them behind those of the tokens before, [N, C, K - 1 + T]."""
+        return self.recurrent.convolve(conv_states, (layer_idx, state_idx), conv_kernel_size)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, **kwargs) -> Tensor:
+        """Nothing to do: the recurrence itself has kept its state, where the row's tokens end."""
+        return recurrent_states
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return False
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        return None
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        return None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0: positions are given with every forward pass, never counted from the cache."""
@@ -86,3 +131,11 @@ def causal_mask(positions: Tensor, extent: int, window: int | None = None) -> Te
     query = positions[:, None, :, None]
     mask = entry <= query
     return mask if window is None else mask & (entry > query - window)
+
+
+def chunked_mask(positions: Tensor, extent: int, size: int) -> Tensor:
+    """Boolean [N, 1, T, extent]: a query at `positions` [N, T] sees the entries up to itself of its own chunk; chunks
+    are of `size` positions and begin at 0."""
+    entry = torch.arange(extent, device=positions.device)
+    query = positions[:, None, :, None]
+    return (entry <= query) & (entry // size == query // size)

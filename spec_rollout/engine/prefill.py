@@ -17,12 +17,14 @@ PREFILL_TOKENS = 4096
 def prefill(target: Target, cache: SlotCache, rows: Rows, admission: Admission, draft: GuardedDrafter) -> None:
     """Read all prompt tokens of the fresh rows but the last, which the first verify pass takes; show the drafter what
     the target computed."""
+    admitted = (admission.first, admission.first + len(admission.fresh))
+    cache.clear(admitted)
     for slots, width in admission.passes(PREFILL_TOKENS):
         place = torch.arange(width, device=rows.device).expand(slots[1] - slots[0], -1)
         ids = rows.tokens[slots[0] : slots[1], :width]
-        _, hidden = target.forward(cache, slots, ids, place, width, keep_logits=1)
+        lengths = rows.length[slots[0] : slots[1]]
+        _, hidden = target.forward(cache, slots, ids, place, width, keep_logits=1, lengths=lengths)
         seen = (rows, slots, place[:, 0], hidden)
         draft.guard(lambda drafter, seen=seen: drafter.observe(*seen))
     if admission.fresh:
-        admitted = (admission.first, admission.first + len(admission.fresh))
         draft.guard(lambda drafter: drafter.admit(rows, admitted))

@@ -55,7 +55,7 @@ class Rollout:
             room, capacity = max(2, slots), capacity + 1
         self.cache.allocate(room, capacity, (target.dtype, target.device))
         self.rows = Rows(room, capacity, target.vocab_size, target.device)
-        self.scheduler = Scheduler(requests, slots)
+        self.scheduler = Scheduler(requests, slots, keeps_prompts=not target.recurrent)
         self.rejection = config.verification == "rejection" and not params.greedy
         self.noise_width = noise_width(target.vocab_size)
         self.sampler = Sampler(params, self.rows, numbers(target.vocab_size) if self.rejection else None)
@@ -164,6 +164,7 @@ class Rollout:
         rows, count = self.rows, self.rows.count
         start = rows.length[:count].clone()
         rows.logprobs[:count].scatter_(1, rows.positions(samples.shape[1]) + 1, self.scores)
+        self.cache.commit(verdict.emitted)
         self.sampler.commit(rows, samples, verdict.emitted)
         rows.length[:count] += verdict.emitted
         rows.steps[:count] += 1
@@ -189,7 +190,7 @@ class Rollout:
         return StepStats(count, gamma, context, int(emitted.sum()), reached)
 
     def _copy(self, source: list[int], target: list[int], move: bool = False) -> None:
-        """Copy slots; a sibling takes over keys and values only, a moved row everything."""
+        """Copy slots; a sibling takes over what the cache holds only, a moved row everything."""
         src, dst = (torch.tensor(slots, device=self.rows.device) for slots in (source, target))
         if move:
             self.rows.copy(src, dst)

@@ -42,11 +42,15 @@ class Admission:
 
 
 class Scheduler:
-    """Keeps the active rows a contiguous prefix of the slots. Host side only."""
+    """Keeps the active rows a contiguous prefix of the slots. Host side only.
 
-    def __init__(self, requests: list[Request], slots: int):
+    Where a slot still `keeps_prompts` once its row has moved on, as keys and values do and recurrent states do not, a
+    request copies any active row with its prompt; else only one that enters with it.
+    """
+
+    def __init__(self, requests: list[Request], slots: int, keeps_prompts: bool = True):
         self.waiting = deque(requests)
-        self.slots = slots
+        self.slots, self.keeps_prompts = slots, keeps_prompts
         self.active: list[Request] = []
         """The request in each active slot."""
 
@@ -60,7 +64,8 @@ class Scheduler:
         entering = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.slots - first))]
         if not entering:
             return None
-        slot_of = {tuple(request.prompt): slot for slot, request in enumerate(self.active)}
+        old = self.active if self.keeps_prompts else []
+        slot_of = {tuple(request.prompt): slot for slot, request in enumerate(old)}
         fresh, siblings = [], []
         for request in entering:
             group = tuple(request.prompt)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from spec_rollout.engine.attention import GROUPED_SDPA, takes_grouped_sdpa
-from spec_rollout.engine.compiled import Compiled, NotCompilableError
-from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask
-from spec_rollout.engine.lean.agreement import disagreement
+from spec_rollout.engine.compiled import Compiled
+from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask, chunked_mask
+from spec_rollout.engine.lean.choice import LeanChoice
 from spec_rollout.engine.lean.lean_pass import LeanPass
-from spec_rollout.engine.lean.recognition import family_of
+from spec_rollout.engine.probe import STRIDES, Probe, narrow_windows, prove
+from spec_rollout.engine.recurrences import Recurrences, running
+from spec_rollout.engine.support import ATTENTION, has_recurrent_layers, refuse_unsupported
 from spec_rollout.records import UnsupportedModelError
-
-MASKED_LAYERS = ("full_attention", "sliding_attention")
 
 
 class Target:
@@ -33,7 +32,10 @@ class Target:
         self.model = model
         self._compiled = Compiled(self._read, type(model).__name__) if compiled else None
         self.config = model.config.get_text_config(decoder=True)
-        _refuse_unsupported(model, self.config)
+        self._recurrences = Recurrences(model)
+        self.recurrent = has_recurrent_layers(model, self.config)
+        """Whether a slot holds states beside keys and values; they move on with the row and cannot be taken back."""
+        refuse_unsupported(model, self.config, self._recurrences.found, compiled)
         self._cache_argument = cache_argument(model)
         self.vocab_size = self.config.vocab_size
         self.context = getattr(self.config, "max_position_embeddings", None) or getattr(
@@ -41,11 +43,11 @@ class Target:
         )
         self.path = "transformers" if self._compiled is None else "compiled"
         """What decodes: "lean", "compiled" or "transformers", as of the last rollout."""
+        self._choice = LeanChoice(model)
         self._lean: LeanPass | None = None
-        self._proven: dict[tuple, bool] = {}
-        """Whether the lean pass computes what this policy computes, by family and dtype."""
         self.precision: torch.dtype | None = None
         """Of the arithmetic; known once the model has been probed."""
+        self._proven: dict[tuple, list[str]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -66,29 +68,63 @@ class Target:
             )
         training = [module for module in self.model.modules() if module.training]
         configs = {id(m.config): m.config for m in self.model.modules() if hasattr(m, "_supports_sdpa")}.values()
-        attention = [config._attn_implementation for config in configs]
+        own = [config._attn_implementation for config in configs]
         try:
-            for config in configs:
-                config._attn_implementation = self._attention(config._attn_implementation)
             self.model.eval()
-            with torch.no_grad():
-                if self.precision is None:
-                    self._probe()
-                self._lean = self._make_lean()
+            with torch.no_grad(), self._recurrences.installed():
+                proven = (*own, self.dtype)
+                if proven not in self._proven:
+                    self._proven[proven] = self._probe(list(configs), own)
+                _attend(configs, self._proven[proven])
                 if self._compiled is None:
+                    self._lean = self._choice.make(self.forward, self.vocab_size, (self.dtype, self.device))
                     self.path = "transformers" if self._lean is None else "lean"
                 yield
         finally:
             self._lean = None
-            for config, implementation in zip(configs, attention, strict=True):
-                config._attn_implementation = implementation
+            _attend(configs, own)
             for module in training:
                 module.training = True
 
-    def _attention(self, implementation: str) -> str:
-        if implementation not in ("eager", "sdpa"):
-            implementation = "sdpa" if getattr(self.model, "_supports_sdpa", False) else "eager"
-        return GROUPED_SDPA if implementation == "sdpa" and takes_grouped_sdpa(self.model) else implementation
+    def _probe(self, configs: list, own: list[str]) -> list[str]:
+        """The attention for each of `configs` under which this target decodes what the policy reads with its `own`, as
+        the trainer runs it: the first of those it may take that is proven."""
+        compiled = self._compiled
+        self._compiled = None
+        try:
+            taken = self._first_proven(configs, own)
+        finally:
+            self._compiled = compiled
+        if compiled is not None:
+            prove(self, [Probe(self, stride).expected() for stride in STRIDES])
+        return taken
+
+    def _first_proven(self, configs: list, own: list[str]) -> list[str]:
+        failure = None
+        with narrow_windows(self.model):
+            expected = [Probe(self, stride).expected() for stride in STRIDES]
+            self.precision = _precision(expected[0])
+            for wanted in (GROUPED_SDPA, "sdpa", "eager"):
+                taken = [self._attention(implementation, wanted) for implementation in own]
+                if None in taken:
+                    continue
+                _attend(configs, taken)
+                try:
+                    prove(self, expected)
+                    return taken
+                except UnsupportedModelError as error:
+                    failure = failure or error
+        raise failure
+
+    def _attention(self, own: str, wanted: str) -> str | None:
+        """What takes the place of the implementation `own` where `wanted` is tried; None if that cannot be."""
+        if own == "eager":
+            return own
+        if wanted == GROUPED_SDPA and not takes_grouped_sdpa(self.model):
+            return None
+        if wanted == "eager":
+            return None if own == "sdpa" else wanted
+        return wanted if own == wanted or getattr(self.model, "_supports_sdpa", False) else None
 
     def forward(
         self,
@@ -98,8 +134,12 @@ class Target:
         positions: Tensor,
         extent: int,
         keep_logits: int = 0,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Run `ids` [N, T] at `positions` [N, T] of the slots `slots` = (start, stop) and extend their cache.
+
+        A prefill gives the `lengths` [N] of its rows, the tokens beyond which are padding; a pass over guesses is
+        followed by `SlotCache.commit`, which says how many came true.
 
         Returns the logits [N, T, V] (of the last `keep_logits` tokens, if given) and the hidden states: the residual
         stream before each layer and the final one after the norm, each [N, T, H].
@@ -108,7 +148,7 @@ class Target:
             return self._lean(cache, ids, positions, extent)
         if self._compiled is not None and slots[0] == keep_logits == 0 and cache.keys:
             return self._compiled(ids, positions, extent, cache.keys, cache.values)
-        return self._pass(ids, positions, extent, cache.window(slots[0], positions, extent), keep_logits)
+        return self._pass(ids, positions, extent, cache.window(slots[0], positions, extent, lengths), keep_logits)
 
     def _read(
         self, ids: Tensor, positions: Tensor, extent: int, keys: list[Tensor], values: list[Tensor]
@@ -122,44 +162,17 @@ class Target:
     ) -> tuple[Tensor, Sequence[Tensor]]:
         # A guess may reach past the context; what it leads to is never emitted, it only must not be an invalid index.
         place = positions if self.context is None else positions.clamp(max=self.context - 1)
-        output = self.model(
-            input_ids=ids,
-            position_ids=place,
-            attention_mask=self._mask(positions, extent),
-            use_cache=True,
-            output_hidden_states=True,
-            logits_to_keep=keep_logits,
-            **{self._cache_argument: window},
-        )
+        with running(window.recurrent) if self.recurrent else nullcontext():
+            output = self.model(
+                input_ids=ids,
+                position_ids=place,
+                attention_mask=self._mask(positions, extent),
+                use_cache=True,
+                output_hidden_states=True,
+                logits_to_keep=keep_logits,
+                **{self._cache_argument: window},
+            )
         return output.logits, output.hidden_states
-
-    def _make_lean(self) -> LeanPass | None:
-        """The lean pass on the weights of now, where it is known to compute what the policy computes."""
-        if self._compiled is not None or torch.is_autocast_enabled(self.device.type):
-            return None
-        family = family_of(self.model)
-        if family is None or self.precision != self.dtype:
-            return None
-        lean = LeanPass(self.model, family)
-        key = (family, self.dtype)
-        if key not in self._proven:
-
-            def lean_forward(cache, slots, ids, positions, extent):
-                return lean(cache, ids, positions, extent)
-
-            def whole(ids):
-                return self.model(input_ids=ids, use_cache=False).logits
-
-            off = disagreement(self.forward, whole, lean_forward, self.vocab_size, (self.dtype, self.device))
-            self._proven[key] = off <= 1
-            if not off <= 1:
-                warnings.warn(
-                    f"The lean decode pass differs from {type(self.model).__name__}'s own forward by {off:.3g} times "
-                    "what is allowed; this policy is decoded through its own forward, which is slower.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-        return lean if self._proven[key] else None
 
     def canonical(self, ids: Tensor) -> Tensor:
         """Logits [V] after the tokens `ids` [n], from one plain forward pass over exactly those tokens.
@@ -168,61 +181,40 @@ class Target:
         """
         return self.model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]
 
-    def _mask(self, positions: Tensor, extent: int) -> Tensor | dict[str, Tensor]:
+    def _mask(self, positions: Tensor, extent: int) -> Tensor | dict[str, Tensor | None]:
+        """One mask for the attention layers, or one by kind of layer where there are several; other layers take none,
+        and a model that is given a single mask gives them none."""
         kinds = set(getattr(self.config, "layer_types", None) or ())
         window = getattr(self.config, "sliding_window", None)
         if not kinds:
             return self._as_taken(causal_mask(positions, extent, window))
-        masks = {
-            kind: self._as_taken(causal_mask(positions, extent, window if kind == "sliding_attention" else None))
-            for kind in kinds
-        }
-        return masks if len(masks) > 1 else next(iter(masks.values()))
+        windows = {"sliding_attention": window}
+        masks: dict[str, Tensor | None] = {}
+        for kind in kinds & set(ATTENTION) or {"full_attention"}:
+            if kind == "chunked_attention":
+                mask = chunked_mask(positions, extent, self.config.attention_chunk_size)
+            else:
+                mask = causal_mask(positions, extent, windows.get(kind))
+            masks[kind] = self._as_taken(mask)
+        return masks | dict.fromkeys(kinds - set(masks)) if len(masks) > 1 else next(iter(masks.values()))
 
     def _as_taken(self, mask: Tensor) -> Tensor:
         if self.config._attn_implementation != "eager":
             return mask
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
 
-    def _probe(self) -> None:
-        """Decode two ragged rows both ways; a model that ignores a mask, a position or the cache shows itself here,
-        and with an extent far beyond the rows also one that counts back from the cache's end."""
-        length, width, extent = 6, 3, min(512, self.context or 512)
-        ids = (torch.arange(2 * length, device=self.device) * 7 % self.vocab_size).view(2, length)
-        cache = SlotCache()
-        cache.allocate(3, extent + 1)
-        start = torch.tensor([3, 1], device=self.device)
-        whole = torch.stack([self.model(input_ids=row[None], use_cache=False).logits[0] for row in ids])
-        try:
-            every = torch.arange(length, device=self.device).expand(2, -1)
-            self.forward(cache, (0, 2), ids[:, :3], every[:, :3], extent)
-            positions = start[:, None] + torch.arange(width, device=self.device)
-            logits, _ = self.forward(cache, (0, 2), ids.gather(1, positions), positions, extent)
-        except NotCompilableError:
-            raise
-        except Exception as error:  # whatever it trips over, it cannot
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} cannot decode ragged rows: {type(error).__name__}: {error}. {REMEDY}"
-            ) from error
-        expected = whole.gather(1, positions[..., None].expand_as(logits)).float()
-        error = (logits.float() - expected).abs().max() / expected.std().clamp(min=1e-6)
-        precision = _precision(whole)
-        bound = 1e-2 if precision in (torch.float32, torch.float64) else 0.25
-        if not error <= bound:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} does not decode ragged rows as it reads whole sequences: its logits "
-                f"differ by {error:.2g} standard deviations (bound {bound}). {REMEDY}"
-            )
-        self.precision = precision
 
-
-REMEDY = "Sample it with TRL's own trainer, or use a policy with full or sliding-window softmax attention."
+def _attend(configs, implementations: list[str]) -> None:
+    for config, implementation in zip(configs, implementations, strict=True):
+        config._attn_implementation = implementation
 
 
 def cache_argument(model: nn.Module) -> str:
-    """How the model's forward calls the cache: "cache", or "past_key_values" as before transformers 5.24."""
+    """How the model's forward calls the cache: "cache", or before transformers 5.24 "past_key_values" ("cache_params"
+    where it has no attention)."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's own takes anything
-    return "cache" if "cache" in inspect.signature(type(base).forward).parameters else "past_key_values"
+    taken = inspect.signature(type(base).forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in taken), "past_key_values")
 
 
 def _precision(logits: Tensor) -> torch.dtype:
@@ -231,17 +223,3 @@ def _precision(logits: Tensor) -> torch.dtype:
         if torch.equal(logits, logits.to(narrow).to(logits.dtype)):
             return narrow
     return logits.dtype
-
-
-def _refuse_unsupported(model: nn.Module, config) -> None:
-    name = type(model).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder; only causal language models are decoded. {REMEDY}")
-    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - set(MASKED_LAYERS))
-    if foreign:
-        raise UnsupportedModelError(
-            f"{name} has layers of type {', '.join(map(repr, foreign))}; speculative decoding needs "
-            f"{' or '.join(map(repr, MASKED_LAYERS))} layers, whose state can be masked per row. {REMEDY}"
-        )
-    if getattr(model, "_is_stateful", False):
-        raise UnsupportedModelError(f"{name} keeps a recurrent state that cannot be rolled back. {REMEDY}")

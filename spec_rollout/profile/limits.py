@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.learner import DraftLearner
 from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.engine.support import attention_layers
 from spec_rollout.simulate.cost_file import Limits
 
 COPY_BYTES = (2**24, 2**30)
@@ -28,7 +29,7 @@ def device_limits(model: nn.Module, drafter: EagleDrafter) -> Limits:
     return Limits(
         parameters=_multiplied(model),
         draft_parameters=sum(p.numel() for p in drafter.head.parameters() if p.dim() == 2) + _borrowed(drafter),
-        kv_bytes_per_token=2 * config.num_hidden_layers * heads * width * weight.itemsize,
+        kv_bytes_per_token=2 * attention_layers(config) * heads * width * weight.itemsize,
         bandwidth=_bandwidth(weight.device, _bytes(model.parameters())),
         flops=_flops(weight.device, weight.dtype),
         bytes_per_parameter=weight.itemsize,
@@ -41,7 +42,7 @@ def memory(engine: RolloutEngine, drafter: EagleDrafter, learner: DraftLearner) 
     state = [v for o in trainer.optimizers for s in o.state.values() for v in s.values() if isinstance(v, Tensor)]
     return {
         "weights": _bytes(engine.target.model.parameters()),
-        "kv_cache": _bytes([*cache.keys, *cache.values]),
+        "kv_cache": _bytes(cache.buffers),
         "draft": _bytes([*drafter.head.parameters(), *drafter.cache.keys, *drafter.cache.values]),
         "features": _bytes([] if drafter.features is None else [drafter.features])
         + _bytes(t for s in learner.buffer.samples for t in (s.tokens, s.features)),

@@ -97,24 +97,25 @@ def test_partitioned_weights():
         RolloutEngine(model, SpecConfig(num_speculative_tokens=0)).generate(PROMPTS, PARAMS)
 
 
-MOE = {"num_experts": 4, "num_local_experts": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-
-
 @pytest.mark.parametrize(
     ("name", "options", "cause"),
     [
-        ("mamba", {}, "'linear_attention'"),
-        ("qwen3_next", {"head_dim": 8, **MOE, **LINEAR}, "'linear_attention'"),
-        ("llama4_text", {"head_dim": 8, "intermediate_size_mlp": 48, **MOE}, "'chunked_attention'"),
+        ("mamba", {}, "'linear_attention'"),  # of the first kind, which no seam leads to
+        ("minimax", {"layer_types": ["linear_attention", "full_attention"]}, "'linear_attention'"),
         ("rwkv", {}, "recurrent state"),
+        ("llama4_text", {"max_position_embeddings": 8192}, "attn_temperature_tuning.*below 8192"),
     ],
 )
 def test_layers_without_a_maskable_state(name, options, cause):
-    """Refused by name of the layer type when the engine is made."""
+    """Refused by name of the layer type when the engine is made; what would be taken is said."""
     model = make_policy(name, **options)
-    with pytest.raises(UnsupportedModelError, match=rf"{type(model).__name__}.*{cause}.*TRL's own trainer"):
+    with pytest.raises(UnsupportedModelError, match=rf"{type(model).__name__}.*{cause}.*TRL's own trainer.*Mamba-2"):
         RolloutEngine(model)
+
+
+def test_recurrent_layers_are_not_compiled():
+    with pytest.raises(ValueError, match="compile_passes=True: Lfm2ForCausalLM .*Set compile_passes=False"):
+        RolloutEngine(make_policy("lfm2"), SpecConfig(compile_passes=True))
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter
-from spec_rollout.engine import target as target_module
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kv_cache import SlotCache
-from spec_rollout.engine.lean import lean_pass
+from spec_rollout.engine.lean import choice
 from spec_rollout.engine.lean.lean_pass import LeanPass
-from spec_rollout.engine.lean.recognition import family_of
 from spec_rollout.engine.lean.views import Views
 from spec_rollout.engine.target import Target
 from spec_rollout.records import SamplingParams
@@ -105,11 +103,11 @@ def test_tokens_are_the_same_when_it_comes_and_goes(name, monkeypatch):
     )
     taken, forward = [], Target.forward
 
-    def in_turns(self, cache, slots, ids, positions, extent, keep_logits=0):
+    def in_turns(self, *given, **options):
         lean = self._lean
         self._lean = lean if len(taken) % 3 else None
         taken.append(self.path)
-        found = forward(self, cache, slots, ids, positions, extent, keep_logits)
+        found = forward(self, *given, **options)
         self._lean = lean
         return found
 
@@ -138,7 +136,7 @@ def stale_weights(patch):
     def once(model, family):
         return kept.setdefault(id(model), LeanPass(model, family))
 
-    patch.setattr(target_module, "LeanPass", once)
+    patch.setattr(choice, "LeanPass", once)
 
 
 def row_off_by_one(patch):
@@ -159,89 +157,6 @@ def test_a_mutation_is_noticed(mutation, monkeypatch):
                 parameter.mul_(1.5)
     got = engine.generate(PROMPTS, PARAMS)
     assert [c.token_ids for c in got] != [c.token_ids for c in reference(model, PROMPTS, PARAMS)]
-
-
-def path_of(model, **engine_options) -> str:
-    policy = Target(model, **engine_options)
-    with policy.rollout():
-        return policy.path
-
-
-def hooked(model):
-    model.model.layers[0].mlp.register_forward_hook(lambda *given: None)
-
-
-def wrapped(model):
-    model.forward = type(model).forward.__get__(model)
-
-
-def other_mlp(model):
-    model.model.layers[1].mlp = torch.nn.Sequential(model.model.layers[1].mlp)
-
-
-def one_weight_more(model):
-    model.model.layers[1].register_parameter("gate", torch.nn.Parameter(torch.zeros(3)))
-
-
-@pytest.mark.parametrize("change", [hooked, wrapped, other_mlp, one_weight_more])
-def test_a_changed_policy_goes_through_its_own_forward(change):
-    model = rough("llama")
-    assert path_of(model) == "lean"
-    change(model)
-    assert family_of(model) is None
-    if change is not other_mlp:
-        assert path_of(model) == "transformers"
-
-
-@pytest.mark.parametrize(
-    ("name", "overrides"),
-    [
-        ("gpt2", {}),
-        ("mixtral", {}),
-        ("cohere2", {}),
-        ("gemma2", {"attn_logit_softcapping": 50.0}),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}),
-    ],
-)
-def test_what_it_does_not_know_it_leaves_alone(name, overrides):
-    assert path_of(make_policy(name, **overrides)) == "transformers"
-
-
-def test_under_autocast_the_policys_own_forward_runs():
-    model = rough("llama")
-    with torch.autocast("cpu", torch.bfloat16):
-        assert path_of(model) == "transformers"
-    assert path_of(model) == "lean"
-
-
-def test_a_pass_that_is_not_the_policys_is_found_and_said(monkeypatch):
-    monkeypatch.setattr(lean_pass, "_add", lambda x, projection, inner, *rest: x + 1.01 * projection(inner))
-    with pytest.warns(RuntimeWarning, match="differs from LlamaForCausalLM's own forward"):
-        assert path_of(rough("llama")) == "transformers"
-
-
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_adapters(kind):
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(rough("qwen2"), LoraConfig(r=4, target_modules="all-linear", use_dora=kind == "dora"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
-    assert path_of(model) == "lean"
-    expected = reference(model, PROMPTS, PARAMS)
-    with model.disable_adapter():
-        assert expected != reference(model, PROMPTS, PARAMS)
-    assert_same(RolloutEngine(model, SpecConfig(max_slots=3)).generate(PROMPTS, PARAMS), expected)
-
-
-def test_a_resized_vocabulary():
-    model = rough("llama")
-    model.resize_token_embeddings(VOCAB + 14)
-    assert path_of(model) == "lean"
-    got = RolloutEngine(model).generate(PROMPTS, PARAMS)
-    assert_same(got, reference(model, PROMPTS, PARAMS))
 
 
 class Counting(TorchDispatchMode):

@@ -13,6 +13,7 @@ from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.prefill import PREFILL_TOKENS
+from spec_rollout.engine.support import attention_layers
 from spec_rollout.gamma import FixedGamma
 from spec_rollout.records import SamplingParams
 from tests.tiny import make_policy
@@ -48,24 +49,49 @@ def bound(slots: int, tokens: int, gamma: int, model) -> int:
     """The table of docs/speed.md, without what outlives a rollout, and the rows' tokens and log-probs."""
     config = model.config
     width = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
-    cache = 2 * config.num_hidden_layers * width + 4 * config.hidden_size + 2 * width
+    cache = 2 * attention_layers(config) * width + 4 * config.hidden_size + 2 * width
     logits = slots * (gamma + 1) * config.vocab_size * 8 + slots * gamma * config.vocab_size * 4
     at_once = max(PREFILL_TOKENS, slots * (gamma + 1))
     layer = 2 * config.intermediate_size + 6 * config.hidden_size
     passing = at_once * ((config.num_hidden_layers + 1) * config.hidden_size + layer) * 4
-    return slots * tokens * (cache * 4 + 24) + logits + passing + 2 * 2**24
+    return slots * tokens * (cache * 4 + 24) + logits + passing + 2 * 2**24 + recurrent(slots, gamma, config)
 
 
-@pytest.mark.parametrize(("slots", "prompt", "new"), [(16, 24, 400), (48, 90, 60)])
-def test_peak_memory_is_bounded(slots, prompt, new):
-    model = make_policy(
-        "llama",
-        vocab_size=2003,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        max_position_embeddings=512,
-    )
+def recurrent(slots: int, gamma: int, config) -> int:
+    """The rows on recurrent layers, for the gated delta rule; 0 without any."""
+    layers = config.num_hidden_layers - attention_layers(config)
+    if not layers:
+        return 0
+    heads, keys, values = config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
+    channels = 2 * config.linear_num_key_heads * keys + heads * values
+    taps = config.linear_conv_kernel_dim
+    state = heads * keys * values
+    chunks = max(PREFILL_TOKENS, 64 * slots) * heads * (6 * 64 + 6 * keys + 8 * values)
+    kept = layers * (state + (taps - 1) * channels) + layers * (gamma + taps) * 3 * channels
+    return 4 * (slots * (kept + state) + chunks)
+
+
+LLAMA = ("llama", {"num_hidden_layers": 4})
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"] * 3,
+    "num_hidden_layers": 6,
+    "head_dim": 32,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+QWEN = ("qwen3_5_text", HYBRID)
+
+
+@pytest.mark.parametrize(
+    ("policy", "slots", "prompt", "new"),
+    [(LLAMA, 16, 24, 400), (LLAMA, 48, 90, 60), (QWEN, 40, 90, 60)],
+)
+def test_peak_memory_is_bounded(policy, slots, prompt, new):
+    name, options = policy
+    sizes = {"vocab_size": 2003, "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 512}
+    model = make_policy(name, **sizes, **options)
     gamma = 3
     drafter = EagleDrafter(EagleHead(HeadConfig.for_target(model.config)), PolicyView(model))
     drafter.ready = True

@@ -19,7 +19,7 @@ from spec_rollout.engine.stops import Stops
 from spec_rollout.engine.target import Target
 from spec_rollout.engine.verify import Verdict
 from spec_rollout.records import SamplingParams
-from tests.tiny import PROMPTS, VOCAB, Scripted, assert_same, cut, policy, reference
+from tests.tiny import PROMPTS, VOCAB, Scripted, assert_same, cut, policy, reference, unprobed
 
 PARAMS = SamplingParams(max_new_tokens=40, temperature=0.8, repetition_penalty=1.2)
 NAME = "mistral"
@@ -52,8 +52,8 @@ def wrap(monkeypatch, owner, name, mutation):
 
 
 def position_off_by_one(patch):
-    def forward(honest, self, cache, slots, ids, positions, extent, keep_logits=0):
-        return honest(self, cache, slots, ids, positions + (0 if keep_logits else 1), extent, keep_logits)
+    def forward(honest, self, cache, slots, ids, positions, extent, **prefill):
+        return honest(self, cache, slots, ids, positions + (0 if prefill else 1), extent, **prefill)
 
     wrap(patch, Target, "forward", forward)
 
@@ -219,7 +219,7 @@ def test_the_engine_as_it_is_passes():
 def test_mutation_is_noticed(mutation, monkeypatch):
     drawn()
     # the probe must not come before the tokens
-    monkeypatch.setattr(Target, "_probe", lambda self: setattr(self, "precision", torch.float32))
+    monkeypatch.setattr(Target, "_probe", unprobed)
     mutation(monkeypatch)
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
         check()

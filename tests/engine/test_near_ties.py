@@ -12,7 +12,18 @@ from spec_rollout.engine.near_ties import NEAR_TIE
 from spec_rollout.engine.target import Target
 from spec_rollout.records import SamplingParams
 from tests.engine.recorded import common, difference, recorded
-from tests.tiny import ARCHITECTURES, PROMPTS, VOCAB, Scripted, assert_same, cut, make_policy, policy, reference
+from tests.tiny import (
+    ARCHITECTURES,
+    PROMPTS,
+    VOCAB,
+    Scripted,
+    assert_same,
+    cut,
+    make_policy,
+    policy,
+    reference,
+    unprobed,
+)
 
 PARAMS = SamplingParams(max_new_tokens=16)
 LAWS = {
@@ -78,7 +89,7 @@ def jitter(monkeypatch, size: float) -> None:
         return logits + size * (2 * torch.rand(logits.shape, generator=generator) - 1), hidden
 
     policy("llama")  # is probed with honest logits
-    monkeypatch.setattr(Target, "_probe", lambda self: setattr(self, "precision", torch.float32))
+    monkeypatch.setattr(Target, "_probe", unprobed)
     monkeypatch.setattr(Target, "forward", forward)
 
 

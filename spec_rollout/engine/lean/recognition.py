@@ -48,7 +48,9 @@ def family_of(model: nn.Module) -> Family | None:
         return None
     if any("forward" in module.__dict__ or _hooked(module) for module in model.modules()):
         return None
-    return family if all(_layer_known(layer, family) for layer in decoder.layers) else None
+    if not all(_layer_known(layer, family) for layer in decoder.layers):
+        return None
+    return family if _of_one_kind(base) else None
 
 
 def takes_layer_type(rotary: nn.Module) -> bool:
@@ -72,6 +74,16 @@ def _layer_known(layer: nn.Module, family: Family) -> bool:
         for name, _ in layer.named_parameters()
         for name in (name.rpartition(".")[0],)
     )
+
+
+def _of_one_kind(base: nn.Module) -> bool:
+    """Whether embedding, layers, norm and output head compute in one dtype on one device, and no head is in float32
+    over a bfloat16 policy."""
+    decoder = base.get_decoder()
+    parts = [decoder.embed_tokens, decoder.norm, base.get_output_embeddings()]
+    for layer in decoder.layers:
+        parts += [module for name, module in layer.named_modules() if name in LAYER_PARTS]
+    return len({(part.weight.dtype, part.weight.device) for part in parts}) == 1
 
 
 def _foreign(module: nn.Module) -> bool:
