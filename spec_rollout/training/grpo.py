@@ -12,6 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.training.config import refuse_conflicts
+from spec_rollout.training.endings import judged, judged_turns, plain
 from spec_rollout.training.gathering import refuse_partitioned
 from spec_rollout.training.mismatch import log_difference
 from spec_rollout.training.rollouts import SpeculativeRollouts
@@ -66,7 +67,16 @@ class SpecGRPOTrainer(SpeculativeRollouts, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         completions = self._sample_turn(prompt_ids, images, multimodal_fields)
-        return [c.token_ids for c in completions], [c.logprobs for c in completions]
+        return judged(self, completions), [c.logprobs for c in completions]
+
+    def _tool_call_loop(self, prompts, prompt_ids, completion_ids, *others):
+        before, self._turn, self._turns = list(completion_ids), 1, []
+        tool_mask, completions, completion_ids, *rest = super()._tool_call_loop(
+            prompts, prompt_ids, completion_ids, *others
+        )
+        completion_ids = judged_turns(self, prompt_ids, completion_ids, before, self._turns)
+        self._turns = []
+        return tool_mask, completions, completion_ids, *rest
 
     def _generate(self, prompts: list):
         with self._use_vllm(False):
@@ -134,6 +144,7 @@ def make_rollout_func(config: SpecConfig | None = None) -> Callable[[list, GRPOT
                 "SpecGRPOTrainer."
             )
         prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
+        _read_plainly(trainer)
         with sampler.gathered(trainer):
             completions = sampler.sample(trainer, prompt_ids, images, fields)
             if trainer.model.training:
@@ -141,9 +152,17 @@ def make_rollout_func(config: SpecConfig | None = None) -> Callable[[list, GRPOT
         sampler.log(trainer)
         return {
             "prompt_ids": prompt_ids,
-            "completion_ids": [c.token_ids for c in completions],
+            "completion_ids": judged(trainer, completions),
             "logprobs": [c.logprobs for c in completions],
         }
 
     rollout_func.sampler = sampler
     return rollout_func
+
+
+def _read_plainly(trainer: GRPOTrainer) -> None:
+    """Have the reward functions of TRL's own trainer read token ids that have nothing to tell."""
+    if isinstance(trainer, SpeculativeRollouts) or "_calculate_rewards" in vars(trainer):
+        return
+    rewards = trainer._calculate_rewards
+    trainer._calculate_rewards = lambda *given: rewards(*given[:-1], plain(given[-1]))

@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from spec_rollout.records import Completion
 from spec_rollout.training.config import refuse_conflicts, spec_config
+from spec_rollout.training.endings import plain
 from spec_rollout.training.gathering import refuse_partitioned
 from spec_rollout.training.mismatch import log_difference
 from spec_rollout.training.model_card import append_to_card
@@ -37,6 +38,8 @@ class SpeculativeRollouts:
         trainer_params(self)
         self.sampler = TrainerSampler(spec_config(self.args))
         self._turn = 0
+        self._turns: list[tuple[list[list[int]], list[Completion]]] = []
+        """What the tool loop has sampled: prompts and completions."""
         self._to_compare: tuple[Any, Tensor | None] | None = None
 
     def _generate(self, prompts: list):
@@ -63,7 +66,13 @@ class SpeculativeRollouts:
     def _sample_turn(self, prompt_ids, images, multimodal_fields) -> list[Completion]:
         # TRL's tool loop comes back here; near the end of the context it expects a short completion, not an error.
         later_turn, self._turn = self._turn > 0, self._turn + 1
-        return self.sampler.sample(self, prompt_ids, images, multimodal_fields, clip=later_turn)
+        completions = self.sampler.sample(self, prompt_ids, images, multimodal_fields, clip=later_turn)
+        if later_turn:
+            self._turns.append((prompt_ids, completions))
+        return completions
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        return super()._calculate_rewards(inputs, prompts, completions, plain(completion_ids_list))
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *others, **options):
         with self.sampler.listening(input_ids, attention_mask, logits_to_keep):
