@@ -10,7 +10,8 @@ from trl import GRPOConfig, RLOOConfig
 
 from spec_rollout.backends.vllm.engine import require_vllm
 from spec_rollout.config import SpecConfig
-from spec_rollout.training.sampling_params import sampling_params
+from spec_rollout.training.option_types import check_types
+from spec_rollout.training.sampling_params import check_option_types, sampling_params
 
 
 @dataclass
@@ -45,6 +46,7 @@ class SpecGRPOConfig(SpecConfig, GRPOConfig):
     )
 
     def __post_init__(self):
+        check_types(self)
         GRPOConfig.__post_init__(self)
         SpecConfig.__post_init__(self)
         refuse_conflicts(self)
@@ -73,6 +75,7 @@ class SpecRLOOConfig(SpecConfig, RLOOConfig):
     """
 
     def __post_init__(self):
+        check_types(self)
         RLOOConfig.__post_init__(self)
         SpecConfig.__post_init__(self)
         refuse_conflicts(self)
@@ -91,6 +94,7 @@ def refuse_conflicts(args: GRPOConfig | RLOOConfig) -> None:
     Raises:
         ValueError: naming the option and the remedy.
     """
+    check_types(args)
     for name in ("use_vllm", "use_transformers_continuous_batching"):
         if getattr(args, name):
             raise ValueError(
@@ -110,8 +114,20 @@ def refuse_conflicts(args: GRPOConfig | RLOOConfig) -> None:
             "divides by it, so it must be above 0."
         )
     if args.generation_kwargs:
-        given = {"max_new_tokens": args.max_completion_length, "do_sample": True, **args.generation_kwargs}
-        sampling_params(GenerationConfig(**given))
+        _refuse_generation_kwargs(args)
+
+
+def _refuse_generation_kwargs(args: GRPOConfig | RLOOConfig) -> None:
+    own = {"max_new_tokens": args.max_completion_length, "do_sample": True, "temperature": args.temperature}
+    check_option_types(args.generation_kwargs)
+    params = sampling_params(GenerationConfig(**{**own, **args.generation_kwargs}))
+    if params.temperature != args.temperature:
+        drawn = "greedily" if params.greedy else f"at temperature {params.temperature}"
+        raise ValueError(
+            f"generation_kwargs={args.generation_kwargs} would draw {drawn}, but a group needs completions that "
+            f"differ, and the loss divides by temperature={args.temperature}: leave temperature and do_sample out of "
+            "it, and give temperature, above 0, as an option of its own."
+        )
 
 
 def _refuse_strangers(args: GRPOConfig | RLOOConfig) -> None:

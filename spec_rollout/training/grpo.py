@@ -17,6 +17,7 @@ from spec_rollout.training.gathering import refuse_partitioned
 from spec_rollout.training.mismatch import log_difference
 from spec_rollout.training.rollouts import SpeculativeRollouts
 from spec_rollout.training.sampler import TrainerSampler
+from spec_rollout.training.sampling_params import log_inherited
 
 
 class SpecGRPOTrainer(SpeculativeRollouts, GRPOTrainer):
@@ -127,13 +128,19 @@ def make_rollout_func(config: SpecConfig | None = None) -> Callable[[list, GRPOT
         A callable from the trainer's prompts, repeated `num_generations` times, to `prompt_ids`, `completion_ids` and
         `logprobs`.
 
+    Raises:
+        ValueError: `config` is of another kind; from the callable, an option that the sampler cannot honour.
+
     Example:
 
     ```python
     trainer = GRPOTrainer(..., rollout_func=make_rollout_func(SpecConfig(max_slots=128)))
     ```
     """
-    sampler = TrainerSampler(config or SpecConfig())
+    config = SpecConfig() if config is None else config
+    if not isinstance(config, SpecConfig):
+        raise ValueError(f"config is a {type(config).__name__}: give a SpecConfig, or None for its defaults.")
+    sampler = TrainerSampler(config)
 
     def rollout_func(prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
         refuse_conflicts(trainer.args)
@@ -144,6 +151,8 @@ def make_rollout_func(config: SpecConfig | None = None) -> Callable[[list, GRPOT
                 "SpecGRPOTrainer."
             )
         prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
+        if sampler.backend is None:
+            log_inherited(trainer)
         _read_plainly(trainer)
         with sampler.gathered(trainer):
             completions = sampler.sample(trainer, prompt_ids, images, fields)

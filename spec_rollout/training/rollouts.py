@@ -15,7 +15,8 @@ from spec_rollout.training.endings import plain
 from spec_rollout.training.gathering import refuse_partitioned
 from spec_rollout.training.mismatch import log_difference
 from spec_rollout.training.model_card import append_to_card
-from spec_rollout.training.sampler import TrainerSampler, trainer_params
+from spec_rollout.training.sampler import TrainerSampler
+from spec_rollout.training.sampling_params import log_inherited, trainer_params
 
 
 class SpeculativeRollouts:
@@ -36,6 +37,7 @@ class SpeculativeRollouts:
             )
         refuse_partitioned(self)
         trainer_params(self)
+        log_inherited(self)
         self.sampler = TrainerSampler(spec_config(self.args))
         self._turn = 0
         self._turns: list[tuple[list[list[int]], list[Completion]]] = []

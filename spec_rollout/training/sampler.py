@@ -25,7 +25,7 @@ from spec_rollout.records import Completion, RefreshStats, SamplingParams
 from spec_rollout.training.gathering import gathered_policy, own_random_stream
 from spec_rollout.training.metrics import local_sums, metrics
 from spec_rollout.training.progress import rollout_bar
-from spec_rollout.training.sampling_params import sampling_params
+from spec_rollout.training.sampling_params import trainer_params
 
 DRAFT_FOLDER = "draft"
 TEXT_FIELDS = ("token_type_ids", "mm_token_type_ids")
@@ -198,16 +198,6 @@ class TrainerSampler:
         call = calls if last_step == step else 0
         self._calls[mode] = (step, call + 1)
         return (trainer.args.seed, int(mode == "train"), trainer.accelerator.process_index, step, call)
-
-
-def trainer_params(trainer: Trainer) -> SamplingParams:
-    """The sampling parameters that a trainer's options come to.
-
-    Raises:
-        ValueError: an option that cannot be honoured.
-    """
-    own = getattr(trainer.accelerator.unwrap_model(trainer.model), "generation_config", None)
-    return sampling_params(trainer.generation_config, own, trainer.eos_token_ids)
 
 
 def refuse_multimodal(images: Any, fields: dict) -> None:
