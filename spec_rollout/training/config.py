@@ -11,11 +11,27 @@ from trl import GRPOConfig, RLOOConfig
 from spec_rollout.backends.vllm.engine import require_vllm
 from spec_rollout.config import SpecConfig
 from spec_rollout.training.option_types import check_types
+from spec_rollout.training.prompts import OVERLONG, REFUSE
 from spec_rollout.training.sampling_params import check_option_types, sampling_params
 
 
 @dataclass
-class SpecGRPOConfig(SpecConfig, GRPOConfig):
+class PromptOptions:
+    """What the trainers, not the sampler, do with prompts."""
+
+    overlong_prompts: str = field(
+        default=REFUSE,
+        metadata={
+            "help": "What happens to a prompt that leaves no room for `max_completion_length` in the policy's "
+            "context: `refuse` ends the run with its size, `clip` keeps its last tokens, `skip` leaves it out of the datasets "
+            "before training.",
+            "choices": OVERLONG,
+        },
+    )
+
+
+@dataclass
+class SpecGRPOConfig(PromptOptions, SpecConfig, GRPOConfig):
     r"""
     Configuration class for the [`SpecGRPOTrainer`].
 
@@ -29,6 +45,8 @@ class SpecGRPOConfig(SpecConfig, GRPOConfig):
         importance_sampling_correction (`bool`, *optional*, defaults to `False`):
             Whether to correct for the difference between the sampler's and the trainer's log-probs, as TRL does for
             vLLM.
+        overlong_prompts (`str`, *optional*, defaults to `"refuse"`):
+            What happens to a prompt that is too long for the policy's context: `"refuse"`, `"clip"` or `"skip"`.
 
         The others are described beside the fields of [`SpecConfig`]; `--help` prints them all.
 
@@ -56,7 +74,7 @@ class SpecGRPOConfig(SpecConfig, GRPOConfig):
 
 
 @dataclass
-class SpecRLOOConfig(SpecConfig, RLOOConfig):
+class SpecRLOOConfig(PromptOptions, SpecConfig, RLOOConfig):
     r"""
     Configuration class for the [`SpecRLOOTrainer`].
 
@@ -67,6 +85,8 @@ class SpecRLOOConfig(SpecConfig, RLOOConfig):
 
         num_speculative_tokens (`int`, *optional*):
             Tokens that the draft guesses per step. If `None`, adapted to the batch size; `0` is plain decoding.
+        overlong_prompts (`str`, *optional*, defaults to `"refuse"`):
+            What happens to a prompt that is too long for the policy's context: `"refuse"`, `"clip"` or `"skip"`.
 
         The others are described beside the fields of [`SpecConfig`]; `--help` prints them all.
 
@@ -95,6 +115,8 @@ def refuse_conflicts(args: GRPOConfig | RLOOConfig) -> None:
         ValueError: naming the option and the remedy.
     """
     check_types(args)
+    if getattr(args, "overlong_prompts", REFUSE) not in OVERLONG:
+        raise ValueError(f"overlong_prompts={args.overlong_prompts!r} is unknown: give one of {', '.join(OVERLONG)}.")
     for name in ("use_vllm", "use_transformers_continuous_batching"):
         if getattr(args, name):
             raise ValueError(

@@ -15,6 +15,7 @@ from spec_rollout.training.config import refuse_conflicts
 from spec_rollout.training.endings import judged, judged_turns, plain
 from spec_rollout.training.gathering import refuse_partitioned
 from spec_rollout.training.mismatch import log_difference
+from spec_rollout.training.prompts import CLIP, REFUSE, fit_prompts
 from spec_rollout.training.rollouts import SpeculativeRollouts
 from spec_rollout.training.sampler import TrainerSampler
 from spec_rollout.training.sampling_params import log_inherited
@@ -112,7 +113,9 @@ def _mask(batch: dict) -> Tensor:
     return batch["completion_mask"] * batch.get("tool_mask", 1)
 
 
-def make_rollout_func(config: SpecConfig | None = None) -> Callable[[list, GRPOTrainer], dict[str, list]]:
+def make_rollout_func(
+    config: SpecConfig | None = None, overlong_prompts: str = REFUSE
+) -> Callable[[list, GRPOTrainer], dict[str, list]]:
     """
     A `rollout_func` for TRL's own [`~trl.GRPOTrainer`], for those who keep it.
 
@@ -123,13 +126,16 @@ def make_rollout_func(config: SpecConfig | None = None) -> Callable[[list, GRPOT
     Args:
         config ([`SpecConfig`], *optional*):
             Options of the sampler.
+        overlong_prompts (`str`, *optional*, defaults to `"refuse"`):
+            What happens to a prompt that is too long for the policy's context: `"refuse"` or `"clip"`.
 
     Returns:
         A callable from the trainer's prompts, repeated `num_generations` times, to `prompt_ids`, `completion_ids` and
         `logprobs`.
 
     Raises:
-        ValueError: `config` is of another kind; from the callable, an option that the sampler cannot honour.
+        ValueError: `config` is of another kind, or `overlong_prompts` unknown; from the callable, an option
+            that the sampler cannot honour.
 
     Example:
 
@@ -140,6 +146,11 @@ def make_rollout_func(config: SpecConfig | None = None) -> Callable[[list, GRPOT
     config = SpecConfig() if config is None else config
     if not isinstance(config, SpecConfig):
         raise ValueError(f"config is a {type(config).__name__}: give a SpecConfig, or None for its defaults.")
+    if overlong_prompts not in (REFUSE, CLIP):
+        raise ValueError(
+            f"overlong_prompts={overlong_prompts!r} cannot be honoured by a rollout function: give {REFUSE!r} or "
+            f"{CLIP!r}, or use SpecGRPOTrainer, which can leave such prompts out of the datasets."
+        )
     sampler = TrainerSampler(config)
 
     def rollout_func(prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
@@ -151,6 +162,7 @@ def make_rollout_func(config: SpecConfig | None = None) -> Callable[[list, GRPOT
                 "SpecGRPOTrainer."
             )
         prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
+        prompt_ids = fit_prompts(trainer, prompt_ids, overlong_prompts)
         if sampler.backend is None:
             log_inherited(trainer)
         _read_plainly(trainer)

@@ -15,6 +15,7 @@ from spec_rollout.training.endings import plain
 from spec_rollout.training.gathering import refuse_partitioned
 from spec_rollout.training.mismatch import log_difference
 from spec_rollout.training.model_card import append_to_card
+from spec_rollout.training.prompts import REFUSE, SKIP, fit_prompts, skip_overlong
 from spec_rollout.training.sampler import TrainerSampler
 from spec_rollout.training.sampling_params import log_inherited, trainer_params
 
@@ -39,6 +40,9 @@ class SpeculativeRollouts:
         trainer_params(self)
         log_inherited(self)
         self.sampler = TrainerSampler(spec_config(self.args))
+        self._overlong = getattr(self.args, "overlong_prompts", REFUSE)
+        if self._overlong == SKIP:
+            skip_overlong(self, super()._tokenize_prompts)
         self._turn = 0
         self._turns: list[tuple[list[list[int]], list[Completion]]] = []
         """What the tool loop has sampled: prompts and completions."""
@@ -64,6 +68,10 @@ class SpeculativeRollouts:
         if self.model.training:
             self.sampler.refresh(self)
         self.sampler.log(self)
+
+    def _tokenize_prompts(self, prompts: list):
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        return fit_prompts(self, prompt_ids, self._overlong), images, fields
 
     def _sample_turn(self, prompt_ids, images, multimodal_fields) -> list[Completion]:
         # TRL's tool loop comes back here; near the end of the context it expects a short completion, not an error.
