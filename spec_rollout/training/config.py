@@ -23,8 +23,8 @@ class PromptOptions:
         default=REFUSE,
         metadata={
             "help": "What happens to a prompt that leaves no room for `max_completion_length` in the policy's "
-            "context: `refuse` ends the run with its size, `clip` keeps its last tokens, `skip` leaves it out of the datasets "
-            "before training.",
+            "context: `refuse` ends the run with its size, `clip` keeps its last tokens, `skip` leaves it out of the "
+            "datasets before training.",
             "choices": OVERLONG,
         },
     )
