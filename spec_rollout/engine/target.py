@@ -39,6 +39,15 @@ class Target:
         """Of the arithmetic; known once the model has been probed."""
 
     @property
+    def room(self) -> int | None:
+        """Tokens that a prompt and its completion may have together; None without a bound."""
+        return self.context
+
+    def make_cache(self) -> SlotCache:
+        """An empty cache for this policy's rows."""
+        return SlotCache()
+
+    @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
