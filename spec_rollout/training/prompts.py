@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import Trainer
 
+from spec_rollout.engine.virtual_tokens import virtual_tokens
 from spec_rollout.training.sampling_params import trainer_params
 
 logger = logging.getLogger(__name__)
@@ -23,11 +24,11 @@ Tokenize = Callable[[list], tuple[list[list[int]], Any, dict]]
 
 def context_of(trainer: Trainer) -> int | None:
     """Tokens that prompt and completion may have together; None without a bound."""
-    config = trainer.accelerator.unwrap_model(trainer.model).config.get_text_config(decoder=True)
-    bounds = [getattr(config, "max_position_embeddings", None)]
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    bounds = [getattr(policy.config.get_text_config(decoder=True), "max_position_embeddings", None)]
     if getattr(trainer.args, "rollout_backend", "embedded") == "vllm":
         bounds.append(trainer.args.vllm_max_model_length)
-    return min((bound for bound in bounds if bound is not None), default=None)
+    return min((bound - virtual_tokens(policy) for bound in bounds if bound is not None), default=None)
 
 
 def fit_prompts(trainer: Trainer, prompt_ids: list[list[int]], overlong: str) -> list[list[int]]:

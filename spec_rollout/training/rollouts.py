@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from spec_rollout.records import Completion
 from spec_rollout.training.config import refuse_conflicts, spec_config
 from spec_rollout.training.endings import plain
-from spec_rollout.training.gathering import refuse_partitioned
+from spec_rollout.training.gathering import refuse_partitioned, refuse_unfit_for_vllm
 from spec_rollout.training.mismatch import log_difference
 from spec_rollout.training.model_card import append_to_card
 from spec_rollout.training.prompts import REFUSE, SKIP, fit_prompts, skip_overlong
@@ -37,6 +37,7 @@ class SpeculativeRollouts:
                 "sample text-only policies: pass its tokenizer as processing_class, or use TRL's own trainer."
             )
         refuse_partitioned(self)
+        refuse_unfit_for_vllm(self)
         trainer_params(self)
         log_inherited(self)
         self.sampler = TrainerSampler(spec_config(self.args))
