@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 from spec_rollout.config import SpecConfig
+from spec_rollout.engine.virtual_tokens import virtual_tokens
 from spec_rollout.training.config import refuse_conflicts
 from spec_rollout.training.endings import judged, judged_turns, plain
 from spec_rollout.training.gathering import refuse_partitioned
 from spec_rollout.training.mismatch import log_difference
+from spec_rollout.training.padding import close_gaps
 from spec_rollout.training.prompts import CLIP, REFUSE, fit_prompts
 from spec_rollout.training.rollouts import SpeculativeRollouts
 from spec_rollout.training.sampler import TrainerSampler
@@ -163,9 +165,8 @@ def make_rollout_func(
             )
         prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
         prompt_ids = fit_prompts(trainer, prompt_ids, overlong_prompts)
-        if sampler.backend is None:
-            log_inherited(trainer)
-        _read_plainly(trainer)
+        if not isinstance(trainer, SpeculativeRollouts) and "_calculate_rewards" not in vars(trainer):
+            _prepare(trainer)
         with sampler.gathered(trainer):
             completions = sampler.sample(trainer, prompt_ids, images, fields)
             if trainer.model.training:
@@ -181,9 +182,11 @@ def make_rollout_func(
     return rollout_func
 
 
-def _read_plainly(trainer: GRPOTrainer) -> None:
-    """Have the reward functions of TRL's own trainer read token ids that have nothing to tell."""
-    if isinstance(trainer, SpeculativeRollouts) or "_calculate_rewards" in vars(trainer):
-        return
+def _prepare(trainer: GRPOTrainer) -> None:
+    """Once for a trainer of TRL's own: its reward functions read token ids that have nothing to tell, and its policy
+    reads padded rows as it samples them."""
+    log_inherited(trainer)
+    if virtual_tokens(trainer.model):
+        close_gaps(trainer.model)
     rewards = trainer._calculate_rewards
     trainer._calculate_rewards = lambda *given: rewards(*given[:-1], plain(given[-1]))

@@ -9,12 +9,14 @@ from typing import Any
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from spec_rollout.engine.virtual_tokens import virtual_tokens
 from spec_rollout.records import Completion
 from spec_rollout.training.config import refuse_conflicts, spec_config
 from spec_rollout.training.endings import plain
 from spec_rollout.training.gathering import refuse_partitioned, refuse_unfit_for_vllm
 from spec_rollout.training.mismatch import log_difference
 from spec_rollout.training.model_card import append_to_card
+from spec_rollout.training.padding import close_gaps
 from spec_rollout.training.prompts import REFUSE, SKIP, fit_prompts, skip_overlong
 from spec_rollout.training.sampler import TrainerSampler
 from spec_rollout.training.sampling_params import log_inherited, trainer_params
@@ -38,6 +40,8 @@ class SpeculativeRollouts:
             )
         refuse_partitioned(self)
         refuse_unfit_for_vllm(self)
+        if virtual_tokens(self.model):
+            close_gaps(self.model)
         trainer_params(self)
         log_inherited(self)
         self.sampler = TrainerSampler(spec_config(self.args))
