@@ -73,6 +73,7 @@ def save_head(
 def _config(config: HeadConfig, draft_vocab_size: int, extra: dict) -> dict:
     fields = config.to_dict()
     aux = list(fields.pop("aux_layers"))
+    del fields["rope_scaling"]
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
@@ -84,6 +85,7 @@ def _config(config: HeadConfig, draft_vocab_size: int, extra: dict) -> dict:
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
+        **({} if config.rope_scaling is None else {"rope_scaling": config.rope_scaling}),
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": aux, "use_aux_hidden_state": True},
         "spec_rollout": extra,
     }

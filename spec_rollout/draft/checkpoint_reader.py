@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spec_rollout.draft.checkpoint import ARCHITECTURE, CONFIG, FEATURE_SCALE, OPTIMIZER, WEIGHTS
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
+from spec_rollout.draft.layouts import PICKLED, own_names, rope, weights_file
 
 SPECULATORS = "speculators_model_type"
 
@@ -28,17 +29,12 @@ def load_head(folder: str | Path, wanted: HeadConfig) -> tuple[EagleHead, Tensor
     """
     folder = Path(folder)
     config = _read(folder, CONFIG, lambda path: json.loads(path.read_text()))
-    tensors = _read(folder, WEIGHTS, load_file)
+    weights, reader = weights_file(folder)
+    tensors = _read(folder, weights, reader)
+    given = _read(folder, weights, lambda path: own_names(tensors))
     found = _head_config(folder, config, wanted)
     extra = dict(config.get("spec_rollout", {}))
-    offsets = tensors.pop("d2t", None)
-    for name in ("t2d", "embed_tokens.weight"):  # the live policy's embedding is used instead
-        tensors.pop(name, None)
-    given = {
-        name.replace("layers.0.", "midlayer."): tensor
-        for name, tensor in tensors.items()
-        if not name.startswith("verifier_")  # speculators' copies of the policy's
-    }
+    offsets = given.pop("d2t", None)
     if extra.pop("lm_head", None) == "policy":
         given.pop("lm_head.weight", None)
     output = given.get("lm_head.weight")
@@ -51,7 +47,7 @@ def load_head(folder: str | Path, wanted: HeadConfig) -> tuple[EagleHead, Tensor
     ]
     if wrong:
         raise ValueError(
-            f"{folder / WEIGHTS} does not hold the EAGLE-3 head that its {CONFIG} describes: "
+            f"{folder / weights} does not hold the EAGLE-3 head that its {CONFIG} describes: "
             f"{', '.join(sorted(wrong)[:4])} is missing, foreign or of another shape. "
             "Export the head again, or start without draft_model_path."
         )
@@ -109,29 +105,22 @@ def _read(folder: Path, name: str, reader: Callable[[Path], dict]) -> dict:
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"{folder} is not a readable draft head ({name}: {type(error).__name__}: {error}): it needs an EAGLE-3 "
-            f"{CONFIG} and {WEIGHTS}. Give another draft_model_path, or none to start cold."
+            f"{CONFIG} and {WEIGHTS} or {PICKLED}. Give another draft_model_path, or none to start cold."
         ) from error
 
 
 def _head_config(folder: Path, config: dict, wanted: HeadConfig) -> HeadConfig:
     if SPECULATORS in config:
         config = _from_speculators(folder, config)
-    if config.get("architectures") != [ARCHITECTURE]:
-        raise ValueError(
-            f"{folder} holds {config.get('architectures')}, not an EAGLE-3 head ({ARCHITECTURE}). Give another "
-            "draft_model_path, or none to start cold."
-        )
     for name in ("hidden_size", "vocab_size"):
         if config.get(name) != getattr(wanted, name):
             raise ValueError(
                 f"The draft head in {folder} was made for a policy with {name}={config.get(name)}, this policy has "
                 f"{getattr(wanted, name)}. Give the draft of this policy, or none to start cold."
             )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta, scaling = _read(folder, CONFIG, lambda path: rope(config))
     for name, value, served in (
-        ("rope_type", kind, "default"),
-        ("num_hidden_layers", config.get("num_hidden_layers", 1), 1),
+        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
         ("norm_output", config.get("norm_output", False), False),
     ):
         if value != served:
@@ -142,9 +131,10 @@ def _head_config(folder: Path, config: dict, wanted: HeadConfig) -> HeadConfig:
     fields = {name: config[name] for name in wanted.to_dict() if config.get(name) is not None}
     if "head_dim" not in fields and "num_attention_heads" in fields:
         fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
-    fields["rope_theta"] = float(config.get("rope_theta") or rope.get("rope_theta") or wanted.rope_theta)
+    fields["rope_theta"], fields["rope_scaling"] = float(theta or wanted.rope_theta), scaling
     layers = wanted.aux_layers[-1] + 1
-    aux = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    named = "eagle_aux_hidden_state_layer_ids"
+    aux = (config.get("eagle_config") or {}).get(named) or config.get(named)
     fields["aux_layers"] = tuple(
         aux or (2, layers // 2, layers - 3)
     )  # the EAGLE-3 authors' layers, where none are named

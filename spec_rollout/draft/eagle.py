@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+ROPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+"""Kinds of rotary embedding whose angles depend on the position alone, and the numbers that they need."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,8 @@ class HeadConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     norm_before_residual: bool = False
+    rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
+    """As in a Llama config, `rope_type` and its numbers; None is plain rope."""
 
     @classmethod
     def for_target(cls, config) -> HeadConfig:
@@ -108,7 +121,15 @@ class EagleHead(nn.Module):
             if own_output is not None:
                 self.lm_head = nn.Linear(config.hidden_size, own_output, bias=False)
         self.register_buffer("feature_scale", torch.ones(self.fc.in_features), persistent=False)
+        self.register_buffer("frequency", None, persistent=False)
+        self.frequency, self.rope_size = frequencies(config)
         self._initialise(torch.Generator().manual_seed(seed))
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves the head; angles far into a text need the frequencies in float32, whatever the weights are in."""
+        super()._apply(fn, recurse)
+        self.frequency = frequencies(self.config)[0].to(self.fc.weight.device)
+        return self
 
     def _initialise(self, generator: torch.Generator) -> None:
         """Small random weights; `fc` starts by passing the highest feature through."""
@@ -167,7 +188,7 @@ class EagleHead(nn.Module):
         x = torch.cat([layer.input_layernorm(embeds), layer.hidden_norm(hidden)], -1)
         split = (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = (p(x).view(split).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-        return *rotate(q, k, positions, self.config.rope_theta), v
+        return *rotate(q, k, positions, self.frequency, self.rope_size), v
 
     def combine(self, attended: Tensor, hidden: Tensor) -> Tensor:
         """The layer's output [N, T, H], before the norm, from the attention's [N, heads, T, D] and its input."""
@@ -176,12 +197,33 @@ class EagleHead(nn.Module):
         return x + self.midlayer.mlp(self.midlayer.post_attention_layernorm(x))
 
 
-def rotate(q: Tensor, k: Tensor, positions: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+def frequencies(config: HeadConfig) -> tuple[Tensor, float]:
+    """Angles per position [D/2], float32, and the factor by which the rotated vectors grow (1 but for yarn)."""
+    half = config.head_dim // 2
+    if config.rope_scaling is None:
+        return config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half), 1.0
+    scaling = config.rope_scaling
+    reach = scaling.get("original_max_position_embeddings", 2048) * scaling["factor"]
+    llama = LlamaConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=int(reach),
+        rope_parameters={**scaling, "rope_theta": config.rope_theta},
+    )
+    return ROPE_INIT_FUNCTIONS[scaling["rope_type"]](llama, torch.device("cpu"))
+
+
+def turns(positions: Tensor, frequency: Tensor, size: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., D/2] of the angles at `positions` [...], times `size`."""
+    angle = positions[..., None].float() * frequency
+    return (angle.cos() * size).to(dtype), (angle.sin() * size).to(dtype)
+
+
+def rotate(q: Tensor, k: Tensor, positions: Tensor, frequency: Tensor, size: float) -> tuple[Tensor, Tensor]:
     """Rotary position embedding (Su et al. 2021), in the half-split layout of Llama."""
     half = q.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=q.device, dtype=torch.float32) / half)
-    angle = positions[:, None, :, None].float() * frequency  # [N, 1, T, D/2]
-    cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
+    cos, sin = turns(positions[:, None], frequency, size, q.dtype)  # [N, 1, T, D/2]
 
     def turn(x: Tensor) -> Tensor:
         a, b = x[..., :half], x[..., half:]

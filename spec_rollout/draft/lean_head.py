@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spec_rollout.draft.eagle import EagleHead
+from spec_rollout.draft.eagle import EagleHead, turns
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.lean.attention import Attentions
@@ -33,7 +33,9 @@ class LeanHead:
         config = self.config
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.like = head.fc.weight.new_empty(1)
-        self.table = self._table(capacity)
+        places = torch.arange(capacity, device=self.like.device)
+        cos, sin = turns(places, head.frequency, head.rope_size, self.like.dtype)
+        self.table = table(cos.repeat(1, 2), sin.repeat(1, 2))
         self.views = Views()
         self.attentions = Attentions(self.heads, self.like)
 
@@ -56,11 +58,3 @@ class LeanHead:
         attended = attention.attend(turn, mask, index, buffers, self.config.head_dim**-0.5)
         x = self.o_proj.onto(normed if self.config.norm_before_residual else x, attended)
         return self.mlp.down.onto(x, self.mlp.inner(self.mlp_norm(x))).view(rows, width, size)
-
-    def _table(self, capacity: int) -> Tensor:
-        """Angles as `eagle.rotate` computes them."""
-        half = self.config.head_dim // 2
-        frequency = self.config.rope_theta ** (-torch.arange(half, device=self.like.device).float() / half)
-        angle = torch.arange(capacity, device=self.like.device).float()[:, None] * frequency
-        cos, sin = (part.to(self.like.dtype).repeat(1, 2) for part in (angle.cos(), angle.sin()))
-        return table(cos, sin)

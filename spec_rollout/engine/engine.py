@@ -10,11 +10,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from spec_rollout.config import SpecConfig
-from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.protocols import Drafter, Recorder
 from spec_rollout.engine.requests import make_requests
 from spec_rollout.engine.rollout import Rollout
-from spec_rollout.engine.target import Target
+from spec_rollout.engine.virtual_tokens import make_target
 from spec_rollout.records import Completion, Controller, Request, RolloutStats, SamplingParams, StepStats
 
 
@@ -45,10 +44,10 @@ class RolloutEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         self.config = config or SpecConfig()
-        self.target = Target(model, self.config.compile_passes)
+        self.target = make_target(model, self.config.compile_passes)
         self.drafter, self.controller, self.tokenizer = drafter, controller, tokenizer
         self.recorder: Recorder | None = None
-        self.cache = SlotCache()
+        self.cache = self.target.make_cache()
         self.stats = RolloutStats()
         self.progress: Callable[[int, int], None] | None = None
         """Told after each step how many requests are not finished yet, and how many tokens the step emitted."""
@@ -73,7 +72,7 @@ class RolloutEngine:
                 the context; the message names the entry, the bound and the remedy.
         """
         params = params or SamplingParams()
-        requests = make_requests(prompts, params, seed, max_new_tokens, self.target.vocab_size, self.target.context)
+        requests = make_requests(prompts, params, seed, max_new_tokens, self.target.vocab_size, self.target.room)
         if not requests:
             return []
         before, prefill_s = len(self.stats.steps), self.stats.prefill_s

@@ -50,6 +50,15 @@ class Target:
         self._proven: dict[tuple, list[str]] = {}
 
     @property
+    def room(self) -> int | None:
+        """Tokens that a prompt and its completion may have together; None without a bound."""
+        return self.context
+
+    def make_cache(self) -> SlotCache:
+        """An empty cache for this policy's rows."""
+        return SlotCache()
+
+    @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 

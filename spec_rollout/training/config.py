@@ -10,11 +10,28 @@ from trl import GRPOConfig, RLOOConfig
 
 from spec_rollout.backends.vllm.engine import require_vllm
 from spec_rollout.config import SpecConfig
-from spec_rollout.training.sampling_params import sampling_params
+from spec_rollout.training.option_types import check_types
+from spec_rollout.training.prompts import OVERLONG, REFUSE
+from spec_rollout.training.sampling_params import check_option_types, sampling_params
 
 
 @dataclass
-class SpecGRPOConfig(SpecConfig, GRPOConfig):
+class PromptOptions:
+    """What the trainers, not the sampler, do with prompts."""
+
+    overlong_prompts: str = field(
+        default=REFUSE,
+        metadata={
+            "help": "What happens to a prompt that leaves no room for `max_completion_length` in the policy's "
+            "context: `refuse` ends the run with its size, `clip` keeps its last tokens, `skip` leaves it out of the "
+            "datasets before training.",
+            "choices": OVERLONG,
+        },
+    )
+
+
+@dataclass
+class SpecGRPOConfig(PromptOptions, SpecConfig, GRPOConfig):
     r"""
     Configuration class for the [`SpecGRPOTrainer`].
 
@@ -28,6 +45,8 @@ class SpecGRPOConfig(SpecConfig, GRPOConfig):
         importance_sampling_correction (`bool`, *optional*, defaults to `False`):
             Whether to correct for the difference between the sampler's and the trainer's log-probs, as TRL does for
             vLLM.
+        overlong_prompts (`str`, *optional*, defaults to `"refuse"`):
+            What happens to a prompt that is too long for the policy's context: `"refuse"`, `"clip"` or `"skip"`.
 
         The others are described beside the fields of [`SpecConfig`]; `--help` prints them all.
 
@@ -45,6 +64,7 @@ class SpecGRPOConfig(SpecConfig, GRPOConfig):
     )
 
     def __post_init__(self):
+        check_types(self)
         GRPOConfig.__post_init__(self)
         SpecConfig.__post_init__(self)
         refuse_conflicts(self)
@@ -54,7 +74,7 @@ class SpecGRPOConfig(SpecConfig, GRPOConfig):
 
 
 @dataclass
-class SpecRLOOConfig(SpecConfig, RLOOConfig):
+class SpecRLOOConfig(PromptOptions, SpecConfig, RLOOConfig):
     r"""
     Configuration class for the [`SpecRLOOTrainer`].
 
@@ -65,6 +85,8 @@ class SpecRLOOConfig(SpecConfig, RLOOConfig):
 
         num_speculative_tokens (`int`, *optional*):
             Tokens that the draft guesses per step. If `None`, adapted to the batch size; `0` is plain decoding.
+        overlong_prompts (`str`, *optional*, defaults to `"refuse"`):
+            What happens to a prompt that is too long for the policy's context: `"refuse"`, `"clip"` or `"skip"`.
 
         The others are described beside the fields of [`SpecConfig`]; `--help` prints them all.
 
@@ -73,6 +95,7 @@ class SpecRLOOConfig(SpecConfig, RLOOConfig):
     """
 
     def __post_init__(self):
+        check_types(self)
         RLOOConfig.__post_init__(self)
         SpecConfig.__post_init__(self)
         refuse_conflicts(self)
@@ -91,6 +114,9 @@ def refuse_conflicts(args: GRPOConfig | RLOOConfig) -> None:
     Raises:
         ValueError: naming the option and the remedy.
     """
+    check_types(args)
+    if getattr(args, "overlong_prompts", REFUSE) not in OVERLONG:
+        raise ValueError(f"overlong_prompts={args.overlong_prompts!r} is unknown: give one of {', '.join(OVERLONG)}.")
     for name in ("use_vllm", "use_transformers_continuous_batching"):
         if getattr(args, name):
             raise ValueError(
@@ -110,8 +136,20 @@ def refuse_conflicts(args: GRPOConfig | RLOOConfig) -> None:
             "divides by it, so it must be above 0."
         )
     if args.generation_kwargs:
-        given = {"max_new_tokens": args.max_completion_length, "do_sample": True, **args.generation_kwargs}
-        sampling_params(GenerationConfig(**given))
+        _refuse_generation_kwargs(args)
+
+
+def _refuse_generation_kwargs(args: GRPOConfig | RLOOConfig) -> None:
+    own = {"max_new_tokens": args.max_completion_length, "do_sample": True, "temperature": args.temperature}
+    check_option_types(args.generation_kwargs)
+    params = sampling_params(GenerationConfig(**{**own, **args.generation_kwargs}))
+    if params.temperature != args.temperature:
+        drawn = "greedily" if params.greedy else f"at temperature {params.temperature}"
+        raise ValueError(
+            f"generation_kwargs={args.generation_kwargs} would draw {drawn}, but a group needs completions that "
+            f"differ, and the loss divides by temperature={args.temperature}: leave temperature and do_sample out of "
+            "it, and give temperature, above 0, as an option of its own."
+        )
 
 
 def _refuse_strangers(args: GRPOConfig | RLOOConfig) -> None:

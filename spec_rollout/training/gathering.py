@@ -10,8 +10,24 @@ import torch
 from torch import nn
 from trl.models import unwrap_model_for_generation
 
+from spec_rollout.engine.virtual_tokens import virtual_tokens
+
 if TYPE_CHECKING:
     from transformers import Trainer
+
+
+def refuse_unfit_for_vllm(trainer: Trainer) -> None:
+    """Refuse a policy that vLLM cannot hold.
+
+    Raises:
+        ValueError: naming the setting and the remedy.
+    """
+    served_by_vllm = getattr(trainer.args, "rollout_backend", "embedded") == "vllm"
+    if served_by_vllm and virtual_tokens(trainer.accelerator.unwrap_model(trainer.model)):
+        raise ValueError(
+            "rollout_backend='vllm' takes the weights of a policy, but virtual tokens (PEFT's prompt and prefix "
+            "tuning) are none: use rollout_backend='embedded', or an adapter that can be merged, such as LoRA."
+        )
 
 
 def refuse_partitioned(trainer: Trainer) -> None:

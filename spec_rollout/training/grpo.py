@@ -11,11 +11,16 @@ from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 from spec_rollout.config import SpecConfig
+from spec_rollout.engine.virtual_tokens import virtual_tokens
 from spec_rollout.training.config import refuse_conflicts
+from spec_rollout.training.endings import judged, judged_turns, plain
 from spec_rollout.training.gathering import refuse_partitioned
 from spec_rollout.training.mismatch import log_difference
+from spec_rollout.training.padding import close_gaps
+from spec_rollout.training.prompts import CLIP, REFUSE, fit_prompts
 from spec_rollout.training.rollouts import SpeculativeRollouts
 from spec_rollout.training.sampler import TrainerSampler
+from spec_rollout.training.sampling_params import log_inherited
 
 
 class SpecGRPOTrainer(SpeculativeRollouts, GRPOTrainer):
@@ -66,7 +71,16 @@ class SpecGRPOTrainer(SpeculativeRollouts, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         completions = self._sample_turn(prompt_ids, images, multimodal_fields)
-        return [c.token_ids for c in completions], [c.logprobs for c in completions]
+        return judged(self, completions), [c.logprobs for c in completions]
+
+    def _tool_call_loop(self, prompts, prompt_ids, completion_ids, *others):
+        before, self._turn, self._turns = list(completion_ids), 1, []
+        tool_mask, completions, completion_ids, *rest = super()._tool_call_loop(
+            prompts, prompt_ids, completion_ids, *others
+        )
+        completion_ids = judged_turns(self, prompt_ids, completion_ids, before, self._turns)
+        self._turns = []
+        return tool_mask, completions, completion_ids, *rest
 
     def _generate(self, prompts: list):
         with self._use_vllm(False):
@@ -101,7 +115,9 @@ def _mask(batch: dict) -> Tensor:
     return batch["completion_mask"] * batch.get("tool_mask", 1)
 
 
-def make_rollout_func(config: SpecConfig | None = None) -> Callable[[list, GRPOTrainer], dict[str, list]]:
+def make_rollout_func(
+    config: SpecConfig | None = None, overlong_prompts: str = REFUSE
+) -> Callable[[list, GRPOTrainer], dict[str, list]]:
     """
     A `rollout_func` for TRL's own [`~trl.GRPOTrainer`], for those who keep it.
 
@@ -112,10 +128,16 @@ def make_rollout_func(config: SpecConfig | None = None) -> Callable[[list, GRPOT
     Args:
         config ([`SpecConfig`], *optional*):
             Options of the sampler.
+        overlong_prompts (`str`, *optional*, defaults to `"refuse"`):
+            What happens to a prompt that is too long for the policy's context: `"refuse"` or `"clip"`.
 
     Returns:
         A callable from the trainer's prompts, repeated `num_generations` times, to `prompt_ids`, `completion_ids` and
         `logprobs`.
+
+    Raises:
+        ValueError: `config` is of another kind, or `overlong_prompts` unknown; from the callable, an option
+            that the sampler cannot honour.
 
     Example:
 
@@ -123,7 +145,15 @@ def make_rollout_func(config: SpecConfig | None = None) -> Callable[[list, GRPOT
     trainer = GRPOTrainer(..., rollout_func=make_rollout_func(SpecConfig(max_slots=128)))
     ```
     """
-    sampler = TrainerSampler(config or SpecConfig())
+    config = SpecConfig() if config is None else config
+    if not isinstance(config, SpecConfig):
+        raise ValueError(f"config is a {type(config).__name__}: give a SpecConfig, or None for its defaults.")
+    if overlong_prompts not in (REFUSE, CLIP):
+        raise ValueError(
+            f"overlong_prompts={overlong_prompts!r} cannot be honoured by a rollout function: give {REFUSE!r} or "
+            f"{CLIP!r}, or use SpecGRPOTrainer, which can leave such prompts out of the datasets."
+        )
+    sampler = TrainerSampler(config)
 
     def rollout_func(prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
         refuse_conflicts(trainer.args)
@@ -134,6 +164,9 @@ def make_rollout_func(config: SpecConfig | None = None) -> Callable[[list, GRPOT
                 "SpecGRPOTrainer."
             )
         prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
+        prompt_ids = fit_prompts(trainer, prompt_ids, overlong_prompts)
+        if not isinstance(trainer, SpeculativeRollouts) and "_calculate_rewards" not in vars(trainer):
+            _prepare(trainer)
         with sampler.gathered(trainer):
             completions = sampler.sample(trainer, prompt_ids, images, fields)
             if trainer.model.training:
@@ -141,9 +174,19 @@ def make_rollout_func(config: SpecConfig | None = None) -> Callable[[list, GRPOT
         sampler.log(trainer)
         return {
             "prompt_ids": prompt_ids,
-            "completion_ids": [c.token_ids for c in completions],
+            "completion_ids": judged(trainer, completions),
             "logprobs": [c.logprobs for c in completions],
         }
 
     rollout_func.sampler = sampler
     return rollout_func
+
+
+def _prepare(trainer: GRPOTrainer) -> None:
+    """Once for a trainer of TRL's own: its reward functions read token ids that have nothing to tell, and its policy
+    reads padded rows as it samples them."""
+    log_inherited(trainer)
+    if virtual_tokens(trainer.model):
+        close_gaps(trainer.model)
+    rewards = trainer._calculate_rewards
+    trainer._calculate_rewards = lambda *given: rewards(*given[:-1], plain(given[-1]))

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from trl import RLOOTrainer
 
+from spec_rollout.training.endings import judged
 from spec_rollout.training.rollouts import SpeculativeRollouts
 
 
@@ -46,4 +47,4 @@ class SpecRLOOTrainer(SpeculativeRollouts, RLOOTrainer):
         completions = self._sample_turn(prompt_ids, images, multimodal_fields)
         # TRL scores them next, on the weights that drew them.
         self._to_compare = [c.logprobs for c in completions], None
-        return [c.token_ids for c in completions]
+        return judged(self, completions)

@@ -9,12 +9,17 @@ from typing import Any
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from spec_rollout.engine.virtual_tokens import virtual_tokens
 from spec_rollout.records import Completion
 from spec_rollout.training.config import refuse_conflicts, spec_config
-from spec_rollout.training.gathering import refuse_partitioned
+from spec_rollout.training.endings import plain
+from spec_rollout.training.gathering import refuse_partitioned, refuse_unfit_for_vllm
 from spec_rollout.training.mismatch import log_difference
 from spec_rollout.training.model_card import append_to_card
-from spec_rollout.training.sampler import TrainerSampler, trainer_params
+from spec_rollout.training.padding import close_gaps
+from spec_rollout.training.prompts import REFUSE, SKIP, fit_prompts, skip_overlong
+from spec_rollout.training.sampler import TrainerSampler
+from spec_rollout.training.sampling_params import log_inherited, trainer_params
 
 
 class SpeculativeRollouts:
@@ -34,9 +39,18 @@ class SpeculativeRollouts:
                 "sample text-only policies: pass its tokenizer as processing_class, or use TRL's own trainer."
             )
         refuse_partitioned(self)
+        refuse_unfit_for_vllm(self)
+        if virtual_tokens(self.model):
+            close_gaps(self.model)
         trainer_params(self)
+        log_inherited(self)
         self.sampler = TrainerSampler(spec_config(self.args))
+        self._overlong = getattr(self.args, "overlong_prompts", REFUSE)
+        if self._overlong == SKIP:
+            skip_overlong(self, super()._tokenize_prompts)
         self._turn = 0
+        self._turns: list[tuple[list[list[int]], list[Completion]]] = []
+        """What the tool loop has sampled: prompts and completions."""
         self._to_compare: tuple[Any, Tensor | None] | None = None
 
     def _generate(self, prompts: list):
@@ -60,10 +74,20 @@ class SpeculativeRollouts:
             self.sampler.refresh(self)
         self.sampler.log(self)
 
+    def _tokenize_prompts(self, prompts: list):
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        return fit_prompts(self, prompt_ids, self._overlong), images, fields
+
     def _sample_turn(self, prompt_ids, images, multimodal_fields) -> list[Completion]:
         # TRL's tool loop comes back here; near the end of the context it expects a short completion, not an error.
         later_turn, self._turn = self._turn > 0, self._turn + 1
-        return self.sampler.sample(self, prompt_ids, images, multimodal_fields, clip=later_turn)
+        completions = self.sampler.sample(self, prompt_ids, images, multimodal_fields, clip=later_turn)
+        if later_turn:
+            self._turns.append((prompt_ids, completions))
+        return completions
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        return super()._calculate_rewards(inputs, prompts, completions, plain(completion_ids_list))
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *others, **options):
         with self.sampler.listening(input_ids, attention_mask, logits_to_keep):

@@ -25,7 +25,8 @@ from spec_rollout.records import Completion, RefreshStats, SamplingParams
 from spec_rollout.training.gathering import gathered_policy, own_random_stream
 from spec_rollout.training.metrics import local_sums, metrics
 from spec_rollout.training.progress import rollout_bar
-from spec_rollout.training.sampling_params import sampling_params
+from spec_rollout.training.prompts import context_of
+from spec_rollout.training.sampling_params import trainer_params
 
 DRAFT_FOLDER = "draft"
 TEXT_FIELDS = ("token_type_ids", "mm_token_type_ids")
@@ -97,7 +98,7 @@ class TrainerSampler:
                     prompts,
                     params,
                     seed=seed,
-                    max_new_tokens=_limits(prompts, params, policy.config) if clip else None,
+                    max_new_tokens=_limits(prompts, params, context_of(trainer)) if clip else None,
                     collect=trainer.model.training,
                 )
         self._seconds += time.perf_counter() - began
@@ -200,16 +201,6 @@ class TrainerSampler:
         return (trainer.args.seed, int(mode == "train"), trainer.accelerator.process_index, step, call)
 
 
-def trainer_params(trainer: Trainer) -> SamplingParams:
-    """The sampling parameters that a trainer's options come to.
-
-    Raises:
-        ValueError: an option that cannot be honoured.
-    """
-    own = getattr(trainer.accelerator.unwrap_model(trainer.model), "generation_config", None)
-    return sampling_params(trainer.generation_config, own, trainer.eos_token_ids)
-
-
 def refuse_multimodal(images: Any, fields: dict) -> None:
     """Refuse everything but text.
 
@@ -238,8 +229,7 @@ def _remaining(trainer: Trainer) -> int | None:
     return max(0, -(-passes // (args.steps_per_generation * args.num_iterations)) - 1)
 
 
-def _limits(prompts: Sequence[Sequence[int]], params: SamplingParams, config: Any) -> list[int] | None:
-    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+def _limits(prompts: Sequence[Sequence[int]], params: SamplingParams, context: int | None) -> list[int] | None:
     if context is None:
         return None
     return [max(1, min(params.max_new_tokens, context - len(prompt))) for prompt in prompts]

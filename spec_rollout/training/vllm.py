@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import Trainer
 from trl.generation.vllm_generation import VLLMGeneration
@@ -15,12 +16,13 @@ from spec_rollout.backends.vllm.colocated import Colocated, engine_options
 from spec_rollout.backends.vllm.engine import VLLMEngine, require_vllm, speculative_config
 from spec_rollout.backends.vllm.server import Server
 from spec_rollout.config import SpecConfig
+from spec_rollout.training.merged_weights import merged_weights
 
 
 class SpeculativeVLLMGeneration(VLLMGeneration):
     """[`~trl.generation.vllm_generation.VLLMGeneration`] that starts vLLM with a draft and is driven as an `engine`.
 
-    How it walks through the policy's weights (adapters merged, names as vLLM wants them) is TRL's.
+    How it names the policy's weights for vLLM is TRL's; adapters are merged into copies.
 
     Args:
         draft: folder of the head to start with; None for plain decoding.
@@ -93,7 +95,13 @@ class SpeculativeVLLMGeneration(VLLMGeneration):
 
     def policy(self) -> Iterator[tuple[str, Tensor]]:
         """The live policy's weights under vLLM's names; all ranks walk through them together."""
-        return self._iter_named_params()
+        if not is_peft_model(self.model):
+            return self._iter_named_params()
+        saved = ["modules_to_save.default."]
+        return (
+            (self._fix_param_name_to_vllm(name, extra_prefixes=saved), weight)
+            for name, weight in merged_weights(self.model)
+        )
 
     def _dtype(self) -> str:
         """What the trainer computes in, so that both have the same log-probs but for rounding."""

@@ -183,9 +183,9 @@ def rewrite(**changes):
         (point_outside, "another tokenizer"),
         (rewrite(hidden_size=64), "hidden_size=64, this policy has 32"),
         (rewrite(vocab_size=1000), f"vocab_size=1000, this policy has {VOCAB}"),
-        (rewrite(architectures=["LlamaForCausalLM"]), "not an EAGLE-3 head"),
-        (rewrite(rope_scaling={"rope_type": "llama3"}), "rope_type=llama3 is not supported"),
-        (rewrite(num_hidden_layers=2), "num_hidden_layers=2 is not supported"),
+        (rewrite(rope_scaling={"rope_type": "llama3"}), "rope_type=llama3 needs factor, low_freq_factor"),
+        (rewrite(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type=dynamic is not supported, only default"),
+        (rewrite(hidden_act="gelu"), "hidden_act=gelu is not supported, only silu"),
         (rewrite(speculators_model_type="mlp"), "'mlp' speculator, not 'eagle3'"),
         (
             rewrite(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1, 7]}),

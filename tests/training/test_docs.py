@@ -13,7 +13,7 @@ from spec_rollout.training.mismatch import MAX, MEAN
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "trl.md").read_text(encoding="utf-8")
-OWN = {"importance_sampling_correction"}
+OWN = {"importance_sampling_correction", "overlong_prompts"}
 
 
 def cells(heading: str) -> dict[str, str]:

@@ -9,9 +9,9 @@ from transformers import GenerationConfig
 from trl import GRPOConfig, TrlParser
 
 from spec_rollout.config import SpecConfig
-from spec_rollout.training import PPOConfig, SpecGRPOConfig, SpecRLOOConfig
+from spec_rollout.training import PPOConfig, SpecGRPOConfig, SpecGRPOTrainer, SpecRLOOConfig, SpecRLOOTrainer
 from spec_rollout.training.config import spec_config
-from spec_rollout.training.sampling_params import sampling_params
+from spec_rollout.training.sampling_params import inherited, sampling_params, trainer_params
 
 CPU = {"bf16": False, "use_cpu": True}
 
@@ -59,6 +59,26 @@ def test_help_can_be_printed():
         ({"max_completion_length": None}, "max_completion_length=None"),
         ({"temperature": 0.0}, r"temperature=0.0 .*above 0"),
         ({"generation_kwargs": {"num_beams": 4}}, "num_beams=4"),
+        ({"generation_kwargs": {"temperature": 0}}, r"'temperature': 0}.* greedily.*temperature=1.0: .*above 0"),
+        ({"generation_kwargs": {"do_sample": False}}, r"'do_sample': False}.* greedily"),
+        ({"generation_kwargs": {"temperature": 0.5}}, r"at temperature 0.5, .*divides by temperature=1.0"),
+        ({"generation_kwargs": {"temperature": "0.5"}}, r"temperature='0.5' is of type str: give a number"),
+        ({"generation_kwargs": {"top_k": 2.5}}, r"top_k=2.5 is of type float: give an integer"),
+        ({"generation_kwargs": {"max_new_tokens": "8"}}, r"max_new_tokens='8' is of type str: give an integer"),
+        ({"generation_kwargs": {"eos_token_id": [5.5]}}, r"eos_token_id=5.5 is of type float: give an integer"),
+        ({"generation_kwargs": {"eos_token_id": 5.5}}, r"eos_token_id=5.5 is of type float: give an integer"),
+        ({"generation_kwargs": {"stop_strings": [7]}}, r"stop_strings=7 is of type int: give a string"),
+        ({"draft_refresh": "no"}, r"draft_refresh='no' is of type str: give True or False"),
+        ({"draft_ngrams": "false"}, r"draft_ngrams='false'"),
+        ({"max_slots": "64"}, r"max_slots='64' is of type str: give an integer"),
+        ({"num_speculative_tokens": "3"}, r"num_speculative_tokens='3' is of type str: give an integer or None"),
+        ({"num_speculative_tokens": 2.5}, r"num_speculative_tokens=2.5 is of type float"),
+        ({"draft_overhead": "0.1"}, r"draft_overhead='0.1' is of type str: give a number"),
+        ({"temperature": "0.7"}, r"temperature='0.7' is of type str: give a number"),
+        ({"top_k": 2.5}, r"top_k=2.5 is of type float: give an integer"),
+        ({"max_completion_length": "256"}, r"max_completion_length='256' is of type str"),
+        ({"num_generations": "8"}, r"num_generations='8' is of type str: give an integer"),
+        ({"gradient_checkpointing": "no"}, r"gradient_checkpointing='no' is of type str: give True or False"),
         ({"generation_kwargs": {"max_length": 40}}, "max_length=40.*max_completion_length"),
     ],
 )
@@ -67,7 +87,24 @@ def test_conflicts_are_refused(tmp_path, options, message):
         SpecGRPOConfig(str(tmp_path), **CPU, **options)
 
 
+@pytest.mark.parametrize("config_class", [SpecRLOOConfig, PPOConfig])
+def test_types_are_checked_in_every_configuration(tmp_path, config_class):
+    for options in ({"draft_refresh": "no"}, {"num_generations": "8"}, {"temperature": "1"}):
+        ((name, value),) = options.items()
+        with pytest.raises(ValueError, match=f"{name}={value!r} is of type str: give"):
+            config_class(str(tmp_path), **CPU, **options)
+    config_class(str(tmp_path), **CPU, temperature=1, top_p=1, draft_overhead=1)  # an integer is a number
+
+
+def test_a_number_of_ppo_names_itself(tmp_path):
+    for name in ("missing_eos_penalty", "vf_coef", "gamma", "whiten_advantages"):
+        with pytest.raises(ValueError, match=f"{name}='1' is of type str: give"):
+            PPOConfig(str(tmp_path), **CPU, **{name: "1"})
+
+
 def test_a_plain_configuration_is_checked_too(make_trainer):
+    with pytest.raises(ValueError, match="temperature='1'"):
+        make_trainer(config_class=GRPOConfig, temperature="1")
     with pytest.raises(ValueError, match="num_beams=2"):
         make_trainer(config_class=GRPOConfig, generation_kwargs={"num_beams": 2})
     with pytest.raises(ValueError, match="use_vllm=True cannot be combined"):
@@ -113,6 +150,38 @@ def test_unset_options_come_from_the_policy_and_then_from_transformers():
     own = GenerationConfig(top_p=0.3, min_p=0.2, eos_token_id=5, max_length=77)
     params = sampling_params(given, own)
     assert (params.top_p, params.min_p, params.top_k, params.eos_token_ids) == (1.0, 0.2, 50, (5,))
+
+
+def test_what_the_checkpoint_sets_is_told_apart():
+    given = GenerationConfig(max_new_tokens=3, do_sample=True, top_p=1.0, eos_token_id=[1])
+    own = GenerationConfig(top_p=0.3, min_p=0.2, temperature=1.0, eos_token_id=5, stop_strings=["x"], typical_p=1.0)
+    assert inherited(given, own) == {"min_p": 0.2, "stop_strings": ["x"]}
+    assert inherited(given, None) == {}
+
+
+@pytest.mark.parametrize("config_class", [SpecGRPOConfig, SpecRLOOConfig])
+def test_the_log_says_what_comes_from_the_checkpoint(make_trainer, make_policy, caplog, config_class):
+    trainer_class = {SpecGRPOConfig: SpecGRPOTrainer, SpecRLOOConfig: SpecRLOOTrainer}[config_class]
+    policy = make_policy()
+    policy.generation_config.min_p, policy.generation_config.eos_token_id = 0.25, [1, 7]
+    policy.generation_config.temperature, policy.generation_config.top_k = 0.1, 3  # TRL overrules them
+
+    def build(_, rewards, args, **arguments):
+        return trainer_class(policy, rewards, args, **arguments)
+
+    trainer = make_trainer(build, config_class)
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("spec_rollout")]
+    assert (
+        said == "Sampling follows these settings of the policy's generation_config too: min_p=0.25, eos_token_id=[7]."
+    )
+    params = trainer_params(trainer)
+    assert (params.min_p, params.eos_token_ids, params.temperature, params.top_k) == (0.25, (1, 7), 1.0, 0)
+
+
+def test_a_setting_of_the_checkpoint_that_cannot_be_honoured_is_refused_with_its_origin():
+    own = GenerationConfig(no_repeat_ngram_size=3)
+    with pytest.raises(ValueError, match=r"generation_config.no_repeat_ngram_size = None \(it came with the"):
+        sampling_params(GenerationConfig(max_new_tokens=3, do_sample=True), own)
 
 
 def test_greedy_reads_no_sampling_option():

@@ -41,6 +41,11 @@ def test_it_refuses_what_the_trainer_class_refuses(make_trainer, peeking):
         hooked.train()
 
 
+def test_it_takes_a_configuration_of_the_sampler(tmp_path):
+    with pytest.raises(ValueError, match="config is a GRPOConfig: give a SpecConfig"):
+        make_rollout_func(GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
 def test_a_trainer_of_ours_gives_way_to_a_rollout_func(make_trainer, peeking):
     def rollout_func(prompts, trainer):
         ids = trainer._tokenize_prompts(prompts)[0]

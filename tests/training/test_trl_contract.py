@@ -24,6 +24,12 @@ SIGNATURES = {
     GRPOTrainer._generate_and_score_completions: "self, inputs",
     GRPOTrainer._compute_loss: "self, model, inputs",
     GRPOTrainer._tokenize_prompts: "self, prompts",
+    RLOOTrainer._tokenize_prompts: "self, prompts",
+    GRPOTrainer._calculate_rewards: "self, inputs, prompts, completions, completion_ids_list",
+    RLOOTrainer._calculate_rewards: "self, inputs, prompts, completions, completion_ids_list",
+    GRPOTrainer._tool_call_loop: (
+        "self, prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields"
+    ),
     GRPOTrainer._save_checkpoint: "self, model, trial",
     RLOOTrainer._save_checkpoint: "self, model, trial",
     GRPOTrainer._load_optimizer_and_scheduler: "self, checkpoint",
@@ -69,6 +75,17 @@ def test_after_sampling_use_vllm_tells_only_whether_to_correct():
         )
     for helper in (GRPOTrainer._calculate_rewards, GRPOTrainer._get_per_token_logps_and_entropies):
         assert "use_vllm" not in inspect.getsource(inspect.unwrap(helper))
+
+
+@pytest.mark.parametrize("trainer", [GRPOTrainer, RLOOTrainer])
+def test_the_last_token_is_read_only_to_tell_whether_a_completion_ended(trainer):
+    """`JudgedTokens` answers there: both places, and no other, ask a completion for its last token."""
+    judge = "[ids[-1] not in eos_and_pad for ids in completion_ids"
+    for place in (trainer._generate, trainer._generate_and_score_completions):
+        source = inspect.getsource(inspect.unwrap(place))
+        assert source.count(judge) == 1 and source.count("ids[-1]") == 1
+        assert "eos_and_pad = [*self.eos_token_ids, self._tokenizer.pad_token_id]" in source
+    assert "ids[-1]" not in inspect.getsource(getattr(trainer, "_tool_call_loop", trainer._calculate_rewards))
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,6 @@ def one_rank(sums: Tensor) -> Tensor:
     return sums
 
 
-def is_open_ended(completion_ids: Tensor, completion_mask: Tensor, ends: Tensor) -> Tensor:
-    """Which completions [B] do not end with one of the tokens `ends`; an empty one does not."""
-    last = completion_ids.gather(1, (completion_mask.sum(dim=1, keepdim=True) - 1).clamp(min=0))[:, 0]
-    return ~(torch.isin(last, ends) & (completion_mask[:, 0] > 0))
-
-
 def token_rewards(scores: Tensor, kl: Tensor, kl_coef: float, mask: Tensor) -> Tensor:
     """The reward of each token: −kl_coef · kl, and at a completion's last own token its score [B] besides.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from trl import GRPOConfig
 
 from spec_rollout.training.config import SpecGRPOConfig
+from spec_rollout.training.option_types import check_types
 
 REFUSED = {
     "beta": "give kl_coef, the coefficient of the KL penalty in the rewards",
@@ -152,6 +153,7 @@ class PPOConfig(SpecGRPOConfig):
     )
 
     def __post_init__(self):
+        check_types(self)
         given = self.num_generations, self.num_generations_eval
         self._pass_as_groups()
         super().__post_init__()

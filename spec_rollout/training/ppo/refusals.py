@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import Trainer
 
+from spec_rollout.engine.virtual_tokens import virtual_tokens
 from spec_rollout.training.ppo.config import PPOConfig
 
 
@@ -25,6 +26,11 @@ def refuse_arguments(args: PPOConfig, value_model, reward_funcs) -> None:
 
 def refuse_launch(trainer: Trainer, critic: bool) -> None:
     """Refuse a way of running that cannot be honoured."""
+    if virtual_tokens(trainer.model):
+        raise ValueError(
+            "PPOTrainer cannot train virtual tokens (PEFT's prompt and prefix tuning), whose values it would have to "
+            "leave out: use an adapter such as LoRA, or GRPO or RLOO."
+        )
     if trainer.is_fsdp_enabled:
         raise ValueError("PPOTrainer cannot be run with FSDP: use plain data parallelism or DeepSpeed ZeRO.")
     if critic and trainer._dist.is_zero3:

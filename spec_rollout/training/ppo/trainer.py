@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
+from spec_rollout.training.endings import ends_for_trl
 from spec_rollout.training.mismatch import log_difference
-from spec_rollout.training.ppo.advantages import generalized_advantages, is_open_ended, token_rewards, whiten
+from spec_rollout.training.ppo.advantages import generalized_advantages, token_rewards, whiten
 from spec_rollout.training.ppo.checkpoints import ValueCheckpoints
 from spec_rollout.training.ppo.config import PPOConfig
 from spec_rollout.training.ppo.loss import KLController, policy_loss, value_loss
@@ -97,6 +98,8 @@ class PPOTrainer(ValueCheckpoints):
         scores[rewards.isnan().all(dim=1)] = torch.nan  # no reward function applies to this completion
         begin = self.accelerator.process_index * len(prompts)
         self._scores = scores[begin : begin + len(prompts)]
+        ends = ends_for_trl(self)
+        self._open_ended = torch.tensor([ids[-1] not in ends for ids in completion_ids_list], device=scores.device)
         return rewards
 
     def _generate_and_score_completions(self, inputs):
@@ -110,9 +113,7 @@ class PPOTrainer(ValueCheckpoints):
         kl = (logprobs - reference) * mask
         scores = self._scores.nan_to_num()
         if self.args.missing_eos_penalty is not None:
-            ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=mask.device)
-            open_ended = is_open_ended(batch["completion_ids"], batch["completion_mask"], ends)
-            scores = scores - self.args.missing_eos_penalty * open_ended
+            scores = scores - self.args.missing_eos_penalty * self._open_ended
         rewards = token_rewards(scores, kl, self.kl_controller.coef, mask)
         advantages, returns = generalized_advantages(rewards, values, mask, self.args.gamma, self.args.lam)
         reduce = self._sum_over_ranks

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from spec_rollout.training.ppo.advantages import (
     explained_variance,
     generalized_advantages,
-    is_open_ended,
     token_rewards,
     whiten,
 )
@@ -112,12 +111,6 @@ def test_ranks_are_whitened_together():
         replies = iter([torch.stack([total, count]), squares])
         apart = whiten(part, kept, lambda _, replies=replies: next(replies))
         torch.testing.assert_close(apart, together[rank : rank + 1])
-
-
-def test_open_ended_completions():
-    ids = torch.tensor([[5, 1, 0], [5, 1, 6], [1, 5, 6], [1, 0, 0]])
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1], [0, 0, 0]])
-    assert is_open_ended(ids, mask, torch.tensor([1, 9])).tolist() == [False, True, True, True]
 
 
 def test_nothing_to_explain_and_nothing_to_whiten():
