@@ -10,7 +10,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 STRICT := -W error::DeprecationWarning -W error::PendingDeprecationWarning -W error::FutureWarning \
 	-W 'ignore:`gradient_checkpointing:FutureWarning' -W 'ignore:`is_gradient_checkpointing:FutureWarning'
 
-.PHONY: demo test lint test-vllm test-latest test-lowest
+.PHONY: demo test lint test-vllm test-latest test-lowest test-wheel
 
 demo: $(INSTALLED)
 	$(BIN)/spec-rollout demo
@@ -49,3 +49,7 @@ test-lowest:
 	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[dev]'
 	.venv-lowest/bin/python -m pip list
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q -n 2
+
+# The built wheel in an empty environment, with whatever versions pip takes today.
+test-wheel: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m slow tests/test_wheel.py
