@@ -21,7 +21,7 @@ ORDER = (
     ("training",),
     ("bench",),
     ("experiments", "simulate"),
-    ("profile",),
+    ("profile", "doctor"),
     ("cli",),
 )
 """The parts of the package from the lowest up; those that stand side by side do not know each other."""

@@ -1,4 +1,4 @@
-"""The package as pip gets it: what lies in the wheel, what it says of itself, and that it runs where nothing else is."""
+"""The package as pip gets it: what lies in the wheel, what it says, and that it runs where nothing else is."""
 
 from __future__ import annotations
 
