@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -69,6 +70,11 @@ def pretrain_draft(argv: Sequence[str]) -> int | None:
     return import_module("spec_rollout.experiments.pretrain").main(argv)
 
 
+def doctor(argv: Sequence[str]) -> int | None:
+    """look at versions, device and compilers: what is missing, whether it matters, what mends it"""
+    return import_module("spec_rollout.doctor").main(argv)
+
+
 def serve(argv: Sequence[str]) -> int | None:
     """start a vLLM server that takes policy and draft while it runs: --policy DIR"""
     return import_module("spec_rollout.backends.vllm.serve").main(argv)
@@ -76,12 +82,12 @@ def serve(argv: Sequence[str]) -> int | None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     command.__name__.replace("_", "-"): command
-    for command in (grpo, rloo, ppo, demo, bench, check, profile, report, simulate, pretrain_draft, serve)
+    for command in (grpo, rloo, ppo, demo, bench, check, profile, report, simulate, pretrain_draft, serve, doctor)
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status: 2 for a command that is not known."""
+    """Run one subcommand; returns the exit status: 2 for what the user can mend, told in one line."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
@@ -93,7 +99,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: unknown command {name!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     sys.argv[0] = f"{PROGRAM} {name}"  # what the subcommand's own usage message shows
-    return COMMANDS[name](rest) or 0
+    try:
+        return COMMANDS[name](rest) or 0
+    except SystemExit as stopped:
+        if isinstance(stopped.code, str):
+            tell(name, stopped.code)
+            stopped.code = 2
+        raise
+    except (OSError, ValueError, ModuleNotFoundError, *_of_files()) as error:
+        message = mistake(error)
+        if message is None:
+            raise
+    tell(name, message)
+    return 2
+
+
+def tell(name: str, message: str) -> None:
+    """Say in one line what the user can mend."""
+    print(f"{PROGRAM} {name}: {' '.join(message.removeprefix(f'{PROGRAM} {name}: ').split())}", file=sys.stderr)
+
+
+def mistake(error: Exception) -> str | None:
+    """What to tell of an error that is the user's to mend: a refusal of our own, a file, a package that is not there.
+    None for a fault in a program, which keeps its traceback."""
+    if isinstance(error, ModuleNotFoundError):
+        ours = (error.name or "").partition(".")[0] == __package__
+        return None if ours else f"{error.name} is not installed: `{PROGRAM} doctor` tells what is missing."
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error).partition("\n")[0]
+    if isinstance(error, ValueError):
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        ours = frames and frames[-1].f_globals.get("__name__", "").partition(".")[0] == __package__
+        reads = any(frame.f_code.co_name == "from_pretrained" for frame in frames)
+        return str(error) if ours or reads else None
+    return f"a file cannot be read: {error}"
+
+
+def _of_files() -> tuple[type[Exception], ...]:
+    """What the libraries that read recipes and weights raise, where they were imported."""
+    yaml, safetensors = sys.modules.get("yaml"), sys.modules.get("safetensors")
+    return (*([yaml.YAMLError] if yaml else []), *([safetensors.SafetensorError] if safetensors else []))
 
 
 def usage() -> str:
