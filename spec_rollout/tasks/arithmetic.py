@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Part = Literal["sft", "rl", "heldout"]
 
+
 @dataclass(frozen=True)
 class Style:
     """How hard the problems are, and how their solutions are worded."""

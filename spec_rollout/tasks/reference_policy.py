@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from spec_rollout.tasks.arithmetic import FULL_SENTENCES, VARIED, Style, problem
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 Size = Literal["demo", "tiny", "small", "base"]
 
@@ -135,6 +136,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
     """Supervised training on worked solutions, one pass over the data."""
     import torch
     from transformers import default_data_collator
+    from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     from spec_rollout.draft.muon import multiplies_bfloat16
@@ -152,21 +154,47 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
         use_cpu=not torch.cuda.is_available(),
         bf16=multiplies_bfloat16("cuda" if torch.cuda.is_available() else "cpu"),
         gradient_checkpointing=False,
-        logging_steps=0.1,  # of all steps
+        logging_steps=0.05,  # of all steps
+        disable_tqdm=True,
         save_strategy="no",
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     model.config.use_cache = False  # with a cache, transformers would not look for the problems within a row
-    SFTTrainer(
+    trainer = SFTTrainer(
         model=model,
         args=args,
         data_collator=default_data_collator,
         train_dataset=packed_rows(tokenizer, recipe, seed),
         processing_class=tokenizer,
         optimizers=(make_optimizer(model, recipe.learning_rate), None),
-    ).train()
+        callbacks=[make_bar()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     model.config.use_cache = True
+
+
+def make_bar() -> TrainerCallback:
+    """A bar over the training, with the loss beside it."""
+    from tqdm import tqdm
+    from transformers import TrainerCallback
+
+    class Bar(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.bar = tqdm(total=state.max_steps, desc="training the policy", unit="step", file=sys.stderr)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.bar.update()
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in (logs or {}):
+                self.bar.set_postfix(loss=f"{float(logs['loss']):.2f}")
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.bar.close()
+
+    return Bar()
 
 
 def make_optimizer(model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
