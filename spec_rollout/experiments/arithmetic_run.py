@@ -56,6 +56,7 @@ def make_trainer(
     seed: int,
     reward: Callable[..., list[float]] = accuracy_reward,
     batch_size: int | None = None,
+    generations: int | None = None,
     style: Style = VARIED,
     **options,
 ) -> GRPOTrainer:
@@ -66,7 +67,7 @@ def make_trainer(
         max_steps=steps,
         seed=seed,
         per_device_train_batch_size=batch_size or BATCH_SIZE,
-        num_generations=GENERATIONS,
+        num_generations=generations or GENERATIONS,
         learning_rate=learning_rate,
         lr_scheduler_type="constant",
         beta=0.0,

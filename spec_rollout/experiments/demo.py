@@ -35,6 +35,8 @@ class Plan:
     """Of the policy (`reference_policy.RECIPES`)."""
     steps: int
     batch_size: int
+    generations: int
+    """Completions of each problem."""
     completion_tokens: int
     learning_rate: float
     heldout_problems: int
@@ -43,8 +45,8 @@ class Plan:
     """Of a step with TRL's sampler, with ours plain, and with ours."""
 
 
-SHORT = Plan("demo", 16, 16, 384, 3e-4, 128, 65, (2.0, 2.0, 1.2))
-FULL = Plan("small", 20, 48, 320, 1e-4, 256, 420, (8.0, 6.0, 5.5))
+SHORT = Plan("demo", 16, 8, 4, 384, 1e-4, 96, 60, (1.6, 1.6, 1.0))
+FULL = Plan("small", 20, 48, 8, 320, 1e-4, 256, 420, (8.0, 6.0, 5.5))
 SAMPLERS = ("TRL's own sampler", "ours, plain decoding", "ours, speculative")
 
 
@@ -155,6 +157,7 @@ def train(name: str, trainer_class: type, policy: Path, plan: Plan, out: Path, s
         learning_rate=plan.learning_rate,
         seed=seed,
         batch_size=plan.batch_size,
+        generations=plan.generations,
         max_completion_length=plan.completion_tokens,
         style=RECIPES[plan.size].style,
         **options,
