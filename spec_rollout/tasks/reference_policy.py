@@ -53,8 +53,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def make_tokenizer(style: Style = VARIED) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the task, the same one for every seed of a
-    style. A number of one or two
+    """A byte-level BPE tokenizer trained on the task, the same one for every seed of a style. A number of one or two
     digits is one token, its sign and leading space included."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
