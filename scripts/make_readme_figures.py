@@ -83,7 +83,8 @@ def demo() -> str:
         f"{hardware['device']}\n({setup['date']}, commit {setup['commit']}). Sampling was {trl:.2f} times as fast as "
         f"TRL's own and {plain:.2f} times as fast as ours without\nguessing, the draft's training counted; whole "
         f"steps {step:.2f} and {plain_step:.2f} times. All {figures['tokens']} tokens and the final weights\nwere "
-        f"{same}the same. The model solved {first:.0%} of new problems before and {last:.0%} after the {figures['steps']} steps."
+        f"{same}the same. The model solved {first:.0%} of new problems before and {last:.0%} after "
+        f"the {figures['steps']} steps."
     )
 
 
