@@ -45,7 +45,7 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "demo": Recipe(6, 128, 2, 384, num_problems=3_500, batch_size=8, learning_rate=0.02, style=FULL_SENTENCES),
+    "demo": Recipe(4, 128, 2, 384, num_problems=4_800, batch_size=8, learning_rate=0.02, style=FULL_SENTENCES),
     "tiny": Recipe(4, 128, 2, 384, num_problems=8_000, batch_size=8, learning_rate=0.015),
     "small": Recipe(8, 256, 4, 704, num_problems=8_000, batch_size=8, learning_rate=0.012),
     "base": Recipe(12, 640, 10, 1792, num_problems=200_000, batch_size=32, learning_rate=0.006),
