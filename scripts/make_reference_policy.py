@@ -16,7 +16,7 @@ def main() -> None:
         "--size",
         choices=RECIPES,
         default="small",
-        help="tiny: 1M parameters; small: 6M, 7 minutes on 2 CPU cores; base: 63M, for a GPU",
+        help="demo: 1M parameters, easy problems; tiny: 1M; small: 6M, 7 minutes on 2 CPU cores; base: 63M, for a GPU",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     args = parser.parse_args()

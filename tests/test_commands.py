@@ -15,6 +15,7 @@ from spec_rollout.draft.budget import RefreshBudget
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.experiments import arithmetic_run, demo, drift, probe
 from spec_rollout.records import RolloutStats, StepStats
+from spec_rollout.tasks.reference_policy import RECIPES
 
 
 @pytest.fixture(autouse=True)
@@ -115,25 +116,65 @@ def short_runs(monkeypatch):
     monkeypatch.setattr(arithmetic_run, "PROBLEMS", 16)
 
 
-@pytest.mark.usefixtures("short_runs")
-def test_demo_compares_three_runs(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "HELDOUT_PROBLEMS", 8)
+@pytest.fixture
+def short_demo(monkeypatch):
+    """Its policy learns for two steps, and its runs are as short."""
+    recipe = replace(RECIPES["demo"], num_layers=2, hidden_size=64, num_problems=40, batch_size=8)
+    monkeypatch.setitem(RECIPES, "demo", recipe)
+    small = {"steps": 3, "batch_size": 8, "completion_tokens": 12, "heldout_problems": 8}
+    monkeypatch.setattr(demo, "SHORT", replace(demo.SHORT, **small))
+    monkeypatch.setattr(arithmetic_run, "PROBLEMS", 16)
+
+
+@pytest.mark.usefixtures("short_demo")
+def test_demo_makes_a_policy_and_compares_three_runs(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert demo.main(["--out", str(out)]) == 0
+    figures = json.loads((out / "demo.json").read_text())
+    assert figures["steps"] == 3 and figures["identical_completions"] and figures["identical_weights"]
+    assert figures["tokens"] > 24 and 0 <= figures["heldout_accuracy_last"] <= 1
+    seconds = figures["rollout_seconds"]
+    assert figures["rollout_speedup"] == seconds["transformers"] / seconds["speculative"]
+    assert figures["rollout_speedup_vs_plain"] == seconds["plain"] / seconds["speculative"]
+    assert (out / "demo.png").stat().st_size > 10_000
+    assert len((out / "prompts.jsonl").read_text().splitlines()) == 8
+    shown = capsys.readouterr()
+    assert [line.strip()[:2] for line in shown.out.splitlines()[1:6]] == ["1.", "2.", "3.", "4.", "5."]
+    assert "s, once" in shown.out and str(out / "demo.png") in shown.out
+    assert "SpecGRPOConfig, SpecGRPOTrainer" in shown.out
+    for name in ("training the policy", *demo.SAMPLERS):
+        assert f"{name}: 100%" in shown.err
+    made = (out / "policy" / "model.safetensors").stat().st_mtime_ns
+    assert demo.main(["--out", str(out), "--steps", "1"]) == 0
+    shown = capsys.readouterr()
+    assert (out / "policy" / "model.safetensors").stat().st_mtime_ns == made
+    assert "is there" in shown.out and "training the policy" not in shown.err
+
+
+@pytest.mark.usefixtures("short_demo")
+@pytest.mark.parametrize("wrong", ["completions", "weights"])
+def test_demo_fails_where_the_runs_differ(tmp_path, monkeypatch, capsys, wrong):
+    train = demo.train
+
+    def spoilt(name, *given, **options):
+        run = train(name, *given, **options)
+        if name == demo.SAMPLERS[2] and wrong == "weights":
+            next(iter(run.weights.values())).add_(1)
+        elif name == demo.SAMPLERS[2]:
+            run.completions[0][0][0] ^= 1
+        return run
+
+    monkeypatch.setattr(demo, "train", spoilt)
+    assert demo.main(["--out", str(tmp_path / "demo"), "--steps", "1"]) == 1
+    assert "NOT identical" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("short_demo")
+def test_demo_refuses_the_policy_of_another_size(folder, tmp_path):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "policy").symlink_to(folder)
-    assert demo.main(["--out", str(tmp_path / "demo"), "--steps", "3"]) == 0
-    figures = json.loads((tmp_path / "demo" / "demo.json").read_text())
-    assert figures["steps"] == 3 and figures["identical_completions"] and figures["identical_weights"]
-    assert {
-        "reward_first",
-        "reward_last",
-        "rollout_speedup",
-        "step_speedup",
-        "rollout_speedup_vs_plain",
-        "heldout_accuracy_first",
-        "heldout_accuracy_last",
-    } <= figures.keys()
-    assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
-    assert "identical" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds a policy of another size: remove it"):
+        demo.main(["--full", "--out", str(tmp_path / "demo")])
 
 
 @pytest.mark.usefixtures("short_runs")

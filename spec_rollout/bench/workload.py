@@ -20,7 +20,7 @@ from spec_rollout.backends import hub
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
 from spec_rollout.records import RefreshStats, SamplingParams
-from spec_rollout.tasks.arithmetic import problems
+from spec_rollout.tasks.arithmetic import VARIED, Style, problems
 from spec_rollout.training.launch import ScriptArguments, load_split
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,9 +70,11 @@ def load_policy(name: str, dtype: str, max_new_tokens: int) -> Policy:
     return Policy(model, tokenizer, SamplingParams(max_new_tokens=max_new_tokens, eos_token_ids=tuple(eos)))
 
 
-def arithmetic_prompts(tokenizer: PreTrainedTokenizerBase, count: int, seed: int = 0) -> list[list[int]]:
+def arithmetic_prompts(
+    tokenizer: PreTrainedTokenizerBase, count: int, seed: int = 0, style: Style = VARIED
+) -> list[list[int]]:
     """Token ids of held-out arithmetic problems."""
-    return [tokenizer(p.prompt)["input_ids"] for p in problems("heldout", count, seed)]
+    return [tokenizer(p.prompt)["input_ids"] for p in problems("heldout", count, seed, style)]
 
 
 def load_prompts(tokenizer: PreTrainedTokenizerBase, name: str) -> list[list[int]]:

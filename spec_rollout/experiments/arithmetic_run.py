@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 
 from spec_rollout.bench.workload import Policy
 from spec_rollout.records import Completion
-from spec_rollout.tasks.arithmetic import accuracy_reward, problems, prompt_dataset
+from spec_rollout.tasks.arithmetic import VARIED, Style, accuracy_reward, problems, prompt_dataset
 from spec_rollout.training import SpecGRPOConfig
 
 BATCH_SIZE, GENERATIONS, COMPLETION_TOKENS = 48, 8, 320
@@ -56,6 +56,8 @@ def make_trainer(
     seed: int,
     reward: Callable[..., list[float]] = accuracy_reward,
     batch_size: int | None = None,
+    generations: int | None = None,
+    style: Style = VARIED,
     **options,
 ) -> GRPOTrainer:
     """A trainer of `trainer_class` for `steps` GRPO steps from the weights in `policy`, silent but for `progress`."""
@@ -65,7 +67,7 @@ def make_trainer(
         max_steps=steps,
         seed=seed,
         per_device_train_batch_size=batch_size or BATCH_SIZE,
-        num_generations=GENERATIONS,
+        num_generations=generations or GENERATIONS,
         learning_rate=learning_rate,
         lr_scheduler_type="constant",
         beta=0.0,
@@ -82,7 +84,7 @@ def make_trainer(
         model=str(policy),
         reward_funcs=reward,
         args=config,
-        train_dataset=prompt_dataset("rl", PROBLEMS, seed),
+        train_dataset=prompt_dataset("rl", PROBLEMS, seed, style),
         callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)
@@ -90,7 +92,7 @@ def make_trainer(
     return trainer
 
 
-def accuracy(policy: Policy, completions: Sequence[Completion], seed: int = 0) -> float:
+def accuracy(policy: Policy, completions: Sequence[Completion], seed: int = 0, style: Style = VARIED) -> float:
     """Share of right answers among the `completions` of as many held-out problems (`workload.arithmetic_prompts`)."""
     texts = [policy.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
-    return statistics.mean(accuracy_reward(texts, [p.answer for p in problems("heldout", len(texts), seed)]))
+    return statistics.mean(accuracy_reward(texts, [p.answer for p in problems("heldout", len(texts), seed, style)]))

@@ -3,39 +3,51 @@
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
+import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 from trl import GRPOTrainer
 
-from spec_rollout.bench.workload import (
-    Policy,
-    arithmetic_prompts,
-    hardware,
-    load_policy,
-    positive,
-    table,
-    write_json,
-)
+from spec_rollout.bench.workload import arithmetic_prompts, load_policy, positive, write_json
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.experiments import arithmetic_run
+from spec_rollout.experiments.demo_report import compare, report
 from spec_rollout.experiments.pictures import draw_demo
 from spec_rollout.experiments.runs import Run
-from spec_rollout.records import RolloutStats, StepStats
-from spec_rollout.tasks.reference_policy import make_reference_policy
+from spec_rollout.records import RolloutStats
+from spec_rollout.tasks.arithmetic import problems
+from spec_rollout.tasks.reference_policy import RECIPES, Size, make_reference_policy
 from spec_rollout.training import SpecGRPOTrainer
 
-HELDOUT_PROBLEMS = 256
-LEARNING_RATE = 1e-4
-SKIPPED_STEPS = 1
-"""The first step warms up caches and, in our sampler, decodes without a draft; it counts in no speed-up but its draft
-training is charged like any other."""
+
+@dataclass(frozen=True)
+class Plan:
+    """What a demo runs, and how long each part took on 2 cores of an AMD EPYC with AVX2."""
+
+    size: Size
+    """Of the policy (`reference_policy.RECIPES`)."""
+    steps: int
+    batch_size: int
+    generations: int
+    """Completions of each problem."""
+    completion_tokens: int
+    learning_rate: float
+    heldout_problems: int
+    policy_seconds: int
+    step_seconds: tuple[float, float, float]
+    """Of a step with TRL's sampler, with ours plain, and with ours."""
+
+
+SHORT = Plan("demo", 16, 8, 4, 384, 1e-4, 96, 60, (1.6, 1.6, 1.0))
+FULL = Plan("small", 20, 48, 8, 320, 1e-4, 256, 420, (8.0, 6.0, 5.5))
+SAMPLERS = ("TRL's own sampler", "ours, plain decoding", "ours, speculative")
 
 
 class Recorded:
@@ -83,37 +95,71 @@ class Clock(arithmetic_run.Progress):
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    policy = args.out / "policy"
-    if not (policy / "config.json").exists():
-        print(f"Making the reference policy in {policy}, once.", file=sys.stderr)
-        make_reference_policy(policy, "small", seed=0)
+    plan = FULL if args.full else SHORT
+    plan = replace(plan, steps=args.steps or plan.steps)
+    out = args.out or Path("demo-full" if args.full else "demo")
+    announce(plan, out)
     transformers_logging.set_verbosity_error()
-    baseline = train("TRL's own sampler", Baseline, policy, args)
-    plain = train("ours, plain decoding", Speculative, policy, args, num_speculative_tokens=0)
-    ours = train("ours, speculative", Speculative, policy, args)
+    transformers_logging.disable_progress_bar()
+    policy = ready_policy(plan, out)
+    baseline = train(SAMPLERS[0], Baseline, policy, plan, out, args.seed)
+    plain = train(SAMPLERS[1], Speculative, policy, plan, out, args.seed, num_speculative_tokens=0)
+    ours = train(SAMPLERS[2], Speculative, policy, plan, out, args.seed)
     figures = compare(baseline, plain, ours)
-    judged = load_policy(str(policy), "float32", arithmetic_run.COMPLETION_TOKENS)
-    figures["heldout_accuracy_first"] = heldout_accuracy(judged)
-    with torch.no_grad():
-        for name, weight in judged.model.named_parameters():
-            weight.copy_(ours.weights[name])
-    figures["heldout_accuracy_last"] = heldout_accuracy(judged)
-    draw_demo(args.out / "demo.png", baseline, plain, ours)
-    _report(args, figures, ours)
-    return 0 if figures["identical_completions"] else 1
+    figures |= heldout_accuracy(policy, plan, ours)
+    draw_demo(out / "demo.png", baseline, plain, ours)
+    write_json(args.json or out / "demo.json", figures)
+    report(figures, out)
+    return 0 if figures["identical_completions"] and figures["identical_weights"] else 1
 
 
-def train(name: str, trainer_class: type, policy: Path, args: argparse.Namespace, **options) -> Run:
+def announce(plan: Plan, out: Path) -> None:
+    """One line for each part that is to come."""
+    made = (out / "policy" / "config.json").exists()
+    policy = "is there" if made else f"about {plan.policy_seconds} s, once"
+    lines = [f"a small policy learns arithmetic from nothing, kept in {out / 'policy'}: {policy}"]
+    lines += [
+        f"{plan.steps} steps of GRPO with {name}: about {plan.steps * seconds:.0f} s"
+        for name, seconds in zip(SAMPLERS, plan.step_seconds, strict=True)
+    ]
+    lines.append("held-out problems, table and picture: about 10 s")
+    print("What comes, with the times of 2 cores of an AMD EPYC:")
+    for number, line in enumerate(lines, start=1):
+        print(f"  {number}. {line}", flush=True)
+
+
+def ready_policy(plan: Plan, out: Path) -> Path:
+    """The plan's policy, trained if it is not there yet; beside it prompts for the other commands.
+
+    Raises:
+        SystemExit: another policy is in its place.
+    """
+    folder, recipe = out / "policy", RECIPES[plan.size]
+    if not (folder / "config.json").exists():
+        make_reference_policy(folder, plan.size, seed=0)
+    config = AutoConfig.from_pretrained(folder)
+    if (config.num_hidden_layers, config.hidden_size) != (recipe.num_layers, recipe.hidden_size):
+        raise SystemExit(f"{folder} holds a policy of another size: remove it, or give another --out.")
+    prompts = (json.dumps({"prompt": p.prompt}) for p in problems("heldout", plan.heldout_problems, 1, recipe.style))
+    (out / "prompts.jsonl").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    return folder
+
+
+def train(name: str, trainer_class: type, policy: Path, plan: Plan, out: Path, seed: int, **options) -> Run:
     """One GRPO run from the same weights, seed and prompts."""
     run = Run()
     trainer = arithmetic_run.make_trainer(
         trainer_class,
         policy,
-        args.out / "runs" / name.replace(" ", "-").replace(",", "").replace("'", ""),
+        out / "runs" / name.replace(" ", "-").replace(",", "").replace("'", ""),
         Clock(run, name),
-        steps=args.steps,
-        learning_rate=LEARNING_RATE,
-        seed=args.seed,
+        steps=plan.steps,
+        learning_rate=plan.learning_rate,
+        seed=seed,
+        batch_size=plan.batch_size,
+        generations=plan.generations,
+        max_completion_length=plan.completion_tokens,
+        style=RECIPES[plan.size].style,
         **options,
     )
     trainer.run = run
@@ -122,85 +168,37 @@ def train(name: str, trainer_class: type, policy: Path, args: argparse.Namespace
     return run
 
 
-def heldout_accuracy(policy: Policy) -> float:
-    """Share of HELDOUT_PROBLEMS unseen problems that `policy` gets right at T = 1.
+def heldout_accuracy(folder: Path, plan: Plan, ours: Run) -> dict[str, float]:
+    """Share of unseen problems that the policy gets right at T = 1 before and after our run.
 
     The prompts of a GRPO step are few and of uneven difficulty; this compares two policies on the same problems.
     """
-    prompts = arithmetic_prompts(policy.tokenizer, HELDOUT_PROBLEMS)
-    return arithmetic_run.accuracy(policy, RolloutEngine(policy.model).generate(prompts, policy.params))
+    style = RECIPES[plan.size].style
+    policy = load_policy(str(folder), "float32", plan.completion_tokens)
+    prompts = arithmetic_prompts(policy.tokenizer, plan.heldout_problems, style=style)
 
+    def right() -> float:
+        completions = RolloutEngine(policy.model).generate(prompts, policy.params)
+        return arithmetic_run.accuracy(policy, completions, style=style)
 
-def compare(baseline: Run, plain: Run, ours: Run) -> dict:
-    """The demo's figures. Speed-ups compare total seconds after the first step, draft training charged to ours."""
-    lengths = [stats.mean_acceptance_length for stats in ours.stats]
-    tenth = max(1, len(ours.rewards) // 10)
-
-    def speedup(theirs: list[float], mine: list[float]) -> float:
-        return sum(theirs[SKIPPED_STEPS:]) / sum(mine[SKIPPED_STEPS:])
-
+    first = right()
+    with torch.no_grad():
+        for name, weight in policy.model.named_parameters():
+            weight.copy_(ours.weights[name])
     return {
-        "steps": len(ours.step_seconds),
-        "reward_first": statistics.mean(ours.rewards[:tenth]),
-        "reward_last": statistics.mean(ours.rewards[-tenth:]),
-        "rollout_seconds": {
-            "transformers": sum(baseline.rollout_seconds),
-            "plain": sum(plain.rollout_seconds),
-            "speculative": sum(ours.rollout_seconds),
-        },
-        "rollout_speedup": speedup(baseline.rollout_seconds, ours.rollout_seconds),
-        "step_speedup": speedup(baseline.step_seconds, ours.step_seconds),
-        "rollout_speedup_vs_plain": speedup(plain.rollout_seconds, ours.rollout_seconds),
-        "step_speedup_vs_plain": speedup(plain.step_seconds, ours.step_seconds),
-        "identical_completions": plain.completions == ours.completions,
-        "identical_weights": all(torch.equal(plain.weights[name], ours.weights[name]) for name in plain.weights),
-        "tokens": sum(len(ids) for step in ours.completions for ids in step),
-        "mean_acceptance_length_first": next((length for length in lengths if length > 1), 1.0),
-        "mean_acceptance_length_last": lengths[-1],
-        "gamma_by_batch_size": gamma_by_batch_size([step for stats in ours.stats for step in stats.steps]),
-        "hardware": hardware(),
+        "heldout_problems": plan.heldout_problems,
+        "heldout_accuracy_first": first,
+        "heldout_accuracy_last": right(),
     }
-
-
-def gamma_by_batch_size(steps: list[StepStats]) -> dict[str, float]:
-    """Mean number of guessed tokens by active rows, in powers of two; steps before the draft was ready left out."""
-    first = next((i for i, step in enumerate(steps) if step.gamma), len(steps))
-    groups: dict[int, list[int]] = {}
-    for step in steps[first:]:
-        groups.setdefault(step.rows.bit_length() - 1, []).append(step.gamma)
-    return {
-        (f"{2**k}" if k == 0 else f"{2**k}-{2 ** (k + 1) - 1}"): statistics.mean(groups[k]) for k in sorted(groups)
-    }
-
-
-def _report(args: argparse.Namespace, figures: dict, ours: Run) -> None:
-    write_json(args.json or args.out / "demo.json", figures)
-    seconds = figures["rollout_seconds"]
-    table(
-        ("sampler", "rollout seconds"),
-        [("TRL's own", seconds["transformers"]), ("ours, plain", seconds["plain"]), ("ours", seconds["speculative"])],
-    )
-    print(
-        f"reward {figures['reward_first']:.2f} -> {figures['reward_last']:.2f} in {figures['steps']} steps, right on "
-        f"{figures['heldout_accuracy_first']:.0%} -> {figures['heldout_accuracy_last']:.0%} of "
-        f"{HELDOUT_PROBLEMS} problems held out\n"
-        f"rollouts {figures['rollout_speedup']:.2f} x as fast as TRL's own sampler "
-        f"({figures['rollout_speedup_vs_plain']:.2f} x our plain decoding), whole steps "
-        f"{figures['step_speedup']:.2f} x, draft training charged\n"
-        f"mean acceptance length {figures['mean_acceptance_length_first']:.2f} -> "
-        f"{figures['mean_acceptance_length_last']:.2f}"
-    )
-    table(("active rows", "tokens guessed (mean)"), list(figures["gamma_by_batch_size"].items()))
-    same = "identical" if figures["identical_completions"] else "NOT identical"
-    weights = "identical" if figures["identical_weights"] else "different"
-    print(f"All {figures['tokens']} tokens of the two runs of ours: {same}; final weights: {weights}.")
-    print(f"Picture: {args.out / 'demo.png'}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="spec-rollout demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR")
-    parser.add_argument("--steps", type=positive, default=20, metavar="N")
+    parser.add_argument("--full", action="store_true", help="a larger policy and larger batches: half an hour")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="demo otherwise, and demo-full with --full")
+    parser.add_argument(
+        "--steps", type=positive, metavar="N", help=f"{SHORT.steps} otherwise, {FULL.steps} with --full"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here; DIR/demo.json otherwise")
     return parser

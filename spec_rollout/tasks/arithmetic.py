@@ -20,19 +20,52 @@ if TYPE_CHECKING:
 
 Part = Literal["sft", "rl", "heldout"]
 
-STEP_WEIGHTS = (1, 3, 5, 7, 8, 8, 7, 6, 5, 4, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1)
-"""Odds of a problem having 1, 2, ... 20 steps; the tail makes a few completions much longer than most."""
 
-LARGEST_TOTAL, LARGEST_OPERAND, LARGEST_PART = 49, 7, 4
+@dataclass(frozen=True)
+class Style:
+    """How hard the problems are, and how their solutions are worded."""
+
+    step_weights: tuple[int, ...]
+    """Odds of a problem having 1, 2, ... steps."""
+    largest_total: int
+    largest_operand: int
+    largest_part: int
+    """Larger operands may be split before they are added or subtracted."""
+    split_odds: float
+    """Share of those operands that are."""
+    questions: tuple[str, ...]
+    openings: tuple[str, ...]
+    lines: tuple[str, ...]
+    closings: tuple[str, ...]
+
+
+VARIED = Style(
+    step_weights=(1, 3, 5, 7, 8, 8, 7, 6, 5, 4, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1),  # a few are much longer than most
+    largest_total=49,
+    largest_operand=7,
+    largest_part=4,
+    split_odds=0.4,
+    questions=("Start with {start}: {steps}\n", "Take {start}, then {steps}\n", "Begin at {start} and go {steps}\n"),
+    openings=("Let us go step by step.", "We take the steps in order.", ""),
+    lines=("Step {letter} {step}: {sums}.", "Then {letter} {step}: {sums}.", "Now {letter} {step}: {sums}."),
+    closings=("That is all.", "No step is left.", ""),
+)
+"""Terse lines in several wordings: little of a solution can be foreseen."""
+FULL_SENTENCES = Style(
+    step_weights=(0, 1, 3, 5, 7, 7, 6, 5, 4, 3, 2, 2),
+    largest_total=19,
+    largest_operand=5,
+    largest_part=3,
+    split_odds=0.4,
+    questions=("Start with {start}: {steps}\n",),
+    openings=("Let us go step by step.",),
+    lines=("Step {letter} is {step}. We have {before}, so we work out {sums}. Now we have {after}.",),
+    closings=("No step is left, and we are done.",),
+)
+"""Small numbers, and steps told in whole sentences, of which much can be foreseen, as of what chat models write."""
+
 DOUBLE_ODDS = 0.1
 """Share of the steps that double, where the total allows it."""
-SPLIT_ODDS = 0.4
-"""Share of the operands above LARGEST_PART that are split before they are added or subtracted."""
-
-QUESTIONS = ("Start with {start}: {steps}\n", "Take {start}, then {steps}\n", "Begin at {start} and go {steps}\n")
-OPENINGS = ("Let us go step by step.", "We take the steps in order.", "")
-LINES = ("Step {letter} {step}: {sums}.", "Then {letter} {step}: {sums}.", "Now {letter} {step}: {sums}.")
-CLOSINGS = ("That is all.", "No step is left.", "")
 
 MANY_SUMS = 24
 """Right sums for the whole of `worked_sums_reward`; a solution has 9 on the mean."""
@@ -61,11 +94,11 @@ def apply(total: int, step: Step) -> int:
     return {"+": total + n, "-": total - n, "*": total * n}[operator]
 
 
-def split(step: Step) -> list[Step]:
-    """A sum or difference of more than LARGEST_PART as that and the rest; any other step as it is."""
+def split(step: Step, largest_part: int) -> list[Step]:
+    """A sum or difference of more than `largest_part` as that and the rest; any other step as it is."""
     operator, n = step
-    whole = operator == "*" or n <= LARGEST_PART
-    return [step] if whole else [(operator, LARGEST_PART), (operator, n - LARGEST_PART)]
+    whole = operator == "*" or n <= largest_part
+    return [step] if whole else [(operator, largest_part), (operator, n - largest_part)]
 
 
 def lettered(steps: list[Step]) -> str:
@@ -73,52 +106,52 @@ def lettered(steps: list[Step]) -> str:
     return ", ".join(f"{letter} {operator}{n}" for letter, (operator, n) in zip(ascii_lowercase, steps, strict=False))
 
 
-def draw_step(rng: random.Random, total: int) -> Step:
-    """A step that keeps `total` between 0 and LARGEST_TOTAL."""
-    if 0 < total * 2 <= LARGEST_TOTAL and rng.random() < DOUBLE_ODDS:
+def draw_step(rng: random.Random, total: int, style: Style) -> Step:
+    """A step that keeps `total` between 0 and the style's largest."""
+    if 0 < total * 2 <= style.largest_total and rng.random() < DOUBLE_ODDS:
         return "*", 2
-    n = rng.randint(2, LARGEST_OPERAND)
-    choices = ["+"] * (total + n <= LARGEST_TOTAL) + ["-"] * (total >= n)
+    n = rng.randint(2, style.largest_operand)
+    choices = ["+"] * (total + n <= style.largest_total) + ["-"] * (total >= n)
     return rng.choice(choices), n
 
 
-def solve(rng: random.Random, total: int, steps: list[Step]) -> tuple[list[str], int]:
+def solve(rng: random.Random, total: int, steps: list[Step], style: Style) -> tuple[list[str], int]:
     """A line for each step, and the number that they come to."""
     lines = []
     for letter, step in zip(ascii_lowercase, steps, strict=False):
-        sums = []
-        for part in split(step) if rng.random() < SPLIT_ODDS else [step]:
+        sums, first = [], total
+        for part in split(step, style.largest_part) if rng.random() < style.split_odds else [step]:
             before, total = total, apply(total, part)
             sums.append(f"{before} {part[0]}{part[1]} = {total}")
-        line = rng.choice(LINES)
-        lines.append(line.format(letter=letter, step=f"{step[0]}{step[1]}", sums=", ".join(sums)))
+        words = {"letter": letter, "step": f"{step[0]}{step[1]}", "before": first, "after": total}
+        lines.append(rng.choice(style.lines).format(sums=", ".join(sums), **words))
     return lines, total
 
 
-def draw_problem(rng: random.Random) -> Problem:
+def draw_problem(rng: random.Random, style: Style) -> Problem:
     """A random problem; the random stream decides the numbers, the wording and the way of the solution."""
-    total = start = rng.randint(2, LARGEST_TOTAL)
+    total = start = rng.randint(2, style.largest_total)
     steps: list[Step] = []
-    for _ in range(1 + rng.choices(range(len(STEP_WEIGHTS)), STEP_WEIGHTS)[0]):
-        steps.append(draw_step(rng, total))
+    for _ in range(1 + rng.choices(range(len(style.step_weights)), style.step_weights)[0]):
+        steps.append(draw_step(rng, total, style))
         total = apply(total, steps[-1])
-    worked, answer = solve(rng, start, steps)
-    lines = [rng.choice(OPENINGS), *worked, rng.choice(CLOSINGS), f"Answer: {answer}"]
-    prompt = rng.choice(QUESTIONS).format(start=start, steps=lettered(steps))
+    worked, answer = solve(rng, start, steps, style)
+    lines = [rng.choice(style.openings), *worked, rng.choice(style.closings), f"Answer: {answer}"]
+    prompt = rng.choice(style.questions).format(start=start, steps=lettered(steps))
     return Problem(prompt, "\n".join(line for line in lines if line), answer, len(steps))
 
 
-def problems(part: Part, count: int, seed: int = 0) -> list[Problem]:
+def problems(part: Part, count: int, seed: int = 0, style: Style = VARIED) -> list[Problem]:
     """`count` problems of a part of the data; parts draw from separate random streams."""
     rng = random.Random(f"arithmetic/{part}/{seed}")
-    return [draw_problem(rng) for _ in range(count)]
+    return [draw_problem(rng, style) for _ in range(count)]
 
 
-def prompt_dataset(part: Part, count: int, seed: int = 0) -> Dataset:
+def prompt_dataset(part: Part, count: int, seed: int = 0, style: Style = VARIED) -> Dataset:
     """Columns `prompt` and `answer`, for TRL's GRPO, RLOO and PPO trainers."""
     from datasets import Dataset
 
-    return Dataset.from_list([{"prompt": p.prompt, "answer": p.answer} for p in problems(part, count, seed)])
+    return Dataset.from_list([{"prompt": p.prompt, "answer": p.answer} for p in problems(part, count, seed, style)])
 
 
 def final_answer(text: str) -> int | None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from spec_rollout.tasks.arithmetic import problems
+from spec_rollout.tasks.arithmetic import FULL_SENTENCES, VARIED, Style, problems
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
-Size = Literal["tiny", "small", "base"]
+Size = Literal["demo", "tiny", "small", "base"]
 
-CONTEXT, ROW = 1024, 256
-"""Tokens that the policy can attend to, and that a packed row of training data has."""
+CONTEXT = 1024
+"""Tokens that the policy can attend to."""
 PIECES = r" ?[+*-]?\d{1,2}(?!\d)| ?\w+| ?[^\w\s]+\n?|\s"
 """What the tokenizer may not merge across: signed numbers, words, punctuation with the line end behind it."""
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -38,17 +39,21 @@ class Recipe:
     num_problems: int
     batch_size: int
     learning_rate: float
+    row: int = 256
+    """Tokens of a packed row of training data."""
+    style: Style = VARIED
 
 
 RECIPES: dict[str, Recipe] = {
+    "demo": Recipe(4, 128, 2, 384, num_problems=4_800, batch_size=8, learning_rate=0.02, style=FULL_SENTENCES),
     "tiny": Recipe(4, 128, 2, 384, num_problems=8_000, batch_size=8, learning_rate=0.015),
     "small": Recipe(8, 256, 4, 704, num_problems=8_000, batch_size=8, learning_rate=0.012),
     "base": Recipe(12, 640, 10, 1792, num_problems=200_000, batch_size=32, learning_rate=0.006),
 }
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the task, the same one for every seed and size. A number of one or two
+def make_tokenizer(style: Style = VARIED) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the task, the same one for every seed of a style. A number of one or two
     digits is one token, its sign and leading space included."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -67,7 +72,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator((p.prompt + p.solution for p in problems("sft", 2_000)), trainer)
+    bpe.train_from_iterator((p.prompt + p.solution for p in problems("sft", 2_000, style=style)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token=EOS,
@@ -104,8 +109,8 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrained
     return model
 
 
-def packed_rows(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> Dataset:
-    """`count` worked problems, packed in order into rows of ROW tokens: columns input_ids, labels and position_ids.
+def packed_rows(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int) -> Dataset:
+    """The recipe's worked problems, packed in order into rows: columns input_ids, labels and position_ids.
 
     Positions start anew with each problem, by which transformers' attention tells the problems of a row apart; prompts
     carry no label.
@@ -113,14 +118,14 @@ def packed_rows(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> Da
     from datasets import Dataset
 
     rows, row = [], {"input_ids": [], "labels": [], "position_ids": []}
-    for problem in problems("sft", count, seed):
+    for problem in problems("sft", recipe.num_problems, seed, recipe.style):
         prompt = tokenizer(problem.prompt)["input_ids"]
         solution = [*tokenizer(problem.solution)["input_ids"], tokenizer.eos_token_id]
-        room = ROW - len(row["input_ids"])
+        room = recipe.row - len(row["input_ids"])
         row["input_ids"] += (prompt + solution)[:room]
         row["labels"] += ([-100] * len(prompt) + solution)[:room]
         row["position_ids"] += range(len(prompt + solution))[:room]
-        if len(row["input_ids"]) == ROW:
+        if len(row["input_ids"]) == recipe.row:
             rows.append(row)
             row = {name: [] for name in row}
     return Dataset.from_list(rows)
@@ -130,6 +135,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
     """Supervised training on worked solutions, one pass over the data."""
     import torch
     from transformers import default_data_collator
+    from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     from spec_rollout.draft.muon import multiplies_bfloat16
@@ -147,21 +153,47 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
         use_cpu=not torch.cuda.is_available(),
         bf16=multiplies_bfloat16("cuda" if torch.cuda.is_available() else "cpu"),
         gradient_checkpointing=False,
-        logging_steps=0.1,  # of all steps
+        logging_steps=0.05,  # of all steps
+        disable_tqdm=True,
         save_strategy="no",
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     model.config.use_cache = False  # with a cache, transformers would not look for the problems within a row
-    SFTTrainer(
+    trainer = SFTTrainer(
         model=model,
         args=args,
         data_collator=default_data_collator,
-        train_dataset=packed_rows(tokenizer, recipe.num_problems, seed),
+        train_dataset=packed_rows(tokenizer, recipe, seed),
         processing_class=tokenizer,
         optimizers=(make_optimizer(model, recipe.learning_rate), None),
-    ).train()
+        callbacks=[make_bar()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     model.config.use_cache = True
+
+
+def make_bar() -> TrainerCallback:
+    """A bar over the training, with the loss beside it."""
+    from tqdm import tqdm
+    from transformers import TrainerCallback
+
+    class Bar(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.bar = tqdm(total=state.max_steps, desc="training the policy", unit="step", file=sys.stderr)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.bar.update()
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in (logs or {}):
+                self.bar.set_postfix(loss=f"{float(logs['loss']):.2f}")
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.bar.close()
+
+    return Bar()
 
 
 def make_optimizer(model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
@@ -206,7 +238,7 @@ def make_reference_policy(out: str | Path, size: Size = "small", seed: int = 0) 
         raise ValueError(f"{out} exists and is not an empty folder: remove it or choose another one.")
     out.parent.mkdir(parents=True, exist_ok=True)
     set_seed(seed)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(RECIPES[size].style)
     model = make_model(RECIPES[size], tokenizer)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         train(model, tokenizer, RECIPES[size], seed, scratch)

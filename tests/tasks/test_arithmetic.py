@@ -2,12 +2,15 @@
 
 import random
 import re
+from dataclasses import replace
 from statistics import median
 
 import pytest
 
 from spec_rollout.tasks.arithmetic import (
-    LARGEST_TOTAL,
+    FULL_SENTENCES,
+    VARIED,
+    Style,
     accuracy_reward,
     apply,
     final_answer,
@@ -18,31 +21,33 @@ from spec_rollout.tasks.arithmetic import (
     split,
 )
 
-PROBLEMS = problems("heldout", 500)
+STYLES = pytest.mark.parametrize("style", [VARIED, FULL_SENTENCES], ids=["varied", "full_sentences"])
 
 
-def comes_to(start: str, steps: list[str]) -> int:
+def comes_to(start: str, steps: list[str], style: Style) -> int:
     """What `start` becomes by signed `steps`; no total on the way is out of range."""
     total = int(start)
     for step in steps:
         total = apply(total, (step[0], int(step[1:])))
-        assert 0 <= total <= LARGEST_TOTAL
+        assert 0 <= total <= style.largest_total
     return total
 
 
-def test_the_answer_is_what_the_steps_come_to():
-    for problem in PROBLEMS:
+@STYLES
+def test_the_answer_is_what_the_steps_come_to(style):
+    for problem in problems("heldout", 500, style=style):
         start, *steps = re.findall(r"[-+*]?\d+", problem.prompt)
-        assert comes_to(start, steps) == problem.answer == final_answer(problem.solution)
+        assert comes_to(start, steps, style) == problem.answer == final_answer(problem.solution)
         assert len(steps) == problem.num_steps
 
 
-def test_every_sum_of_a_solution_is_right_and_starts_where_the_last_ended():
+@STYLES
+def test_every_sum_of_a_solution_is_right_and_starts_where_the_last_ended(style):
     checked = 0
-    for problem in PROBLEMS:
+    for problem in problems("heldout", 500, style=style):
         total = re.search(r"\d+", problem.prompt)[0]
         for before, step, after in re.findall(r"(\d+) ([-+*]\d+) = (\d+)", problem.solution):
-            assert before == total and comes_to(before, [step]) == int(after)
+            assert before == total and comes_to(before, [step], style) == int(after)
             total, checked = after, checked + 1
         assert int(total) == problem.answer
     assert checked > 3000
@@ -58,17 +63,22 @@ def test_every_sum_of_a_solution_is_right_and_starts_where_the_last_ended():
     ],
 )
 def test_split(step, parts):
-    assert split(step) == parts
+    assert split(step, 4) == parts
 
 
 @pytest.mark.parametrize(("odds", "first"), [(0, "17 +7 = 24"), (1, "17 +4 = 21, 21 +3 = 24")])
-def test_solve(monkeypatch, odds, first):
+def test_solve(odds, first):
     steps = [("+", 7), ("*", 2), ("-", 4)]
     assert lettered(steps) == "a +7, b *2, c -4"
-    monkeypatch.setattr("spec_rollout.tasks.arithmetic.SPLIT_ODDS", odds)
-    monkeypatch.setattr("spec_rollout.tasks.arithmetic.LINES", ("Step {letter} {step}: {sums}.",))
+    style = replace(VARIED, split_odds=odds, lines=("Step {letter} {step}: {sums}.",))
     lines = [f"Step a +7: {first}.", "Step b *2: 24 *2 = 48.", "Step c -4: 48 -4 = 44."]
-    assert solve(random.Random(0), 17, steps) == (lines, 44)
+    assert solve(random.Random(0), 17, steps, style) == (lines, 44)
+
+
+def test_a_whole_sentence_tells_the_total_before_and_after():
+    style = replace(FULL_SENTENCES, split_odds=1)
+    (line,), total = solve(random.Random(0), 7, [("+", 5)], style)
+    assert line == "Step a is +5. We have 7, so we work out 7 +3 = 10, 10 +2 = 12. Now we have 12." and total == 12
 
 
 def test_splits_and_seeds_are_reproducible_and_apart():
@@ -86,7 +96,7 @@ def test_the_dataset_carries_the_same_problems():
 
 
 def test_solutions_have_a_tail():
-    lengths = sorted(len(p.solution) for p in PROBLEMS)
+    lengths = sorted(len(p.solution) for p in problems("heldout", 500))
     assert lengths[475] > 1.8 * median(lengths) > 5 * lengths[0]
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spec_rollout.tasks import reference_policy
-from spec_rollout.tasks.arithmetic import problems
+from spec_rollout.tasks.arithmetic import FULL_SENTENCES, VARIED, problems
 from spec_rollout.tasks.reference_policy import RECIPES, make_model, make_reference_policy, make_tokenizer
 
 
@@ -22,8 +22,10 @@ def tokenizer():
     return make_tokenizer()
 
 
-def test_tokenizer_returns_what_it_was_given(tokenizer):
-    for problem in problems("heldout", 200):
+@pytest.mark.parametrize("style", [VARIED, FULL_SENTENCES], ids=["varied", "full_sentences"])
+def test_tokenizer_returns_what_it_was_given(style):
+    tokenizer = make_tokenizer(style)
+    for problem in problems("heldout", 200, style=style):
         text = problem.prompt + problem.solution
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     odd = " two  spaces\n\n\ttab, Ünïcode 漢字 🙂 ."
@@ -43,7 +45,7 @@ def test_prompt_and_solution_tokenize_apart(tokenizer):
         assert whole == tokenizer(problem.prompt)["input_ids"] + tokenizer(problem.solution)["input_ids"]
 
 
-@pytest.mark.parametrize(("size", "low", "high"), [("tiny", 0.5e6, 1.5e6), ("small", 5e6, 15e6)])
+@pytest.mark.parametrize(("size", "low", "high"), [("demo", 0.5e6, 2e6), ("tiny", 0.5e6, 1.5e6), ("small", 5e6, 15e6)])
 def test_sizes(tokenizer, size, low, high):
     assert low < make_model(RECIPES[size], tokenizer).num_parameters() < high
 
@@ -69,7 +71,7 @@ def test_folder_is_an_ordinary_policy_and_the_same_for_a_seed(short_training, tm
 def test_packed_problems_do_not_see_each_other(tokenizer):
     """A row of training data gives each problem the logits that it has alone."""
     model = make_model(replace(RECIPES["tiny"], num_layers=2), tokenizer).eval()
-    row = reference_policy.packed_rows(tokenizer, 12, seed=0)[0]
+    row = reference_policy.packed_rows(tokenizer, replace(RECIPES["tiny"], num_problems=12), seed=0)[0]
     ids, positions = torch.tensor([row["input_ids"]]), torch.tensor([row["position_ids"]])
     packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
     starts = [*(positions[0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
@@ -78,6 +80,12 @@ def test_packed_problems_do_not_see_each_other(tokenizer):
         torch.testing.assert_close(packed[first:last], model(ids[:, first:last]).logits[0], atol=1e-4, rtol=1e-4)
         labels = [label for label in row["labels"][first:last] if label != -100]
         assert labels and row["input_ids"][first:last][-len(labels) :] == labels
+
+
+def test_the_training_says_what_it_is(short_training, tmp_path, capsys):
+    make_reference_policy(tmp_path / "policy", "tiny")
+    shown = capsys.readouterr()
+    assert "training the policy: 100%" in shown.err and "loss=" in shown.err and not shown.out
 
 
 def test_an_interrupted_training_leaves_nothing(monkeypatch, tmp_path):
@@ -97,5 +105,5 @@ def test_nothing_is_overwritten(tmp_path):
 
 
 def test_an_unknown_size_is_named(tmp_path):
-    with pytest.raises(ValueError, match="size='huge' is unknown: choose one of tiny, small, base"):
+    with pytest.raises(ValueError, match="size='huge' is unknown: choose one of demo, tiny, small, base"):
         make_reference_policy(tmp_path / "policy", "huge")
