@@ -21,8 +21,6 @@ def prefill(target: Target, cache: SlotCache, rows: Rows, admission: Admission, 
         place = torch.arange(width, device=rows.device).expand(slots[1] - slots[0], -1)
         ids = rows.tokens[slots[0] : slots[1], :width]
         _, hidden = target.forward(cache, slots, ids, place, width, keep_logits=1)
-        seen = (rows, slots, place[:, 0], hidden)
-        draft.guard(lambda drafter, seen=seen: drafter.observe(*seen))
+        draft.call("observe", rows, slots, place[:, 0], hidden)
     if admission.fresh:
-        admitted = (admission.first, admission.first + len(admission.fresh))
-        draft.guard(lambda drafter: drafter.admit(rows, admitted))
+        draft.call("admit", rows, (admission.first, admission.first + len(admission.fresh)))

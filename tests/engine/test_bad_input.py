@@ -214,6 +214,58 @@ def test_broken_verb(verb, good):
     check_switched_off(verb, BREAKAGES["raises"], good, max_slots=3)
 
 
+class Meddler(OracleDrafter):
+    """Writes wherever it can reach, and keeps what it was shown to write into it later."""
+
+    def __init__(self, completions, gamma):
+        super().__init__(completions)
+        self.gamma, self.kept = gamma, []
+
+    def meddle(self, *tensors) -> None:
+        for rows in {id(r): r for r in self.kept}.values():
+            for name in ("tokens", "length", "start", "limit", "request", "key", "logprobs", "steps", "counts"):
+                getattr(rows, name).fill_(3)
+            rows.lengths[:], rows.starts[:], rows.count = 1, 1, 1
+        for tensor in tensors:
+            tensor.numpy()[...] = 5
+
+    def begin(self, rows):
+        super().begin(rows)
+        self.kept.append(rows)
+
+    def propose(self, rows, gamma, noise, temperature):
+        guesses = super().propose(rows, gamma, noise, temperature)
+        self.kept.append(rows)
+        self.meddle(*([] if noise is None else [noise]))
+        self.last = guesses
+        return guesses
+
+    def observe(self, rows, slots, start, hidden):
+        self.kept.append(rows)
+        self.meddle(start, *hidden)
+        if hasattr(self, "last"):
+            self.last.fill_(4)
+
+    def admit(self, rows, slots):
+        self.meddle()
+
+    def copy(self, rows, source, target):
+        self.meddle(source, target)
+
+    def finish(self, rows, slots):
+        self.meddle(slots)
+
+
+@pytest.mark.parametrize("params", [PARAMS, SamplingParams(max_new_tokens=16, temperature=0)])
+@pytest.mark.parametrize("slots", [3, 64])
+def test_a_drafter_that_writes_to_what_it_is_shown(slots, params):
+    expected = reference(policy("llama"), PROMPTS, params)
+    drafter = Meddler(expected, 3)
+    engine = RolloutEngine(policy("llama"), SpecConfig(num_speculative_tokens=3, max_slots=slots), drafter=drafter)
+    assert_same(engine.generate(PROMPTS, params), expected)
+    assert engine.stats.mean_acceptance_length > 2 and engine.stats.drafter_failures == 0  # it guesses right meanwhile
+
+
 def test_a_shorter_proposal_is_welcome():
     """A drafter may stop early; what it does not guess costs nothing."""
     expected = reference(policy("llama"), PROMPTS, PARAMS)
