@@ -79,7 +79,9 @@ class RolloutEngine:
             FloatingPointError: the policy's logits are NaN or infinite; the message names the step.
         """
         params = params or SamplingParams()
-        requests = make_requests(prompts, params, seed, max_new_tokens, self.target.vocab_size, self.target.context)
+        target = self.target
+        bounds = (target.vocab_size, target.context, target.switches)
+        requests = make_requests(prompts, params, seed, max_new_tokens, *bounds)
         if not requests:
             return []
         before, prefill_s = len(self.stats.steps), self.stats.prefill_s

@@ -49,6 +49,7 @@ class Rollout:
         self.draft = GuardedDrafter(drafter, stats)
         slots = min(config.max_slots, len(requests))
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
+        target.confine(longest)
         capacity = _round_up(longest + config.widest + 1, EXTENT_STEP)
         room = slots
         if config.compile_passes:  # one slot alone, or rows read to their end, would be compiled apart

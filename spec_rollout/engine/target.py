@@ -36,6 +36,8 @@ class Target:
         self.context = getattr(self.config, "max_position_embeddings", None) or getattr(
             self.config, "n_positions", None
         )
+        self.switches = rope_switches(self.config)
+        self._reach = self.context
         self.precision: torch.dtype | None = None
         """Of the arithmetic of the latest pass. float32 whose products are rounded, as TF32, counts as bfloat16."""
         self._proven: dict[tuple, list[str]] = {}
@@ -115,6 +117,10 @@ class Target:
             return None if own == "sdpa" else wanted
         return wanted if own == wanted or getattr(self.model, "_supports_sdpa", False) else None
 
+    def confine(self, longest: int) -> None:
+        """The rows to come have at most `longest` tokens."""
+        self._reach = min((switch for switch in self.switches if switch >= longest), default=self.context)
+
     def forward(
         self,
         cache: SlotCache,
@@ -153,8 +159,9 @@ class Target:
     def _pass(
         self, ids: Tensor, positions: Tensor, extent: int, window: SlotWindow, keep_logits: int = 0
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        # A guess may reach past the context; what it leads to is never emitted, it only must not be an invalid index.
-        place = positions if self.context is None else positions.clamp(max=self.context - 1)
+        # A guess, or padding, may reach past the rows' ends. What it leads to is never emitted; it only must not be an
+        # invalid index, nor switch the rope.
+        place = positions if self._reach is None else positions.clamp(max=self._reach - 1)
         output = self.model(
             input_ids=ids,
             position_ids=place,
@@ -199,6 +206,14 @@ def cache_argument(model: nn.Module) -> str:
     """How the model's forward calls the cache: "cache", or "past_key_values" as before transformers 5.24."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's own takes anything
     return "cache" if "cache" in inspect.signature(type(base).forward).parameters else "past_key_values"
+
+
+def rope_switches(config) -> tuple[int, ...]:
+    """The numbers of tokens beyond which a pass of the model reads all of its positions by other factors."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(entry for entry in parameters.values() if isinstance(entry, dict))]
+    switching = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
+    return tuple(sorted({kind["original_max_position_embeddings"] for kind in switching}))
 
 
 def broken_policy(model: nn.Module, where: str) -> FloatingPointError:

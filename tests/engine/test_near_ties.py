@@ -150,15 +150,16 @@ def test_rare_in_practice():
 
 
 EDGES = {
-    "greedy": SamplingParams(max_new_tokens=24, temperature=0),
-    "top_k=1": SamplingParams(max_new_tokens=24, top_k=1),
-    "min_p=1": SamplingParams(max_new_tokens=24, min_p=1.0),
-    "top_p=1e-6": SamplingParams(max_new_tokens=24, top_p=1e-6),
-    "top_k=3": SamplingParams(max_new_tokens=24, top_k=3),
-    "top_p=0.7": SamplingParams(max_new_tokens=24, top_p=0.7),
-    "min_p=0.3": SamplingParams(max_new_tokens=24, min_p=0.3),
-    "all": SamplingParams(max_new_tokens=24, temperature=0.7, top_k=5, top_p=0.9, min_p=0.02),
-    "cold and penalised": SamplingParams(max_new_tokens=24, temperature=0.3, top_k=3, repetition_penalty=3.0),
+    "greedy": SamplingParams(max_new_tokens=16, temperature=0),
+    "top_k=1": SamplingParams(max_new_tokens=16, top_k=1),
+    "min_p=1": SamplingParams(max_new_tokens=16, min_p=1.0),
+    "top_p=1e-6": SamplingParams(max_new_tokens=16, top_p=1e-6),
+    "top_k=3": SamplingParams(max_new_tokens=16, top_k=3),
+    "top_p=0.7": SamplingParams(max_new_tokens=16, top_p=0.7),
+    "min_p=0.3": SamplingParams(max_new_tokens=16, min_p=0.3),
+    "top_k beyond the vocabulary": SamplingParams(max_new_tokens=16, top_k=500),
+    "all": SamplingParams(max_new_tokens=16, temperature=0.7, top_k=5, top_p=0.9, min_p=0.02),
+    "cold and penalised": SamplingParams(max_new_tokens=16, temperature=0.3, top_k=3, repetition_penalty=3.0),
 }
 
 
@@ -185,15 +186,15 @@ def test_ties_at_the_edge_of_a_filter(law):
         (RandomDrafter(), 2, (3,)),
     ):
         got, stats = run(model, EDGES[law], drafter, slots, gammas)
-        assert_same(got, expected)
-        assert stats.near_ties > 0
+        assert_same(got, expected, 1e-3 if law == "cold and penalised" else 1e-4)  # which magnify rounding tenfold
+        assert stats.near_ties > 0 or law == "top_k beyond the vocabulary"
 
 
 @pytest.mark.parametrize("law", EDGES)
 def test_edges_are_rare_in_practice(law):
     """Counted in tokens: without near-duplicates next to nothing is settled."""
     _, stats = run(policy("llama"), EDGES[law])
-    assert stats.near_ties <= 3  # of 168
+    assert stats.near_ties <= 3  # of 112
 
 
 @pytest.mark.parametrize("law", ["greedy", "T=1", "top_k=3", "top_p=0.7", "cold and penalised"])
