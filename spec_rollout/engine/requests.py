@@ -73,7 +73,7 @@ def _check_side(switch: int, lengths: list[int], limit: int) -> None:
         return
     raise ValueError(
         f"The policy's rope (rope_type='longrope') reads all positions of a pass otherwise once one lies beyond "
-        f"{switch} tokens, so a token would depend on guesses and on other rows: prompts have {min(lengths)} to {max(lengths)} "
-        f"tokens, and up to {limit} new ones. Keep the longest prompt and max_new_tokens within {switch} together, or "
-        f"sample prompts of more than {switch + 1} tokens apart from the others."
+        f"{switch} tokens, so a token would depend on guesses and on other rows: prompts have {min(lengths)} to "
+        f"{max(lengths)} tokens, and up to {limit} new ones. Keep the longest prompt and max_new_tokens within "
+        f"{switch} together, or sample prompts of more than {switch + 1} tokens apart from the others."
     )
