@@ -67,3 +67,11 @@ def _refuse_scaled_attention(name: str, config) -> None:
             f"from {floor} tokens on; max_position_embeddings={context}). Set max_position_embeddings below {floor}. "
             f"{REMEDY}"
         )
+
+
+def rope_switches(config) -> tuple[int, ...]:
+    """The numbers of tokens beyond which a pass of the model reads all of its positions by other factors."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(entry for entry in parameters.values() if isinstance(entry, dict))]
+    switching = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
+    return tuple(sorted({kind["original_max_position_embeddings"] for kind in switching}))

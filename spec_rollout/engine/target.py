@@ -14,9 +14,10 @@ from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask, chunked_mask
 from spec_rollout.engine.lean.choice import LeanChoice
 from spec_rollout.engine.lean.lean_pass import LeanPass
+from spec_rollout.engine.precision import broken_policy, rounds_products
 from spec_rollout.engine.probe import STRIDES, Probe, narrow_windows, prove
 from spec_rollout.engine.recurrences import Recurrences, running
-from spec_rollout.engine.support import ATTENTION, has_recurrent_layers, refuse_unsupported
+from spec_rollout.engine.support import ATTENTION, has_recurrent_layers, refuse_unsupported, rope_switches
 from spec_rollout.records import UnsupportedModelError
 
 
@@ -45,8 +46,10 @@ class Target:
         """What decodes: "lean", "compiled" or "transformers", as of the last rollout."""
         self._choice = LeanChoice(model)
         self._lean: LeanPass | None = None
+        self.switches = rope_switches(self.config)
+        self._reach = self.context
         self.precision: torch.dtype | None = None
-        """Of the arithmetic; known once the model has been probed."""
+        """Of the arithmetic of the latest pass. float32 whose products are rounded, as TF32, counts as bfloat16."""
         self._proven: dict[tuple, list[str]] = {}
 
     @property
@@ -81,6 +84,7 @@ class Target:
         try:
             self.model.eval()
             with torch.no_grad(), self._recurrences.installed():
+                self._rounds_products = rounds_products(self.device)
                 proven = (*own, self.dtype)
                 if proven not in self._proven:
                     self._proven[proven] = self._probe(list(configs), own)
@@ -112,7 +116,8 @@ class Target:
         failure = None
         with narrow_windows(self.model):
             expected = [Probe(self, stride).expected() for stride in STRIDES]
-            self.precision = _precision(expected[0])
+            if not all(bool(logits.logsumexp(-1).isfinite().all()) for logits in expected):
+                raise broken_policy(self.model, "in a pass over a few tokens before the rollout")
             for wanted in (GROUPED_SDPA, "sdpa", "eager"):
                 taken = [self._attention(implementation, wanted) for implementation in own]
                 if None in taken:
@@ -135,6 +140,10 @@ class Target:
             return None if own == "sdpa" else wanted
         return wanted if own == wanted or getattr(self.model, "_supports_sdpa", False) else None
 
+    def confine(self, longest: int) -> None:
+        """The rows to come have at most `longest` tokens."""
+        self._reach = min((switch for switch in self.switches if switch >= longest), default=self.context)
+
     def forward(
         self,
         cache: SlotCache,
@@ -153,11 +162,23 @@ class Target:
         Returns the logits [N, T, V] (of the last `keep_logits` tokens, if given) and the hidden states: the residual
         stream before each layer and the final one after the norm, each [N, T, H].
         """
-        if self._lean is not None and slots[0] == keep_logits == 0 and cache.keys:
-            return self._lean(cache, ids, positions, extent)
-        if self._compiled is not None and slots[0] == keep_logits == 0 and cache.keys:
+        if self._lean is not None and slots[0] == keep_logits == 0 and cache.begun:
+            output = self._lean(cache, ids, positions, extent)
+        elif self._compiled is not None and slots[0] == keep_logits == 0 and cache.begun:
             return self._compiled(ids, positions, extent, cache.keys, cache.values)
-        return self._pass(ids, positions, extent, cache.window(slots[0], positions, extent, lengths), keep_logits)
+        else:
+            window = cache.window(slots[0], positions, extent, lengths)
+            output = self._pass(ids, positions, extent, window, keep_logits)
+        self.precision = self._narrowest(output[0].dtype, cache)
+        return output
+
+    def _narrowest(self, logits: torch.dtype, cache: SlotCache) -> torch.dtype:
+        """Of the arithmetic of a pass that gave `logits`. The weights do not tell it under autocast, nor do the logits
+        alone: the output head may be the one part in float32, and autocast hands out float32 that holds bfloat16. The
+        values that attention reads come from products as they are."""
+        found = {logits, *(values.dtype for values in cache.values)}
+        narrow = sorted(found, key=lambda dtype: torch.finfo(dtype).eps)[-1]
+        return torch.bfloat16 if narrow == torch.float32 and self._rounds_products else narrow
 
     def _read(
         self, ids: Tensor, positions: Tensor, extent: int, keys: list[Tensor], values: list[Tensor]
@@ -169,8 +190,9 @@ class Target:
     def _pass(
         self, ids: Tensor, positions: Tensor, extent: int, window: SlotWindow, keep_logits: int = 0
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        # A guess may reach past the context; what it leads to is never emitted, it only must not be an invalid index.
-        place = positions if self.context is None else positions.clamp(max=self.context - 1)
+        # A guess, or padding, may reach past the rows' ends. What it leads to is never emitted; it only must not be an
+        # invalid index, nor switch the rope.
+        place = positions if self._reach is None else positions.clamp(max=self._reach - 1)
         with running(window.recurrent) if self.recurrent else nullcontext():
             output = self.model(
                 input_ids=ids,
@@ -224,11 +246,3 @@ def cache_argument(model: nn.Module) -> str:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's own takes anything
     taken = inspect.signature(type(base).forward).parameters
     return next((name for name in ("cache", "past_key_values", "cache_params") if name in taken), "past_key_values")
-
-
-def _precision(logits: Tensor) -> torch.dtype:
-    """The dtype whose digits `logits` carry: under autocast they may come as float32 and hold bfloat16 values."""
-    for narrow in (torch.bfloat16, torch.float16):
-        if torch.equal(logits, logits.to(narrow).to(logits.dtype)):
-            return narrow
-    return logits.dtype
