@@ -67,7 +67,7 @@ def report(figures: dict, out: Path) -> None:
     weights = "identical" if figures["identical_weights"] else "NOT identical"
     print()
     table(
-        ("sampler", "seconds of sampling", "ours, speculative, is faster by"),
+        ("sampler", "seconds of sampling", "ours, speculative: times as fast"),
         [
             ("TRL's own", seconds["transformers"], figures["rollout_speedup"]),
             ("ours, plain", seconds["plain"], figures["rollout_speedup_vs_plain"]),

@@ -79,7 +79,7 @@ def _rollout(axis, ours: Run) -> None:
     steps = ours.stats[-1].steps
     seconds = [sum(s.seconds for s in steps[: i + 1]) for i in range(len(steps))]
     axis.fill_between(seconds, [s.rows for s in steps], step="post", color=ROWS, linewidth=0)
-    axis.set(title="One rollout: as rows finish, more is guessed", xlabel="seconds", ylim=(0, None))
+    axis.set(title="One rollout: rows that finish, and how far is guessed", xlabel="seconds", ylim=(0, None))
     axis.set_ylabel("active rows", color="#5b7fa3")
     guesses = axis.twinx()
     guesses.plot(seconds, [s.gamma for s in steps], drawstyle="steps-post", color=GUESSES, linewidth=1.5)
