@@ -291,7 +291,8 @@ def test_a_reward_model(make_ppo, tokenizer, peeking, tmp_path):
     ],
 )
 def test_what_cannot_be_sharded_is_refused(zero3, fsdp, critic, message):
-    run = SimpleNamespace(_dist=SimpleNamespace(is_zero3=zero3), is_fsdp_enabled=fsdp, optimizer=None)
+    dist = SimpleNamespace(is_zero3=zero3)
+    run = SimpleNamespace(_dist=dist, is_fsdp_enabled=fsdp, optimizer=None, model=torch.nn.Linear(1, 1))
     with nullcontext() if message is None else pytest.raises(ValueError, match=message):
         refuse_launch(run, critic)
 
