@@ -66,6 +66,7 @@ def test_nothing_of_the_base_classes_is_overridden_by_accident():
     ],
 )
 def test_what_cannot_be_sharded_is_refused(zero3, fsdp, critic, message):
-    run = SimpleNamespace(_dist=SimpleNamespace(is_zero3=zero3), is_fsdp_enabled=fsdp, optimizer=None)
+    dist = SimpleNamespace(is_zero3=zero3)
+    run = SimpleNamespace(_dist=dist, is_fsdp_enabled=fsdp, optimizer=None, model=torch.nn.Linear(1, 1))
     with nullcontext() if message is None else pytest.raises(ValueError, match=message):
         refuse_launch(run, critic)
