@@ -10,7 +10,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 STRICT := -W error::DeprecationWarning -W error::PendingDeprecationWarning -W error::FutureWarning \
 	-W 'ignore:`gradient_checkpointing:FutureWarning' -W 'ignore:`is_gradient_checkpointing:FutureWarning'
 
-.PHONY: demo test lint test-vllm test-latest test-lowest test-wheel
+.PHONY: demo test lint test-vllm test-latest test-lowest test-wheel docs
 
 demo: $(INSTALLED)
 	$(BIN)/spec-rollout demo
@@ -53,3 +53,9 @@ test-lowest:
 # The built wheel in an empty environment, with whatever versions pip takes today.
 test-wheel: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow tests/test_wheel.py
+
+# docs/ as a site in site/, in an environment of its own; a link that leads nowhere is an error.
+docs:
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet 'mkdocs-material>=9.7' 'mkdocstrings[python]>=1.0'
+	.venv-docs/bin/mkdocs build --strict
