@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from spec_rollout.tasks.arithmetic import FULL_SENTENCES, VARIED, Style, problems
+from spec_rollout.tasks.optimization import make_bar, make_optimizer
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Size = Literal["demo", "tiny", "small", "base"]
 
@@ -24,8 +23,6 @@ PIECES = r" ?[+*-]?\d{1,2}(?!\d)| ?\w+| ?[^\w\s]+\n?|\s"
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 INITIALIZER_RANGE = 0.06
 """Three times the usual 0.02: at so small a width it learns sooner (a Llama came to a loss of 0.59 against 0.92)."""
-SCALE_RATE = 3e-3
-"""Learning rate of embeddings and norms, which AdamW trains; the matrices learn by Muon."""
 
 
 @dataclass(frozen=True)
@@ -172,53 +169,6 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     model.config.use_cache = True
-
-
-def make_bar() -> TrainerCallback:
-    """A bar over the training, with the loss beside it."""
-    from tqdm import tqdm
-    from transformers import TrainerCallback
-
-    class Bar(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.bar = tqdm(total=state.max_steps, desc="training the policy", unit="step", file=sys.stderr)
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.bar.update()
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if "loss" in (logs or {}):
-                self.bar.set_postfix(loss=f"{float(logs['loss']):.2f}")
-
-        def on_train_end(self, args, state, control, **kwargs):
-            self.bar.close()
-
-    return Bar()
-
-
-def make_optimizer(model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
-    """Muon for the matrices of the layers, AdamW for the rest, behind one optimizer."""
-    import torch
-
-    from spec_rollout.draft.muon import Muon
-
-    class Both(torch.optim.Optimizer):
-        """Shares its parameter groups with its parts, so that a scheduler reaches them."""
-
-        def __init__(self, *parts: torch.optim.Optimizer):
-            super().__init__([group for part in parts for group in part.param_groups], {})
-            self.parts = parts
-
-        def step(self, closure=None):
-            for part in self.parts:
-                part.step()
-
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    return Both(
-        Muon(matrices, lr=learning_rate, weight_decay=0.1),
-        torch.optim.AdamW(rest, lr=SCALE_RATE, betas=(0.9, 0.95), weight_decay=0.0),
-    )
 
 
 def make_reference_policy(out: str | Path, size: Size = "small", seed: int = 0) -> Path:

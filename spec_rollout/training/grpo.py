@@ -146,13 +146,7 @@ def make_rollout_func(
     ```
     """
     config = SpecConfig() if config is None else config
-    if not isinstance(config, SpecConfig):
-        raise ValueError(f"config is a {type(config).__name__}: give a SpecConfig, or None for its defaults.")
-    if overlong_prompts not in (REFUSE, CLIP):
-        raise ValueError(
-            f"overlong_prompts={overlong_prompts!r} cannot be honoured by a rollout function: give {REFUSE!r} or "
-            f"{CLIP!r}, or use SpecGRPOTrainer, which can leave such prompts out of the datasets."
-        )
+    _check(config, overlong_prompts)
     sampler = TrainerSampler(config)
 
     def rollout_func(prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
@@ -180,6 +174,16 @@ def make_rollout_func(
 
     rollout_func.sampler = sampler
     return rollout_func
+
+
+def _check(config: SpecConfig, overlong_prompts: str) -> None:
+    if not isinstance(config, SpecConfig):
+        raise ValueError(f"config is a {type(config).__name__}: give a SpecConfig, or None for its defaults.")
+    if overlong_prompts not in (REFUSE, CLIP):
+        raise ValueError(
+            f"overlong_prompts={overlong_prompts!r} cannot be honoured by a rollout function: give {REFUSE!r} or "
+            f"{CLIP!r}, or use SpecGRPOTrainer, which can leave such prompts out of the datasets."
+        )
 
 
 def _prepare(trainer: GRPOTrainer) -> None:
