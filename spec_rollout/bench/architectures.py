@@ -8,6 +8,7 @@ import itertools
 import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import transformers
@@ -19,6 +20,7 @@ from spec_rollout.bench.workload import table, write_json
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter, RandomDrafter
 from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.engine.probe import REMEDY
 from spec_rollout.records import Completion, SamplingParams, StepStats, UnsupportedModelError
 
 PROMPTS = [[1, 2, 3], [1, 2, 3], [5], [*range(7, 19)], [3, 3]]
@@ -62,8 +64,10 @@ def examine(name: str, dtype: torch.dtype = torch.float32, **options) -> Finding
     kind = type(model).__name__
     try:
         reason = _difference(model)
-    except UnsupportedModelError as error:
+    except ValueError as error:
         return Finding(name, kind, REFUSED, _first_line(error))
+    except FloatingPointError as error:  # random weights that overflow
+        return Finding(name, kind, NOT_MADE, _first_line(error))
     return Finding(name, kind, DIFFERENT if reason else IDENTICAL, reason)
 
 
@@ -89,8 +93,9 @@ def _error(model: PreTrainedModel, prompt: list[int], completion: Completion) ->
 
 
 def _first_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:160]
+    text = " ".join(str(error).removesuffix(REMEDY).split())
+    text = text if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: {text}"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,15 +105,17 @@ def main(argv: list[str] | None = None) -> int:
     unknown = sorted(set(names) - set(architectures()))
     if unknown:
         raise SystemExit(f"--only {','.join(unknown)}: AutoModelForCausalLM of transformers knows no such model type.")
-    findings = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in tqdm(names, desc="architectures", unit="model"):
-            findings.append(examine(name))
+    findings = examine_all(names)
     table(("architecture", "model", "outcome", "reason"), [list(asdict(f).values()) for f in findings])
     print(summary(findings))
     write_json(args.json, {"transformers": version("transformers"), "findings": [asdict(f) for f in findings]})
     return int(any(finding.outcome == DIFFERENT for finding in findings))
+
+
+def examine_all(names: list[str]) -> list[Finding]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [examine(name) for name in tqdm(names, desc="architectures", unit="model")]
 
 
 def summary(findings: list[Finding]) -> str:
@@ -124,5 +131,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--architectures", action="store_true", required=True, help="this table")
     parser.add_argument("--only", metavar="NAME,NAME", help="model types, as config.json gives them")
-    parser.add_argument("--json", metavar="FILE", help="where to write the table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the table")
     return parser

@@ -16,7 +16,7 @@ WIDTH = HEADS * HEAD_SIZE
 LARGEST = 5_000_000
 """Most parameters."""
 SIZES = (
-    (r"vocab_size(_per_layer_input)?|num_embeddings", VOCAB),
+    (r"(decoder_)?vocab_size(_per_layer_input)?|num_embeddings", VOCAB),
     (r"(hidden|embedding|word_embed_proj|attention_hidden)_(size|dim)|d_model|n_embd|dim|embed_dim|model_dim", WIDTH),
     (r".*intermediate_size.*|.*ffn_dim|n_inner|d_ff|ffn_hidden_size|inner_dim|ffn_size", 48),
     (r"(num_hidden|n|num|decoder|encoder|num_decoder)_layers?|n_layers|num_blocks", 2),
@@ -39,7 +39,12 @@ SIZES = (
     (r"num_kv_shared_layers", 0),
 )
 """Sizes by the names that configurations give them."""
+ROPE = ("rope_theta", "partial_rotary_factor", "llama_4_scaling_beta", "original_max_position_embeddings")
+"""What of a rope does not depend on the size of the heads."""
 SPECIAL: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {"moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
     "bloom": {"n_head": 4},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 1},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_d_ssm": 64, "mamba_n_groups": 1},
@@ -93,13 +98,19 @@ def _shrink(config: PreTrainedConfig) -> None:
     for option, value in list(vars(config).items()):
         if option == "is_decoder":
             _set(config, option, True)
+        elif option == "pad_token_id":
+            _set(config, option, 0)
         elif option.endswith("_token_id") and value is not None:
-            _set(config, option, 0 if option in ("pad_token_id", "decoder_start_token_id") else None)
+            _set(config, option, 0 if option == "decoder_start_token_id" else None)
+        elif value is None and option in ("head_dim", "num_key_value_heads"):
+            _set(config, option, HEAD_SIZE if option == "head_dim" else HEADS)
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((size for pattern, size in SIZES if re.fullmatch(pattern, option)), value)
             _set(config, option, min(size, value))
         elif option == "rope_parameters" and isinstance(value, dict):
             _set(config, option, _plain_rope(value))
+    if getattr(config, "kv_lora_rank", None):
+        _set(config, "num_key_value_heads", HEADS)  # each head has keys of its own there
     if kinds:
         kinds = kinds if len(kinds) > 1 else 2 * kinds
         _set(config, "num_hidden_layers", len(kinds))
@@ -113,11 +124,13 @@ def _set(config: PreTrainedConfig, option: str, value: Any) -> None:
         setattr(config, option, value)
     except StrictDataclassFieldValidationError:  # it takes no None: any id will do
         setattr(config, option, 1)
+    except AttributeError:  # it follows from other options
+        pass
 
 
 def _plain_rope(parameters: dict) -> dict:
     """Without factors that are made for other sizes."""
     if any(isinstance(value, dict) for value in parameters.values()):
         return {kind: _plain_rope(value) for kind, value in parameters.items() if isinstance(value, dict)}
-    kept = {key: parameters[key] for key in ("rope_theta", "partial_rotary_factor") if key in parameters}
+    kept = {key: parameters[key] for key in ROPE if key in parameters}
     return {"rope_type": "default", **kept}
