@@ -55,7 +55,7 @@ class EagleDrafter:
         self.features = None
         self._scores: list[Tensor] = []
         """Of the last guesses, [B, Vd] each."""
-        self.fused_width = len(head.config.aux_layers) * head.config.hidden_size
+        self.fused_width = head.fused_width
         self.first, self.next = self._first, self._next
         if compiled:
             self.first, self.next = (Compiled(f, "the draft head") for f in (self._first, self._next))

@@ -239,7 +239,7 @@ class DraftTrainer:
         """For each of `steps` unrolled steps of `head` its log-probabilities and the target's probabilities."""
         rows = self.view.output_rows()
         with torch.no_grad():
-            final = batch.features[..., head.fc.in_features :].roll(-1, 1)  # the state that predicts token p + 2
+            final = batch.features[..., head.fused_width :].roll(-1, 1)  # the state that predicts token p + 2
             target = self.view.logits(final[batch.learn], rows).softmax(-1)
             embeds = self.view.embed(batch.tokens).to(head.fc.weight.dtype)
             place = torch.full((len(batch.learn), batch.learn.shape[1] + 1), -1, device=rows.device)
