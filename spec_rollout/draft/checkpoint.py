@@ -18,11 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
+from spec_rollout.draft.formats import ARCHITECTURE, CONFIG, eagle_config
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
-SPECULATORS = "speculators_model_type"
 FEATURE_SCALE = "feature_scale"
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS = "model.safetensors"
 OPTIMIZER = Path("training", "optimizer.safetensors")
 """In a folder of its own, since vLLM takes every safetensors file beside the weights for weights."""
 
@@ -35,10 +34,7 @@ def save_head(
     extra: dict,
     optimizer: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write `head` to `folder`, replacing it as a whole.
-
-    A crash leaves the old folder or the new one; between the two renames that exchange them, the old one beside it as
-    `.NAME-old-*/NAME`.
+    """Write `head` to `folder`, replacing it as a whole (`replace_folder`).
 
     Args:
         output_rows: [Vd, H], the policy's output head for the draft vocabulary, for engines that want it in the file;
@@ -48,8 +44,6 @@ def save_head(
         extra: json-able state to keep beside the weights, under `spec_rollout` in the config.
         optimizer: tensors that training goes on from, in a file of their own.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     size = head.config.vocab_size if draft_ids is None else len(draft_ids)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.folded().items()}
     extra = {**extra, FEATURE_SCALE: head.feature_scale.tolist()[:: head.config.hidden_size]}
@@ -58,13 +52,26 @@ def save_head(
         extra["lm_head"] = "policy"
     if draft_ids is not None:
         tensors["d2t"] = draft_ids.cpu() - torch.arange(size)
+    replace_folder(folder, tensors, _config(head.config, size, extra), optimizer)
+
+
+def replace_folder(
+    folder: str | Path, tensors: dict[str, Tensor], config: dict, optimizer: dict[str, Tensor] | None = None
+) -> None:
+    """Write a draft's `tensors`, `config` and `optimizer` to `folder`, replacing it as a whole.
+
+    A crash leaves the old folder or the new one; between the two renames that exchange them, the old one beside it as
+    `.NAME-old-*/NAME`.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         save_file(tensors, staging / WEIGHTS)
         if optimizer:
             (staging / OPTIMIZER).parent.mkdir()
             save_file({name: t.detach().cpu().contiguous() for name, t in optimizer.items()}, staging / OPTIMIZER)
-        (staging / CONFIG).write_text(json.dumps(_config(head.config, size, extra), indent=2) + "\n")
+        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         staging.chmod(0o755)
         if folder.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
@@ -86,9 +93,9 @@ def load_head(folder: str | Path, wanted: HeadConfig) -> tuple[EagleHead, Tensor
         ValueError: no draft head there, or one for another target; the message names both values and the remedy.
     """
     folder = Path(folder)
-    config = _read(folder, CONFIG, lambda path: json.loads(path.read_text()))
+    config = read_config(folder)
     tensors = _read(folder, WEIGHTS, load_file)
-    found = _head_config(folder, config, wanted)
+    found = eagle_config(folder, config, wanted)
     extra = dict(config.get("spec_rollout", {}))
     offsets = tensors.pop("d2t", None)
     for name in ("t2d", "embed_tokens.weight"):  # the live policy's embedding is used instead
@@ -117,6 +124,15 @@ def load_head(folder: str | Path, wanted: HeadConfig) -> tuple[EagleHead, Tensor
     head.load_state_dict({name: tensor.float() for name, tensor in given.items()})
     _unfold(head, extra.pop(FEATURE_SCALE, None), folder)
     return head, _draft_ids(folder, offsets, output, wanted.vocab_size), extra
+
+
+def read_config(folder: str | Path) -> dict:
+    """The config.json of a draft's folder.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    return _read(Path(folder), CONFIG, lambda path: json.loads(path.read_text()))
 
 
 def load_optimizer(folder: str | Path) -> dict[str, Tensor]:
@@ -188,63 +204,4 @@ def _config(config: HeadConfig, draft_vocab_size: int, extra: dict) -> dict:
         "torch_dtype": "float32",
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": aux, "use_aux_hidden_state": True},
         "spec_rollout": extra,
-    }
-
-
-def _head_config(folder: Path, config: dict, wanted: HeadConfig) -> HeadConfig:
-    if SPECULATORS in config:
-        config = _from_speculators(folder, config)
-    if config.get("architectures") != [ARCHITECTURE]:
-        raise ValueError(
-            f"{folder} holds {config.get('architectures')}, not an EAGLE-3 head ({ARCHITECTURE}). Give another "
-            "draft_model_path, or none to start cold."
-        )
-    for name in ("hidden_size", "vocab_size"):
-        if config.get(name) != getattr(wanted, name):
-            raise ValueError(
-                f"The draft head in {folder} was made for a policy with {name}={config.get(name)}, this policy has "
-                f"{getattr(wanted, name)}. Give the draft of this policy, or none to start cold."
-            )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    for name, value, served in (
-        ("rope_type", kind, "default"),
-        ("num_hidden_layers", config.get("num_hidden_layers", 1), 1),
-        ("norm_output", config.get("norm_output", False), False),
-    ):
-        if value != served:
-            raise ValueError(
-                f"{folder / CONFIG}: {name}={value} is not supported, only {served}. Give another draft_model_path, "
-                "or none to start cold."
-            )
-    fields = {name: config[name] for name in wanted.to_dict() if config.get(name) is not None}
-    if "head_dim" not in fields and "num_attention_heads" in fields:
-        fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
-    fields["rope_theta"] = float(config.get("rope_theta") or rope.get("rope_theta") or wanted.rope_theta)
-    layers = wanted.aux_layers[-1] + 1
-    aux = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
-    fields["aux_layers"] = tuple(
-        aux or (2, layers // 2, layers - 3)
-    )  # the EAGLE-3 authors' layers, where none are named
-    if not all(0 <= layer < layers for layer in fields["aux_layers"]):
-        raise ValueError(
-            f"The draft head in {folder} reads the layers {fields['aux_layers']}, this policy has {layers}. Give the "
-            "draft of this policy, or none to start cold."
-        )
-    return HeadConfig(**{**wanted.to_dict(), **fields})
-
-
-def _from_speculators(folder: Path, config: dict) -> dict:
-    """The speculators library's config as an EAGLE-3 one; its layer adds to the normed input unless told otherwise."""
-    if config[SPECULATORS] != "eagle3":
-        raise ValueError(
-            f"{folder} holds a {config[SPECULATORS]!r} speculator, not 'eagle3'. Give another draft_model_path, or "
-            "none to start cold."
-        )
-    return {
-        **config["transformer_layer_config"],
-        "architectures": [ARCHITECTURE],
-        "num_hidden_layers": 1,
-        "norm_before_residual": config.get("norm_before_residual", True),
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": config.get("eagle_aux_hidden_state_layer_ids")},
     }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
+from spec_rollout.draft.checkpoint import read_config, replace_folder
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.eagle import HeadConfig
 from spec_rollout.draft.policy_view import decoder_layers
@@ -23,6 +24,7 @@ from spec_rollout.engine.attention import GROUPED_SDPA
 from spec_rollout.engine.kv_cache import SlotWindow, causal_mask
 from spec_rollout.engine.target import cache_argument
 
+ARCHITECTURE = "SpecRolloutMTP"
 PREFIX, FILE = "mtp.", "mtp.safetensors"
 OWN_NAMES = {"norm.": "final_norm."}
 """Names on disk, without the prefix, where this module has others."""
@@ -115,9 +117,8 @@ class MtpHead(nn.Module):
         """
         given = {_renamed(name.removeprefix(PREFIX), OWN_NAMES): tensor.float() for name, tensor in tensors.items()}
         own = {name: tensor.shape for name, tensor in self.state_dict().items()}
-        wrong = sorted(
-            name for name in own.keys() | given.keys() if own.get(name) != getattr(given.get(name), "shape", 0)
-        )
+        shapes = {name: tensor.shape for name, tensor in given.items()}
+        wrong = sorted(name for name in own.keys() | shapes.keys() if own.get(name) != shapes.get(name))
         if wrong:
             raise ValueError(
                 f"The MTP tensors in {source} are not one dense decoder layer of this policy: {', '.join(wrong[:4])} "
@@ -153,6 +154,28 @@ def unrolled_mask(visible: Tensor, steps: int) -> Tensor:
     at the same start."""
     own = torch.eye(visible.shape[1], dtype=torch.bool, device=visible.device).expand(len(visible), -1, -1)
     return torch.cat([visible, *[own] * steps], -1)[:, None]
+
+
+def save_mtp(folder: str | Path, head: MtpHead, extra: dict, optimizer: dict[str, Tensor] | None = None) -> None:
+    """Write `head` with json-able `extra` to `folder`, as `save_head` does an EAGLE head."""
+    config = {"architectures": [ARCHITECTURE], "hidden_size": head.config.hidden_size, "spec_rollout": extra}
+    replace_folder(folder, head.on_disk(torch.float32), config, optimizer)
+
+
+def is_mtp(folder: str | Path) -> bool:
+    """Whether `save_mtp` wrote the draft in `folder`."""
+    return read_config(folder).get("architectures") == [ARCHITECTURE]
+
+
+def load_mtp(folder: str | Path, model: nn.Module) -> tuple[MtpHead, dict]:
+    """The head that `save_mtp` wrote for the policy `model`, and its `extra`.
+
+    Raises:
+        ValueError: it is unreadable, or made for another policy.
+    """
+    head = MtpHead(model)
+    head.take(find_tensors(str(folder)), folder)
+    return head, read_config(folder)["spec_rollout"]
 
 
 def find_tensors(policy: str | None) -> dict[str, Tensor]:

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from spec_rollout.draft.features import Sample
-from spec_rollout.draft.mtp import MtpDrafter, MtpHead, find_tensors
+from spec_rollout.draft.mtp import MtpDrafter, MtpHead
 from spec_rollout.draft.packing import pack
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.unroll import unroll
 from spec_rollout.engine.rows import Rows
-from tests.tiny import HYBRIDS, VOCAB, policy
+from tests.tiny import VOCAB, policy
 
 LENGTHS = (9, 14, 5)
 NAME = "qwen3_5_text"
