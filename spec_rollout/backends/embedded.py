@@ -97,6 +97,11 @@ class EmbeddedBackend:
         """Statistics of the rollouts since `take_stats` was last called."""
         return self.engine.stats
 
+    @property
+    def guesses_with_mtp(self) -> bool:
+        """Whether the draft is the MTP head of the policy's checkpoint."""
+        return self.learner is not None and isinstance(self.learner.head, MtpHead)
+
     def take_stats(self) -> RolloutStats:
         """Statistics of the rollouts since the last call."""
         stats, self.engine.stats = self.engine.stats, RolloutStats()
@@ -170,7 +175,7 @@ class EmbeddedBackend:
     def save_with_policy(self, folder: str | Path) -> None:
         """Put the checkpoint's MTP head, as it has learned, beside the weights of the policy saved in `folder`: in the
         policy's dtype, under the names that it was read by. Nothing where there is none."""
-        if self.learner is not None and isinstance(self.learner.head, MtpHead):
+        if self.guesses_with_mtp:
             add_to_policy(folder, self.learner.head.on_disk(self.engine.target.dtype))
 
     def load(self, folder: str | Path, resume: bool = True) -> None:

@@ -212,6 +212,11 @@ class DraftLearner:
             ValueError: nothing there can be read, or it was made for another policy.
         """
         if is_mtp(folder):
+            if self.config.rollout_backend == "vllm":
+                raise ValueError(
+                    f"{folder} holds an MTP head, which the embedded engine runs: set rollout_backend='embedded', or "
+                    "give an EAGLE-3 head."
+                )
             head, extra = load_mtp(folder, self.view.model)
             draft_ids = None if extra["draft_ids"] is None else torch.tensor(extra["draft_ids"])
         else:
