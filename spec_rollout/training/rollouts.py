@@ -77,7 +77,8 @@ class SpeculativeRollouts:
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        self.sampler.save_with_policy(output_dir or self.args.output_dir)
+        if self.sampler.backend is not None and not self.sampler.learns_from_trainer:
+            self.sampler.backend.save_with_policy(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)

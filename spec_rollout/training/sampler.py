@@ -157,11 +157,6 @@ class TrainerSampler:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(scratch, folder)
 
-    def save_with_policy(self, folder: str | Path) -> None:
-        """What belongs beside the policy's weights in `folder`: the MTP head that came with them."""
-        if isinstance(self.backend, EmbeddedBackend):
-            self.backend.save_with_policy(folder)
-
     def load(self, checkpoint: str | Path) -> None:
         """Take up the draft of a trainer's checkpoint, now or when the backend is made."""
         folder = Path(checkpoint, DRAFT_FOLDER)
