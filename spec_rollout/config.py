@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import type_validator
 
 VERIFICATIONS = ["coupled", "rejection"]
 BACKENDS = ("embedded", "vllm")
+HEADS = ("auto", "eagle3", "mtp")
 
 
 def check_types(record: object, kind: type) -> None:
@@ -71,6 +72,14 @@ class SpecConfig:
     draft_model_path: str | None = field(
         default=None,
         metadata={"help": "Folder of a draft head to start from. `None` starts cold and learns from the rollouts."},
+    )
+    draft_head: str = field(
+        default="auto",
+        metadata={
+            "help": "The draft: `mtp`, the multi-token prediction head in the policy's own checkpoint, `eagle3`, one "
+            "that is made and learns here, or `auto`, the first where the checkpoint has it (by the embedded engine).",
+            "choices": list(HEADS),
+        },
     )
     draft_ngrams: bool = field(
         default=True,
@@ -134,12 +143,16 @@ class SpecConfig:
                 f"verification={self.verification!r} is unknown: give 'coupled' (the same tokens as plain decoding) "
                 "or 'rejection' (the same law)."
             )
+        if self.draft_head == "mtp" and (self.rollout_backend == "vllm" or self.compile_passes):
+            other = "rollout_backend='vllm'" if self.rollout_backend == "vllm" else "compile_passes=True"
+            raise ValueError(f"draft_head='mtp' does not go with {other}: leave one of the two at its default.")
         if self.compile_passes and self.rollout_backend == "vllm":
             raise ValueError("compile_passes=True needs rollout_backend='embedded': vLLM compiles its own passes.")
         if self.profile_rollouts and self.rollout_backend == "vllm":
             raise ValueError("profile_rollouts=True needs rollout_backend='embedded': vLLM's steps are not recorded.")
         bounds = (
             ("rollout_backend", self.rollout_backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
+            ("draft_head", self.draft_head in HEADS, f"one of {', '.join(HEADS)}"),
             ("max_num_speculative_tokens", self.max_num_speculative_tokens >= 1, "at least 1"),
             ("max_slots", self.max_slots >= 1, "at least 1"),
             (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Sequence
@@ -14,8 +15,8 @@ from spec_rollout.backends.sources import Source
 from spec_rollout.backends.trace import HEAD, NGRAMS
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.drafter import EagleDrafter
-from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.learner import DraftLearner
+from spec_rollout.draft.mtp import MtpDrafter, MtpHead, add_to_policy
 from spec_rollout.draft.ngrams import History, NgramDrafter
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.watchman import Watchman
@@ -96,6 +97,11 @@ class EmbeddedBackend:
         """Statistics of the rollouts since `take_stats` was last called."""
         return self.engine.stats
 
+    @property
+    def guesses_with_mtp(self) -> bool:
+        """Whether the draft is the MTP head of the policy's checkpoint."""
+        return self.learner is not None and isinstance(self.learner.head, MtpHead)
+
     def take_stats(self) -> RolloutStats:
         """Statistics of the rollouts since the last call."""
         stats, self.engine.stats = self.engine.stats, RolloutStats()
@@ -166,6 +172,12 @@ class EmbeddedBackend:
         if self.learner is not None:
             self.learner.save(folder, self.head.state_dict())
 
+    def save_with_policy(self, folder: str | Path) -> None:
+        """Put the checkpoint's MTP head, as it has learned, beside the weights of the policy saved in `folder`: in the
+        policy's dtype, under the names that it was read by. Nothing where there is none."""
+        if self.guesses_with_mtp:
+            add_to_policy(folder, self.learner.head.on_disk(self.engine.target.dtype))
+
     def load(self, folder: str | Path, resume: bool = True) -> None:
         """Take the head and the tables that `save` wrote, or an EAGLE-3 head from elsewhere; with `resume=False`
         neither the training's budget nor the controller's tables (`DraftLearner.load`)."""
@@ -176,9 +188,9 @@ class EmbeddedBackend:
     def _take_head(self) -> None:
         """Decode with the learner's head from now on, of whatever shape it is."""
         target, head = self.engine.target, self.learner.head
-        own = None if head.own_output is None else len(head.own_output)
-        running = EagleHead(head.config, own_output=own).to(target.device, target.dtype)
-        self.head.drafter = EagleDrafter(running, self.learner.view, self.learner.buffer, self.config.compile_passes)
+        running = copy.deepcopy(head).to(target.device, target.dtype)
+        kind = MtpDrafter if isinstance(head, MtpHead) else EagleDrafter
+        self.head.drafter = kind(running, self.learner.view, self.learner.buffer, self.config.compile_passes)
         self.ngrams.drafter = NgramDrafter(self.history, self.head.drafter)
         self._publish()
 

@@ -28,10 +28,7 @@ def save_head(
     extra: dict,
     optimizer: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write `head` to `folder`, replacing it as a whole.
-
-    A crash leaves the old folder or the new one; between the two renames that exchange them, the old one beside it as
-    `.NAME-old-*/NAME`.
+    """Write `head` to `folder`, replacing it as a whole (`replace_folder`).
 
     Args:
         output_rows: [Vd, H], the policy's output head for the draft vocabulary, for engines that want it in the file;
@@ -41,8 +38,6 @@ def save_head(
         extra: json-able state to keep beside the weights, under `spec_rollout` in the config.
         optimizer: tensors that training goes on from, in a file of their own.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     size = head.config.vocab_size if draft_ids is None else len(draft_ids)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.folded().items()}
     extra = {**extra, FEATURE_SCALE: head.feature_scale.tolist()[:: head.config.hidden_size]}
@@ -51,13 +46,26 @@ def save_head(
         extra["lm_head"] = "policy"
     if draft_ids is not None:
         tensors["d2t"] = draft_ids.cpu() - torch.arange(size)
+    replace_folder(folder, tensors, _config(head.config, size, extra), optimizer)
+
+
+def replace_folder(
+    folder: str | Path, tensors: dict[str, Tensor], config: dict, optimizer: dict[str, Tensor] | None = None
+) -> None:
+    """Write a draft's `tensors`, `config` and `optimizer` to `folder`, replacing it as a whole.
+
+    A crash leaves the old folder or the new one; between the two renames that exchange them, the old one beside it as
+    `.NAME-old-*/NAME`.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         save_file(tensors, staging / WEIGHTS)
         if optimizer:
             (staging / OPTIMIZER).parent.mkdir()
             save_file({name: t.detach().cpu().contiguous() for name, t in optimizer.items()}, staging / OPTIMIZER)
-        (staging / CONFIG).write_text(json.dumps(_config(head.config, size, extra), indent=2) + "\n")
+        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         staging.chmod(0o755)
         if folder.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))

@@ -28,7 +28,7 @@ def load_head(folder: str | Path, wanted: HeadConfig) -> tuple[EagleHead, Tensor
         ValueError: no draft head there, or one for another target; the message names both values and the remedy.
     """
     folder = Path(folder)
-    config = _read(folder, CONFIG, lambda path: json.loads(path.read_text()))
+    config = read_config(folder)
     weights, reader = weights_file(folder)
     tensors = _read(folder, weights, reader)
     given = _read(folder, weights, lambda path: own_names(tensors))
@@ -54,6 +54,15 @@ def load_head(folder: str | Path, wanted: HeadConfig) -> tuple[EagleHead, Tensor
     head.load_state_dict({name: tensor.float() for name, tensor in given.items()})
     _unfold(head, extra.pop(FEATURE_SCALE, None), folder)
     return head, _draft_ids(folder, offsets, output, wanted.vocab_size), extra
+
+
+def read_config(folder: str | Path) -> dict:
+    """The config.json of a draft's folder.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    return _read(Path(folder), CONFIG, lambda path: json.loads(path.read_text()))
 
 
 def load_optimizer(folder: str | Path) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ class EagleDrafter:
         self.features = None
         self._scores: list[Tensor] = []
         """Of the last guesses, [B, Vd] each."""
-        self.fused_width = len(head.config.aux_layers) * head.config.hidden_size
+        self.fused_width = head.fused_width
         self.compiled, self.lean = compiled, None
         self.first, self.next = self._first, self._next
         if compiled:
@@ -81,7 +81,8 @@ class EagleDrafter:
         self.known = np.zeros(rows.slots, dtype=np.int64)
         own = self.head.own_output
         self.output_rows = (self.view.output_rows() if own is None else own.detach()).to(dtype)
-        self.lean = None if self.compiled else LeanHead(self.head, self.view, rows.capacity)
+        lean = isinstance(self.head, EagleHead) and not self.compiled
+        self.lean = LeanHead(self.head, self.view, rows.capacity) if lean else None
 
     def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
         kept = torch.cat([*(hidden[i] for i in self.head.config.aux_layers), hidden[-1]], -1)  # [N, T, F]

@@ -141,6 +141,11 @@ class EagleHead(nn.Module):
             self.fc.weight[:, -self.config.hidden_size :] += torch.eye(self.config.hidden_size)
 
     @property
+    def fused_width(self) -> int:
+        """Of the target features that `fuse` takes."""
+        return self.fc.in_features
+
+    @property
     def own_output(self) -> Tensor | None:
         """[Vd, H], or None where the policy's output head serves."""
         return self.lm_head.weight if hasattr(self, "lm_head") else None

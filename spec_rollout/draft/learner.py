@@ -19,6 +19,8 @@ from spec_rollout.draft.checkpoint_reader import load_head, load_optimizer
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.features import FeatureBuffer, measured
 from spec_rollout.draft.inheritance import head_config, inherit
+from spec_rollout.draft.mtp import MtpHead, is_mtp, load_mtp, save_mtp
+from spec_rollout.draft.own_head import checkpoints_own
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.refresh import SETTLED_STEPS, DraftTrainer
 from spec_rollout.draft.vocabulary import choose_vocabulary
@@ -52,16 +54,28 @@ class DraftLearner:
         self.budget = RefreshBudget(config.draft_overhead)
         self.version = 0
         self.temperature = 1.0
-        self._take(EagleHead(head_config(view.model), seed))
+        self.mtp = checkpoints_own(view.model, config)
+        self._take(self._new())
 
-    def _take(self, head: EagleHead) -> None:
+    def _new(self) -> EagleHead | MtpHead:
+        """The checkpoint's, or one that has learned nothing."""
+        if not self.mtp:
+            return EagleHead(head_config(self.view.model), self.seed)
+        head = MtpHead(self.view.model)
+        head.take(self.mtp, "the policy's folder")
+        return head
+
+    def _take(self, head: EagleHead | MtpHead) -> None:
         """Start over with `head`."""
         self.trainer = DraftTrainer(head.to(self.device), self.view, self.config.draft_learning_rate, self.seed)
-        self.trained, self.healthy, self.fitted = False, True, False
+        self.trained = self.fitted = isinstance(head, MtpHead)
+        self.healthy = True
         self.acceptance: list[float] = []
+        if self.trained:
+            self.trainer.steps = SETTLED_STEPS  # it is not new
 
     @property
-    def head(self) -> EagleHead:
+    def head(self) -> EagleHead | MtpHead:
         """The head to decode with."""
         return self.trainer.average
 
@@ -160,11 +174,12 @@ class DraftLearner:
 
     def _start_over(self, reason: str) -> None:
         warnings.warn(
-            f"The draft head is off (num_speculative_tokens=0) and learns again from new weights: {reason}",
+            f"The draft head is off (num_speculative_tokens=0) and learns again from "
+            f"{'those of the checkpoint' if self.mtp else 'new weights'}: {reason}",
             RuntimeWarning,
             stacklevel=4,
         )
-        self._take(EagleHead(head_config(self.view.model), self.seed))
+        self._take(self._new())
         self.healthy = False
 
     def save(self, folder: str | Path, controller: dict | None = None) -> None:
@@ -180,6 +195,11 @@ class DraftLearner:
             "budget": self.budget.state_dict(),
             "controller": controller,
         }
+        if isinstance(self.head, MtpHead):
+            ids = self.view.draft_ids
+            extra["draft_ids"] = None if ids is None else ids.tolist()
+            save_mtp(folder, self.head, extra, self.trainer.state_dict())
+            return
         rows = self.view.output_rows()
         save_head(folder, self.head, rows, self.view.draft_ids, extra, self.trainer.state_dict())
 
@@ -192,7 +212,16 @@ class DraftLearner:
         Raises:
             ValueError: nothing there can be read, or it was made for another policy.
         """
-        head, draft_ids, extra = load_head(folder, HeadConfig.for_target(self.view.config))
+        if is_mtp(folder):
+            if self.config.rollout_backend == "vllm":
+                raise ValueError(
+                    f"{folder} holds an MTP head, which the embedded engine runs: set rollout_backend='embedded', or "
+                    "give an EAGLE-3 head."
+                )
+            head, extra = load_mtp(folder, self.view.model)
+            draft_ids = None if extra["draft_ids"] is None else torch.tensor(extra["draft_ids"])
+        else:
+            head, draft_ids, extra = load_head(folder, HeadConfig.for_target(self.view.config))
         self._take(head)
         optimizer = load_optimizer(folder)
         if optimizer:

@@ -35,7 +35,7 @@ def scores(
     """
     rows = view.output_rows()
     with torch.no_grad():
-        final = batch.features[..., head.fc.in_features :].roll(-1, 1)  # the state that predicts token p + 2
+        final = batch.features[..., head.fused_width :].roll(-1, 1)  # the state that predicts token p + 2
         target = view.logits(final[batch.learn], rows).softmax(-1)
         embeds = view.embed(batch.tokens).to(head.fc.weight.dtype)
         place = torch.full((len(batch.learn), batch.learn.shape[1] + 1), -1, device=rows.device)

@@ -104,7 +104,7 @@ class SlotWindow(Cache):
         self.keys, self.values, self.size, self.renew = keys, values, size, renew
         rows = torch.arange(start, start + positions.shape[0], device=positions.device)[:, None]
         self._index = (rows * size[1] + positions).flatten()
-        self._rows, self._extent = slice(start, start + positions.shape[0]), extent
+        self._rows, self.extent = slice(start, start + positions.shape[0]), extent
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Write [N, heads, T, head_dim] keys and values; return the window's [N, heads, extent, head_dim]."""
@@ -126,7 +126,7 @@ class SlotWindow(Cache):
     def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
         flat = buffer.view(self.size[0] * self.size[1], -1)
         flat.index_copy_(0, self._index, states.transpose(1, 2).reshape(self._index.shape[0], -1).to(flat.dtype))
-        return buffer[self._rows, : self._extent].transpose(1, 2).to(states.dtype)
+        return buffer[self._rows, : self.extent].transpose(1, 2).to(states.dtype)
 
     def update_conv_state(
         self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, *, conv_kernel_size: int, **kwargs

@@ -25,15 +25,19 @@ def append_to_card(trainer: Trainer) -> None:
     """Add the section on the rollouts to the card that TRL has just written."""
     card = Path(trainer.args.output_dir, "README.md")
     with card.open("a", encoding="utf-8") as file:
-        file.write(section(trainer.sampler.config, getattr(trainer.sampler.backend, "draft_version", 0)))
+        backend = trainer.sampler.backend
+        version, mtp = getattr(backend, "draft_version", 0), getattr(backend, "guesses_with_mtp", False)
+        file.write(section(trainer.sampler.config, version, mtp))
 
 
-def section(config: SpecConfig, draft_version: int) -> str:
-    """The section for a run with `config` whose draft has been trained `draft_version` times."""
+def section(config: SpecConfig, draft_version: int, mtp: bool = False) -> str:
+    """The section for a run with `config` whose draft, perhaps the policy's `mtp` head, has been trained
+    `draft_version` times."""
     fixed = config.num_speculative_tokens
-    drafter = f"an EAGLE-3 head that started from `{config.draft_model_path}`"
+    kind = "the policy's own MTP head, which" if mtp else "an EAGLE-3 head that"
+    drafter = f"{kind} started from `{config.draft_model_path}`"
     if config.draft_model_path is None:
-        drafter = "an EAGLE-3 head that started from random weights"
+        drafter = f"{kind} started from {'its checkpoint' if mtp else 'random weights'}"
     if config.draft_ngrams and config.rollout_backend == "embedded":
         drafter += ", and n-grams of earlier rollouts until it was faster"
     refresh = f"on the rollouts, after each generation phase; {draft_version} versions so far"

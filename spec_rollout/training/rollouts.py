@@ -99,6 +99,11 @@ class SpeculativeRollouts:
             log_difference(self, sampled, output[0], attention_mask[:, -logits_to_keep:] if mask is None else mask)
         return output
 
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.sampler.backend is not None and not self.sampler.learns_from_trainer:
+            self.sampler.backend.save_with_policy(output_dir or self.args.output_dir)
+
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
         run_folder = self._get_output_dir(trial=trial)

@@ -66,6 +66,9 @@ class PeekingBackend:
         Path(folder).mkdir(parents=True)
         Path(folder, "version").write_text(str(self.draft_version))
 
+    def save_with_policy(self, folder):
+        pass
+
     def load(self, folder):
         self.draft_version = int(Path(folder, "version").read_text())
 

@@ -1,0 +1,52 @@
+"""GRPO on a policy with an MTP head: the same completions and weights, a draft from the first rollout, none lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from spec_rollout.draft.mtp import FILE, MtpHead, add_to_policy
+from tests.draft.test_mtp import random_head
+from tests.tiny import HYBRIDS, SIZES
+from tests.training.test_grpo import assert_same, trained
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    options = {**SIZES, "max_position_embeddings": 128, **HYBRIDS["qwen3_5_text"], **ids}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_5_text", initializer_range=0.2, **options))
+    model.save_pretrained(folder)
+    add_to_policy(folder, random_head(model).on_disk(torch.float32))
+    return folder
+
+
+@pytest.fixture
+def make_policy(checkpoint):
+    return lambda: AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+
+def test_the_head_of_the_checkpoint_guesses_learns_and_is_kept(make_trainer, eager_head, checkpoint, tmp_path):
+    plain = trained(make_trainer(num_speculative_tokens=0))
+    options = {"draft_ngrams": False, "save_strategy": "steps", "save_steps": 3}
+    speculative = trained(make_trainer(num_speculative_tokens=2, **options))
+    assert_same(plain, speculative)
+    logged = [entry for entry in speculative.state.log_history if "speculative/acceptance_rate" in entry]
+    assert len(logged) == 3 and logged[0]["speculative/num_speculative_tokens"] == 2  # no cold start
+    assert speculative.sampler.backend.draft_version == 3
+    speculative.save_model(str(tmp_path / "final"))
+    own, first = load_file(tmp_path / "final" / FILE), load_file(checkpoint / FILE)
+    assert own.keys() == first.keys() and not torch.equal(own["mtp.fc.weight"], first["mtp.fc.weight"])
+    assert torch.equal(load_file(tmp_path / "run" / "checkpoint-3" / FILE)["mtp.fc.weight"], own["mtp.fc.weight"])
+
+
+def test_a_resumed_run_goes_on_with_it(make_trainer, eager_head, tmp_path):
+    first = trained(make_trainer(num_speculative_tokens=2, max_steps=2, save_strategy="steps", save_steps=2))
+    second = make_trainer(num_speculative_tokens=2, max_steps=3)
+    second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    learner = second.sampler.backend.learner
+    assert isinstance(learner.head, MtpHead) and learner.version == first.sampler.backend.draft_version + 1
