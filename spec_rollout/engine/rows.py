@@ -24,6 +24,14 @@ class Rows:
 
     MOVED = ("tokens", "length", "start", "limit", "key", "request", "logprobs", "drafted", "accepted", "steps")
 
+    length: Tensor
+    start: Tensor
+    limit: Tensor
+    request: Tensor
+    drafted: Tensor
+    accepted: Tensor
+    steps: Tensor
+
     def __init__(self, slots: int, capacity: int, vocab_size: int, device: torch.device):
         self.slots, self.capacity, self.vocab_size, self.device = slots, capacity, vocab_size, device
         self.count = 0

@@ -162,13 +162,13 @@ class Target:
                 f"{type(self.model).__name__} cannot decode ragged rows: {type(error).__name__}: {error}. {REMEDY}"
             ) from error
         expected = whole.gather(1, positions[..., None].expand_as(logits)).float()
-        error = (logits.float() - expected).abs().max() / expected.std().clamp(min=1e-6)
+        distance = (logits.float() - expected).abs().max() / expected.std().clamp(min=1e-6)
         precision = _precision(whole)
         bound = 1e-2 if precision in (torch.float32, torch.float64) else 0.25
-        if not error <= bound:
+        if not distance <= bound:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} does not decode ragged rows as it reads whole sequences: its logits "
-                f"differ by {error:.2g} standard deviations (bound {bound}). {REMEDY}"
+                f"differ by {distance:.2g} standard deviations (bound {bound}). {REMEDY}"
             )
         self.precision = precision
 
