@@ -129,9 +129,9 @@ def mistake(error: Exception) -> str | None:
         return f"{error.filename}: {error.strerror}" if error.filename else str(error).partition("\n")[0]
     if isinstance(error, ValueError):
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        ours = frames and frames[-1].f_globals.get("__name__", "").partition(".")[0] == __package__
+        raised_here = bool(frames) and frames[-1].f_globals.get("__name__", "").partition(".")[0] == __package__
         reads = any(frame.f_code.co_name == "from_pretrained" for frame in frames)
-        return str(error) if ours or reads else None
+        return str(error) if raised_here or reads else None
     return f"a file cannot be read: {error}"
 
 

@@ -82,7 +82,7 @@ def understood(words: list[str], monkeypatch) -> None:
     elif len(rest) > 1:
         assert program == "spec-rollout"
         with pytest.raises(Parsed):
-            cli.main(rest)
+            assert cli.main(rest) == 0
     else:
         assert rest[0] in cli.COMMANDS or rest[0] in ("--help", "--version")
 

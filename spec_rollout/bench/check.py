@@ -169,8 +169,8 @@ def _shown(share: float) -> str:
 
 
 def _gammas(text: str) -> list[int | str]:
-    gammas = [item if item == "random" else int(item) for item in text.split(",")]
-    if any(gamma != "random" and not 0 <= gamma <= WIDEST for gamma in gammas):
+    gammas: list[int | str] = [item if item == "random" else int(item) for item in text.split(",")]
+    if any(isinstance(gamma, int) and not 0 <= gamma <= WIDEST for gamma in gammas):
         raise argparse.ArgumentTypeError(f"{text}: each must be 0 to {WIDEST}, or 'random'")
     return gammas
 

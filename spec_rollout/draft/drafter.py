@@ -53,7 +53,7 @@ class EagleDrafter:
         self.ready = False
         """False until the head has been trained or loaded: it then only collects."""
         self.cache = SlotCache()
-        self.features = None
+        self.features: Tensor | None = None
         self._scores: list[Tensor] = []
         """Of the last guesses, [B, Vd] each."""
         self.fused_width = head.fused_width

@@ -151,11 +151,11 @@ class History:
     def _judge(self, hits: Sequence[Tensor]) -> None:
         """The guess after a number of guesses that came true is made in a context that is the row's own by then."""
         left = torch.cat([torch.arange(len(h) - 1, -1, -1, device=h.device) for h in hits])  # to the end of each
-        hits = torch.cat(list(hits))
-        counts, reached = [], torch.ones_like(hits)
+        every = torch.cat(list(hits))
+        counts, reached = [], torch.ones_like(every)
         for ahead in range(JUDGED):
             reached = reached & (left >= ahead)
-            come_true = reached & hits.roll(-ahead)
+            come_true = reached & every.roll(-ahead)
             counts.append(torch.stack([come_true.sum(), reached.sum()]))
             reached = come_true
         self.acceptance = [true / max(1, of) for true, of in torch.stack(counts).tolist()]

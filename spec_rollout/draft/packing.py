@@ -47,9 +47,9 @@ def pack(samples: list[Sample], width: int) -> Pack:
         torch.full((len(rows), width), -1, dtype=torch.int64, device=features.device),
         torch.zeros(len(rows), width, dtype=torch.bool, device=features.device),
     )
-    for r, row in enumerate(rows):
+    for r, documents in enumerate(rows):
         at = 0
-        for document, sample in enumerate(row):
+        for document, sample in enumerate(documents):
             at = _place(packed, r, at, document, sample, width)
     return packed
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spec_rollout.engine.rows import Rows
-from spec_rollout.records import Completion
+from spec_rollout.records import Completion, FinishReason
 
 
 class Results:
@@ -53,6 +53,6 @@ class Results:
         ):
             start, stop = stop, stop + size
             ids = tokens[start:stop]
-            reason = "length" if not ended else "eos" if ids[-1] in self.eos else "stop"
+            reason: FinishReason = "length" if not ended else "eos" if ids[-1] in self.eos else "stop"
             found[index] = Completion(ids, logprobs[start:stop], reason, steps, drafted, accepted)
         return found

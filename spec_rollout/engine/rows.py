@@ -25,6 +25,14 @@ class Rows:
     COUNTS = ("length", "start", "limit", "request", "drafted", "accepted", "steps")
     MOVED = ("tokens", "logprobs", "key", "counts")
 
+    length: Tensor
+    start: Tensor
+    limit: Tensor
+    request: Tensor
+    drafted: Tensor
+    accepted: Tensor
+    steps: Tensor
+
     def __init__(self, slots: int, capacity: int, vocab_size: int, device: torch.device):
         self.slots, self.capacity, self.vocab_size, self.device = slots, capacity, vocab_size, device
         self.count = 0

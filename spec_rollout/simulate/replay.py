@@ -10,7 +10,7 @@ import numpy as np
 from spec_rollout.backends.trace import RolloutTrace
 from spec_rollout.engine.scheduler import Scheduler
 from spec_rollout.gamma import AcceptanceModel, CostModel, FixedGamma, GammaController
-from spec_rollout.records import Request, RolloutStats, StepStats
+from spec_rollout.records import Controller, Request, RolloutStats, StepStats
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def replay(
         the steps with their predicted seconds (all of them in `verify_s`) and the whole rollout's.
     """
     rng, rates = np.random.default_rng(seed), np.asarray(rates)
-    controller = FixedGamma(gamma or 0)
+    controller: Controller = FixedGamma(gamma or 0)
     if gamma is None:
         known = AcceptanceModel.from_json(draft.to_json()) if draft else None
         controller = GammaController(CostModel.from_json(costs.steps.to_json()), len(rates), known)

@@ -173,7 +173,9 @@ class TrainerSampler:
         if self.config.rollout_backend == "vllm":
             from spec_rollout.training.vllm import engine_starter
 
-            backend = VLLMBackend(policy, self.config, engine_starter(trainer, self.config))
+            backend: EmbeddedBackend | VLLMBackend = VLLMBackend(
+                policy, self.config, engine_starter(trainer, self.config)
+            )
         else:
             backend = EmbeddedBackend(policy, self.config, trainer._tokenizer)
         if self._draft_folder is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ Weights = str | Iterable[tuple[str, Tensor]]
 
 class LiveWeights:
     """Methods for vLLM's `collective_rpc`; arguments may be strings, since a server passes nothing else."""
+
+    model_runner: Any
+    """Of the worker that vLLM mixes this into."""
 
     def live_load(self, policy: Weights | None, draft: Weights | None, version: str | int) -> None:
         """Take the weights of the policy, of the draft or of both; what was taken now has `version`.
