@@ -42,7 +42,7 @@ class SamplingParams:
                 "tuple of strings."
             )
         for name in ("eos_token_ids", "stop_strings"):
-            if isinstance(getattr(self, name), list):
+            if isinstance(getattr(self, name), Sequence) and not isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_types(self, SamplingParams)
         bounds = (

@@ -13,15 +13,19 @@ from spec_rollout.records import SamplingParams
 
 SUM_ERROR = 1e-6
 """Of a sum of probabilities."""
+DOUBT = 1 / 8
+"""A token that crosses an edge changes the log-probs of the others too. That costs no token, so it is looked for
+within this part of the bound only: 2.5e-5, several times what float32 rounds by. Else a flat distribution, in which
+some token is always near an edge, would be settled at every tenth position."""
 
 
 class Edges(NamedTuple):
-    """Scores above `sure` are kept whatever rounding does, scores below `possible` never are. `fixed` says that the
-    kept tokens have one total weight, whichever they are. Each [..., 1]."""
+    """Scores above `sure` are kept whatever rounding does, scores below `possible` never are. `doubt` is the weight of
+    what may or may not be kept, as a share of all that is. Each [..., 1]."""
 
     sure: Tensor
     possible: Tensor
-    fixed: Tensor
+    doubt: Tensor
 
 
 def edges(z: Tensor, params: SamplingParams, bound: Tensor) -> Edges:
@@ -34,40 +38,49 @@ def edges(z: Tensor, params: SamplingParams, bound: Tensor) -> Edges:
         ranked = z.sort(-1, descending=True).values
     else:
         ranked = z.topk(min(max(kept + 1 if kept < size else 2, 2), size)).values
-    everything = torch.full_like(bound, -torch.inf)
-    found, tie = [Edges(everything, everything, bound >= 0)], torch.zeros_like(bound)
+    nothing = torch.zeros_like(bound)
+    found = [Edges(nothing - torch.inf, nothing - torch.inf, nothing)]
+    tie = close_tie = nothing
     if kept < size:
-        last, first_out = ranked[..., kept - 1, None], ranked[..., kept, None]
-        clear = last - first_out > bound  # else they may come out equal, and top-k keeps all equals of its last
-        found.append(Edges(first_out + bound, last - bound, clear))
+        last, out = ranked[..., kept - 1, None], ranked[..., kept, None]
         weight = ranked[..., :kept].softmax(-1)[..., -1:]
-        tie = torch.where(last == first_out, torch.inf, torch.where(clear, 0.0, weight))
+        tie = torch.where(last - out <= bound, weight, nothing).masked_fill(last == out, torch.inf)
+        close_tie = torch.where(last - out <= DOUBT * bound, weight, nothing)
+        found.append(Edges(out + bound, last - bound, close_tie))  # top-k keeps all that equal its last
     if params.top_p < 1:
-        found.append(_top_p(ranked[..., :kept], params.top_p, bound, tie))
+        found.append(_top_p(ranked[..., :kept], params.top_p, bound, tie, close_tie))
     if params.min_p > 0:
-        found.append(_min_p(ranked, params.min_p, bound))
-    sure, possible, fixed = (torch.stack(parts) for parts in zip(*found, strict=True))
-    return Edges(sure.amax(0), possible.amax(0), fixed.all(0))
+        found.append(_min_p(z, ranked, params.min_p, bound))
+    sure, possible, doubt = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return Edges(sure.amax(0), possible.amax(0), doubt.sum(0))
 
 
-def _top_p(ranked: Tensor, top_p: float, bound: Tensor, tie: Tensor) -> Edges:
+def _top_p(ranked: Tensor, top_p: float, bound: Tensor, tie: Tensor, close_tie: Tensor) -> Edges:
     """Of `ranked` [..., n], the scores that top-p is given, best first; by `tie` [..., 1] their weights may be off in
     sum. A token is kept while it and the worse ones weigh more than 1 - top_p; the best one always is."""
     rest = ranked.softmax(-1).flip(-1).cumsum(-1).flip(-1)
-    off = (1 - top_p) * bound + SUM_ERROR + tie
-    strict = (rest > 1 - top_p + off).sum(-1, keepdim=True).clamp(min=1)
-    lenient = (rest > 1 - top_p - off).sum(-1, keepdim=True).clamp(min=1)
     last = ranked.shape[-1] - 1
+
+    def count(off: Tensor) -> Tensor:
+        return (rest > 1 - top_p + off).sum(-1, keepdim=True).clamp(min=1)
+
+    off = (1 - top_p) * bound + SUM_ERROR + tie
+    strict, lenient = count(off), count(-off)
     out = torch.where(strict > last, -torch.inf, ranked.gather(-1, strict.clamp(max=last)))
-    return Edges(out + bound, ranked.gather(-1, lenient - 1) - bound, strict == lenient)
+    off = (1 - top_p) * DOUBT * bound + SUM_ERROR + close_tie
+    few, many = (torch.where(n > last, 0.0, rest.gather(-1, n.clamp(max=last))) for n in (count(off), count(-off)))
+    return Edges(out + bound, ranked.gather(-1, lenient - 1) - bound, (few - many) / top_p)
 
 
-def _min_p(ranked: Tensor, min_p: float, bound: Tensor) -> Edges:
+def _min_p(z: Tensor, ranked: Tensor, min_p: float, bound: Tensor) -> Edges:
     """A token is kept whose score is at most -log(min_p) below the best; the best one always is."""
-    edge = ranked[..., :1] + math.log(min_p)
+    best = ranked[..., :1]
+    edge = best + math.log(min_p)
     second = ranked[..., 1:2] if ranked.shape[-1] > 1 else torch.full_like(edge, -torch.inf)
     alone = -math.log(min_p) < bound  # only the best itself can be sure, by its lead over the second
-    return Edges(torch.where(alone, second, edge) + bound, edge - bound, bound < 0)
+    near = ((z - edge).abs() <= DOUBT * bound).sum(-1, keepdim=True) - (edge == best).long()
+    doubt = near * (edge - z.masked_fill(z < edge, -torch.inf).logsumexp(-1, keepdim=True)).exp()
+    return Edges(torch.where(alone, second, edge) + bound, edge - bound, doubt)
 
 
 def lead(z: Tensor, noise: Tensor, samples: Tensor, edges: Edges, bound: Tensor) -> Tensor:
@@ -85,6 +98,5 @@ def lead(z: Tensor, noise: Tensor, samples: Tensor, edges: Edges, bound: Tensor)
     scores = inside(most, block[..., 0], size) + noise[..., count:]
     mine = least.gather(-1, at) + noise[..., count:].gather(-1, place)
     within = (mine - scores.scatter(-1, place, -torch.inf).amax(-1, keepdim=True))[..., 0]
-    doubt = most_sums.logsumexp(-1) - least_sums.logsumexp(-1)
-    found = torch.minimum(between, within).masked_fill_(~edges.fixed[..., 0] & ~(doubt <= bound), -torch.inf)
+    found = torch.minimum(between, within).masked_fill_(~(edges.doubt[..., 0] <= bound), -torch.inf)
     return found.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

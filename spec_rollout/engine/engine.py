@@ -32,6 +32,7 @@ class RolloutEngine:
 
     Raises:
         UnsupportedModelError: the model cannot be decoded on ragged rows.
+        ValueError: a drafter whom neither a controller nor `config` tells how far to guess.
     """
 
     def __init__(

@@ -14,7 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
-from spec_rollout.draft.checkpoint import CONFIG, WEIGHTS, load_head, save_head
+from spec_rollout.draft.checkpoint import CONFIG, WEIGHTS, save_head
+from spec_rollout.draft.checkpoint_reader import load_head
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.records import SamplingParams
 from tests.tiny import VOCAB, policy
