@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spec_rollout.engine.kv_cache import SlotCache
-from tests.tiny import HYBRIDS, SIZES
+from spec_rollout.engine.target import Target
+from tests.tiny import HYBRIDS, SIZES, unprobed
 from tests.training.test_grpo import assert_same, trained
 
 
@@ -45,6 +46,7 @@ def test_a_learning_head_leaves_training_as_it_is(make_trainer, eager_head):
 def test_a_state_that_follows_rejected_guesses_is_noticed(make_trainer, eager_head, monkeypatch):
     plain = trained(make_trainer(num_speculative_tokens=0))
     honest = SlotCache.commit
+    monkeypatch.setattr(Target, "_probe", unprobed)  # it would notice first
     monkeypatch.setattr(SlotCache, "commit", lambda self, tokens: honest(self, torch.full_like(tokens, 2)))
     with pytest.raises(AssertionError):
         assert_same(plain, trained(make_trainer(num_speculative_tokens=2)))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spec_rollout.backends.embedded import COLDEST
 from spec_rollout.backends.vllm.calibration import measured_cost
 from spec_rollout.backends.vllm.delivery import Delivery
-from spec_rollout.backends.vllm.draft import save_start, start_vocabulary
+from spec_rollout.backends.vllm.draft import refuse_recurrent, save_start, start_vocabulary
 from spec_rollout.backends.vllm.engine import EngineRestarted, VLLMEngine
 from spec_rollout.backends.vllm.steps import Plain
 from spec_rollout.config import SpecConfig
@@ -66,6 +66,7 @@ class VLLMBackend:
         self._step_began: float | None = None
         self.delivery = Delivery()
         if fixed != 0:
+            refuse_recurrent(model)
             self.learner = DraftLearner(PolicyView(model), config, next(model.parameters()).device, seed)
             if config.draft_model_path:
                 self.load(config.draft_model_path, resume=False)

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spec_rollout.backends.vllm.engine import EngineRestarted, VLLMEngine
 from spec_rollout.backends.vllm.worker import probe
@@ -15,9 +15,24 @@ from spec_rollout.draft.checkpoint import save_head
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.learner import DraftLearner
 from spec_rollout.draft.vocabulary import DRAFT_VOCABULARY
+from spec_rollout.engine.support import has_recurrent_layers
 
 PROBE_ERROR = 0.004
 """Relative error that rounding may cause: the unit of bfloat16."""
+
+
+def refuse_recurrent(model: nn.Module) -> None:
+    """vLLM's states of recurrent layers have been seen stale after a step without guesses that followed one with some
+    (vllm #39273), which is what the choice of their number makes of a long tail.
+
+    Raises:
+        ValueError: the policy has recurrent layers.
+    """
+    if has_recurrent_layers(model, model.config.get_text_config(decoder=True)):
+        raise ValueError(
+            f"{type(model).__name__} has recurrent layers, and speculation for those is not tested on vLLM: set "
+            "num_speculative_tokens=0, or sample with rollout_backend='embedded'."
+        )
 
 
 def start_vocabulary(vocab_size: int, draft_ids: Tensor | None, head: EagleHead) -> Tensor | None:

@@ -114,3 +114,9 @@ def test_a_restart_between_a_push_and_its_read_back_is_not_the_end(monkeypatch):
     with pytest.warns(RuntimeWarning, match="starts with after version 1 was pushed. The rollout is drawn again"):
         assert len(fake_backend(engine, num_speculative_tokens=3).generate([[1, 2]] * 4)) == 4
     assert engine.pushes == 2 and engine.held == [2, 2] and len(engine.steps) == 0
+
+
+def test_recurrent_layers_are_sampled_plainly():
+    with pytest.raises(ValueError, match="Lfm2ForCausalLM has recurrent layers.*num_speculative_tokens=0"):
+        VLLMBackend(policy("lfm2"), SpecConfig(), lambda *_: FakeEngine())
+    assert VLLMBackend(policy("lfm2"), SpecConfig(num_speculative_tokens=0), lambda *_: FakeEngine()).learner is None
