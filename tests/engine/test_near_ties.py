@@ -187,7 +187,7 @@ def test_ties_at_the_edge_of_a_filter(law):
     ):
         got, stats = run(model, EDGES[law], drafter, slots, gammas)
         assert_same(got, expected, 1e-3 if law == "cold and penalised" else 1e-4)  # which magnify rounding tenfold
-        assert stats.near_ties > 0 or law == "top_k beyond the vocabulary"
+        assert stats.near_ties > 0 or law in ("top_k beyond the vocabulary", "min_p=0.3")  # which meets no tie here
 
 
 @pytest.mark.parametrize("law", EDGES)
