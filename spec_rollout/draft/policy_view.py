@@ -47,6 +47,14 @@ class PolicyView:
         return draft_tokens if self.draft_ids is None else self.draft_ids[draft_tokens]
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """What holds the layers of a Hugging Face causal language model; some models (Llama 4) name themselves."""
+    decoder, layers = model.get_decoder(), decoder_layers(model)
+    if decoder is not model:
+        return decoder
+    return next((m for m in model.modules() if any(child is layers for child in m.children())), decoder)
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList | None:
     """The decoder layers of a Hugging Face causal language model, first to last; None where there is no such list."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spec_rollout.draft.features import FeatureBuffer
-from spec_rollout.draft.policy_view import decoder_layers
+from spec_rollout.draft.policy_view import decoder_layers, decoder_of
 
 
 class FeatureTap:
@@ -26,7 +26,7 @@ class FeatureTap:
 
     def __init__(self, model: nn.Module, aux_layers: Sequence[int]):
         self.model, self.aux_layers = model, tuple(aux_layers)
-        self.decoder = model.get_decoder()
+        self.decoder = decoder_of(model)
         self.layers = decoder_layers(model)
         if self.layers is None:
             raise ValueError(

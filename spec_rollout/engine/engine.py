@@ -90,7 +90,7 @@ class RolloutEngine:
             with self.target.rollout():
                 rollout = self.start(requests, params)
                 self._decode(rollout)
-                completions = rollout.completions()
+                completions = rollout.results.completions()
         except BaseException:  # interrupts too: what a pass left half-done is not used again
             self.cache.release()
             raise

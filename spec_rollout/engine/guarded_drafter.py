@@ -48,9 +48,12 @@ class GuardedDrafter:
             return none
         return guesses
 
-    def proposal(self, guesses: Tensor, vocab_size: int) -> Proposal | None:
+    def proposal(self, guesses: Tensor, invalid: Tensor, vocab_size: int) -> Proposal | None:
         """What `guesses` [B, γ] were drawn from, in float32; None if nothing that could be so is known. NaN in it and
-        guesses that it does not hold are for `draw_by_rejection` to find."""
+        guesses that it does not hold are for `draw_by_rejection` to find.
+
+        In the rows `invalid` [B] a guess that was no id has become another, which was drawn from nothing: NaN.
+        """
         if self.drafter is None:
             return None
         try:
@@ -61,7 +64,9 @@ class GuardedDrafter:
             return None
         if fault:
             self.switch_off(ValueError(fault))
-        return None if fault or proposal is None else Proposal(proposal[0].float(), proposal[1])
+        if fault or proposal is None:
+            return None
+        return Proposal(proposal[0].float().masked_fill(invalid[:, None, None], torch.nan), proposal[1])
 
     def switch_off(self, error: Exception) -> None:
         """Warn of `error` and count it; from here on the rollout decodes without guesses."""

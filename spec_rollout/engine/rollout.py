@@ -25,7 +25,7 @@ from spec_rollout.engine.scheduler import Scheduler
 from spec_rollout.engine.stops import Stops
 from spec_rollout.engine.target import Target
 from spec_rollout.engine.verify import Verdict, verify
-from spec_rollout.records import Completion, Request, RolloutStats, SamplingParams, StepStats
+from spec_rollout.records import Request, RolloutStats, SamplingParams, StepStats
 
 EXTENT_STEP = 32
 """Attention reads a multiple of this many entries, so that few shapes occur."""
@@ -46,7 +46,7 @@ class Rollout:
         drafter: Drafter | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
-        self.target, self.cache, self.stats = target, cache, stats
+        self.target, self.cache = target, cache
         self.draft = GuardedDrafter(drafter, stats)
         slots = min(config.max_slots, len(requests))
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
@@ -177,10 +177,8 @@ class Rollout:
             samples, margin, normaliser = draw(kept, noise, room)
             return samples, self.near_ties.close(z, kept, noise, samples, margin), normaliser
         # Without a proposal the guesses are taken as given: the same law.
-        proposal = self.draft.proposal(guesses, self.rows.vocab_size) if guesses.numel() else None
-        if proposal is not None:  # a guess that was no id has become another, which was drawn from nothing
-            unknown = self.invalid[: self.rows.count, None, None]
-            proposal = proposal._replace(scores=proposal.scores.masked_fill(unknown, torch.nan))
+        invalid = self.invalid[: self.rows.count]
+        proposal = self.draft.proposal(guesses, invalid, self.rows.vocab_size) if guesses.numel() else None
         noise = noise[..., self.noise_width :]
         samples, normaliser, distrusted = draw_by_rejection(kept, noise, guesses, proposal, room)
         self.distrusted |= distrusted
@@ -240,10 +238,6 @@ class Rollout:
             self.sampler.copy(src, dst)
         self.cache.copy(src, dst, int(self.rows.lengths[target].max()))
         self.draft.call("copy", self.rows, src, dst)
-
-    def completions(self) -> list[Completion]:
-        """The finished completions, in the order of the requests."""
-        return self.results.completions()
 
 
 def _round_up(value: int, step: int) -> int:

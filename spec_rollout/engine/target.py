@@ -9,16 +9,15 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from spec_rollout.engine.attention import GROUPED_SDPA, takes_grouped_sdpa
+from spec_rollout.engine.attention_choice import attend, first_proven
 from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask, chunked_mask
 from spec_rollout.engine.lean.choice import LeanChoice
 from spec_rollout.engine.lean.lean_pass import LeanPass
-from spec_rollout.engine.precision import broken_policy, rounds_products
-from spec_rollout.engine.probe import STRIDES, Probe, narrow_windows, prove
+from spec_rollout.engine.precision import rounds_products
+from spec_rollout.engine.probe import STRIDES, Probe, prove
 from spec_rollout.engine.recurrences import Recurrences, running
 from spec_rollout.engine.support import ATTENTION, has_recurrent_layers, refuse_unsupported, rope_switches
-from spec_rollout.records import UnsupportedModelError
 
 
 class Target:
@@ -88,14 +87,14 @@ class Target:
                 proven = (*own, self.dtype)
                 if proven not in self._proven:
                     self._proven[proven] = self._probe(list(configs), own)
-                _attend(configs, self._proven[proven])
+                attend(configs, self._proven[proven])
                 if self._compiled is None:
                     self._lean = self._choice.make(self.forward, self.vocab_size, (self.dtype, self.device))
                     self.path = "transformers" if self._lean is None else "lean"
                 yield
         finally:
             self._lean = None
-            _attend(configs, own)
+            attend(configs, own)
             for module in training:
                 module.training = True
 
@@ -105,40 +104,12 @@ class Target:
         compiled = self._compiled
         self._compiled = None
         try:
-            taken = self._first_proven(configs, own)
+            taken = first_proven(self, configs, own)
         finally:
             self._compiled = compiled
         if compiled is not None:
             prove(self, [Probe(self, stride).expected() for stride in STRIDES])
         return taken
-
-    def _first_proven(self, configs: list, own: list[str]) -> list[str]:
-        failure = None
-        with narrow_windows(self.model):
-            expected = [Probe(self, stride).expected() for stride in STRIDES]
-            if not all(bool(logits.logsumexp(-1).isfinite().all()) for logits in expected):
-                raise broken_policy(self.model, "in a pass over a few tokens before the rollout")
-            for wanted in (GROUPED_SDPA, "sdpa", "eager"):
-                taken = [self._attention(implementation, wanted) for implementation in own]
-                if None in taken:
-                    continue
-                _attend(configs, taken)
-                try:
-                    prove(self, expected)
-                    return taken
-                except UnsupportedModelError as error:
-                    failure = failure or error
-        raise failure
-
-    def _attention(self, own: str, wanted: str) -> str | None:
-        """What takes the place of the implementation `own` where `wanted` is tried; None if that cannot be."""
-        if own == "eager":
-            return own
-        if wanted == GROUPED_SDPA and not takes_grouped_sdpa(self.model):
-            return None
-        if wanted == "eager":
-            return None if own == "sdpa" else wanted
-        return wanted if own == wanted or getattr(self.model, "_supports_sdpa", False) else None
 
     def confine(self, longest: int) -> None:
         """The rows to come have at most `longest` tokens."""
@@ -233,11 +204,6 @@ class Target:
         if self.config._attn_implementation != "eager":
             return mask
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
-
-
-def _attend(configs, implementations: list[str]) -> None:
-    for config, implementation in zip(configs, implementations, strict=True):
-        config._attn_implementation = implementation
 
 
 def cache_argument(model: nn.Module) -> str:

@@ -7,7 +7,8 @@ from spec_rollout.backends import calibration
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.gamma import FixedGamma, GammaController
 from tests.backends.learned import PARAMS, backend_for, learned, plain
-from tests.tiny import MAIN, PROMPTS, assert_same
+from tests.tiny import PROMPTS, assert_same
+from tests.tiny_configs import MAIN
 
 pytestmark = pytest.mark.usefixtures("generous")
 

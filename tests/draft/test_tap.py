@@ -9,7 +9,8 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.draft.features import FeatureBuffer
 from spec_rollout.draft.tap import FeatureTap
 from spec_rollout.records import SamplingParams
-from tests.tiny import ARCHITECTURES, PROMPTS, policy
+from tests.tiny import PROMPTS, policy
+from tests.tiny_configs import ARCHITECTURES
 
 
 def padded(prompts, completions, pad=0):

@@ -12,6 +12,7 @@ from spec_rollout.engine import kv_cache, noise, rollout, target, verify
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.noise import NoiseWindow
+from spec_rollout.engine.results import Results
 from spec_rollout.engine.rollout import Rollout
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.sampling import Sampler
@@ -183,7 +184,7 @@ def results_in_order_of_completion(patch):
     def completions(honest, self):
         return sorted(honest(self), key=lambda c: len(c.token_ids))
 
-    wrap(patch, Rollout, "completions", completions)
+    wrap(patch, Results, "completions", completions)
 
 
 MUTATIONS = [

@@ -12,18 +12,8 @@ from spec_rollout.engine.near_ties import NEAR_TIE
 from spec_rollout.engine.target import Target
 from spec_rollout.records import SamplingParams
 from tests.engine.recorded import common, difference, recorded
-from tests.tiny import (
-    ARCHITECTURES,
-    PROMPTS,
-    VOCAB,
-    Scripted,
-    assert_same,
-    cut,
-    make_policy,
-    policy,
-    reference,
-    unprobed,
-)
+from tests.tiny import PROMPTS, VOCAB, Scripted, assert_same, cut, make_policy, policy, reference, unprobed
+from tests.tiny_configs import ARCHITECTURES
 
 PARAMS = SamplingParams(max_new_tokens=16)
 LAWS = {

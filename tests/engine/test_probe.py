@@ -15,7 +15,8 @@ from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kv_cache import SlotCache, causal_mask
 from spec_rollout.engine.target import Target
 from spec_rollout.records import SamplingParams
-from tests.tiny import ARCHITECTURES, HYBRIDS, PROMPTS, assert_same, make_policy, policy, reference
+from tests.tiny import PROMPTS, assert_same, make_policy, policy, reference
+from tests.tiny_configs import ARCHITECTURES, HYBRIDS
 
 PARAMS = SamplingParams(max_new_tokens=12)
 

@@ -14,7 +14,8 @@ from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.sampling import Sampler
 from spec_rollout.engine.stops import Stops
 from spec_rollout.records import Completion, Request, SamplingParams
-from tests.tiny import MAIN, PROMPTS, VOCAB, Scripted, make_policy, policy, processed, reference, tokenizer
+from tests.tiny import PROMPTS, VOCAB, Scripted, make_policy, policy, processed, reference, tokenizer
+from tests.tiny_configs import MAIN
 
 GAMMAS = (2, 0, 7, 1, 5)
 

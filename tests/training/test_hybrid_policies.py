@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.target import Target
-from tests.tiny import HYBRIDS, SIZES, unprobed
+from tests.tiny import unprobed
+from tests.tiny_configs import HYBRIDS, SIZES
 from tests.training.test_grpo import assert_same, trained
 
 

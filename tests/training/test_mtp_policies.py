@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from spec_rollout.draft.mtp import FILE, MtpHead, add_to_policy
 from tests.draft.test_mtp import random_head
-from tests.tiny import HYBRIDS, SIZES
+from tests.tiny_configs import HYBRIDS, SIZES
 from tests.training.test_grpo import assert_same, trained
 
 
