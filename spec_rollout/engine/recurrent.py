@@ -62,13 +62,13 @@ class RecurrentStates:
 
     def commit(self, tokens: Tensor) -> None:
         """Of the tokens of the last pass, row n keeps the first `tokens` [N]."""
+        rows, true = slice(0, len(tokens)), None
         for key, (convolved, advance) in self.pending.items():
-            rows = slice(0, len(tokens))
             kept = self.convolutions[key]
-            width = convolved.shape[-1] - kept.shape[-1]
             kept[rows] = _last(convolved, tokens, kept.shape[-1])
             if advance is not None:
-                self.states[key][rows] = advance(self.states[key][rows], first(tokens, width))[1]
+                true = first(tokens, convolved.shape[-1] - kept.shape[-1]) if true is None else true
+                self.states[key][rows] = advance(self.states[key][rows], true)[1]
         self.pending = {}
 
 
@@ -83,6 +83,7 @@ class RecurrentPass:
     def __init__(self, states: RecurrentStates, rows: slice, width: int, lengths: Tensor | None):
         states.pending = {}
         self.states, self.rows, self.width, self.lengths = states, rows, width, lengths
+        self.valid = None if lengths is None else first(lengths, width)
         self.waits = lengths is None and width > 1
         self.key: Key | None = None
 
@@ -111,8 +112,7 @@ class RecurrentPass:
                 "a layer has a recurrence without a convolution that reads the cache before it"
             )
         kept = self.states.states.get(key)
-        padded = None if self.lengths is None else first(self.lengths, self.width)
-        output, state = advance(None if kept is None else kept[self.rows], padded)
+        output, state = advance(None if kept is None else kept[self.rows], self.valid)
         if kept is None:
             kept = self.states.states[key] = state.new_zeros(self.states.slots, *state.shape[1:])
         if self.waits:
