@@ -1,4 +1,7 @@
-"""`spec-rollout doctor`: what of this machine and its packages the samplers need, and what mends what is missing."""
+"""`spec-rollout doctor`: what the samplers need of this machine.
+
+And what mends what is missing.
+"""
 
 from __future__ import annotations
 

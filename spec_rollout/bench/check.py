@@ -157,7 +157,7 @@ def _report(args: argparse.Namespace, cases: list[Case], precision: torch.dtype)
     )
     print(
         f"{figures['tokens']} tokens per case, computed in {figures['precision']}: {verdict}. At least "
-        f"{_shown(figures['identical_share'])} of a case's tokens are the same before a first difference."
+        f"{_shown(min(case.identical_share for case in cases))} of a case's tokens are the same before a first difference."
     )
     write_json(args.json, figures)
     return 0 if figures["identical"] else 1

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -108,7 +109,7 @@ def _unfold(head: EagleHead, scales: list[float] | None, folder: Path) -> None:
         head.fc.weight /= head.feature_scale
 
 
-def _read(folder: Path, name: str, reader: Callable[[Path], dict]) -> dict:
+def _read(folder: Path, name: str | Path, reader: Callable[[Path], Any]) -> Any:
     try:
         return reader(folder / name)
     except (OSError, ValueError, SafetensorError) as error:

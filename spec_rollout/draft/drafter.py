@@ -57,7 +57,8 @@ class EagleDrafter:
         self._scores: list[Tensor] = []
         """Of the last guesses, [B, Vd] each."""
         self.fused_width = head.fused_width
-        self.compiled, self.lean = compiled, None
+        self.compiled = compiled
+        self.lean: LeanHead | None = None
         self.first, self.next = self._first, self._next
         if compiled:
             self.first, self.next = (Compiled(f, "the draft head") for f in (self._first, self._next))

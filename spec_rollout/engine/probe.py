@@ -89,7 +89,8 @@ class Probe:
         self.target.forward(cache, (0, 3), self.ids[:, :width], places, width, keep_logits=1, lengths=lengths)
         for step in range(size):
             if step == 3:  # the row of the first slot is done, that of the last takes its place
-                cache.copy(*(torch.tensor([slot], device=self.ids.device) for slot in (2, 0)), known[2])
+                source, target = torch.tensor([[2], [0]], device=self.ids.device)
+                cache.copy(source, target, known[2])
                 rows, known = [rows[2], rows[1]], [known[2], known[1]]
             width = 1 if step == 1 else min(4, size - max(known))
             if width <= 0:

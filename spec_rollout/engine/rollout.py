@@ -148,8 +148,8 @@ class Rollout:
         emits = torch.arange(samples.shape[1], device=samples.device) < verdict.emitted[:, None]
         broken = ~normaliser.isfinite()
         active = slice(0, self.rows.count)
-        flags = ((close & emits).any(1), self.invalid[active], self.distrusted[active])
-        flags += (broken.any(1), (broken & emits).any(1))
+        flags = [(close & emits).any(1), self.invalid[active], self.distrusted[active]]
+        flags += [broken.any(1), (broken & emits).any(1)]
         report = torch.stack([*verdict, *(flag.long() for flag in flags)]).cpu().numpy()  # the host waits here alone
         settles, invalid, distrusted, self.soiled, fatal = report[4:].astype(bool)
         if fatal.any():

@@ -52,7 +52,7 @@ class Rows:
         slots = slice(first, first + len(requests))
         width = max(len(r.prompt) for r in requests)
         # Padding repeats a token of the row itself: another one's embedding might be NaN, which no mask takes away.
-        tokens = torch.tensor([[*r.prompt, *r.prompt[-1:] * (width - len(r.prompt))] for r in requests])
+        tokens = torch.tensor([[*r.prompt, *[r.prompt[-1]] * (width - len(r.prompt))] for r in requests])
         self.tokens[slots, :width] = tokens.to(self.device)
         columns = [(len(r.prompt), r.max_new_tokens, r.index, *r.key) for r in requests]
         start, limit, request, key0, key1 = torch.tensor(columns, device=self.device).unbind(1)

@@ -153,9 +153,9 @@ def check_option_types(options: dict[str, Any]) -> None:
     ):
         if options.get(name) is not None:
             check_type(name, options[name], kind)
-    for name, kind in (("eos_token_id", int), ("stop_strings", str)):
+    for name, of in (("eos_token_id", int), ("stop_strings", str)):
         for value in _as_list(options.get(name)):
-            check_type(name, value, kind)
+            check_type(name, value, of)
 
 
 def _resolve(given: GenerationConfig, model_config: GenerationConfig | None) -> dict[str, Any]:

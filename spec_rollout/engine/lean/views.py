@@ -60,5 +60,5 @@ class Streams(Sequence):
     def __len__(self) -> int:
         return len(self.flat)
 
-    def __getitem__(self, number: int) -> Tensor:
+    def __getitem__(self, number):
         return self.flat[number].view(self.shape)
