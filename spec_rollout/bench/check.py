@@ -155,9 +155,10 @@ def _report(args: argparse.Namespace, cases: list[Case], precision: torch.dtype)
     verdict = (
         "identical to plain decoding in every case" if figures["identical"] else "NOT identical to plain decoding"
     )
+    least = _shown(min(case.identical_share for case in cases))
     print(
-        f"{figures['tokens']} tokens per case, computed in {figures['precision']}: {verdict}. At least "
-        f"{_shown(min(case.identical_share for case in cases))} of a case's tokens are the same before a first difference."
+        f"{figures['tokens']} tokens per case, computed in {figures['precision']}: {verdict}. At least {least} of a "
+        "case's tokens are the same before a first difference."
     )
     write_json(args.json, figures)
     return 0 if figures["identical"] else 1
