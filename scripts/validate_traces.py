@@ -86,7 +86,9 @@ class Machine:
         self.costs = {s: measured_cost(self.engine(s, SLOTS), SLOTS, WIDEST, None) for s in (HEAD, NGRAMS)}
 
     def engine(self, source: str, slots: int) -> RolloutEngine:
-        return RolloutEngine(self.policy.model, SpecConfig(max_slots=slots), drafter=self.drafters[source])
+        return RolloutEngine(
+            self.policy.model, SpecConfig(max_slots=slots), drafter=self.drafters[source], controller=FixedGamma(0)
+        )
 
     def rollout(self, setting: Setting, turn: int, recorder: TraceRecorder | None = None) -> float:
         """Seconds of one rollout."""

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
+from typing import get_type_hints
+
+from huggingface_hub.dataclasses import type_validator
 
 VERIFICATIONS = ["coupled", "rejection"]
 BACKENDS = ("embedded", "vllm")
 HEADS = ("auto", "eagle3", "mtp")
+
+
+def check_types(record: object, kind: type) -> None:
+    """Check the fields of `record` that the dataclass `kind` declares against its annotations; an int is a float too.
+
+    Raises:
+        ValueError: naming the field, its value and the type it must have.
+    """
+    hints = get_type_hints(kind)
+    for name in (entry.name for entry in fields(kind)):
+        value = getattr(record, name)
+        checked = float(value) if type(value) is int and hints[name] in (float, float | None) else value
+        try:
+            type_validator(name, checked, hints[name])
+        except TypeError as error:
+            wanted = getattr(hints[name], "__name__", hints[name])
+            raise ValueError(f"{name}={value!r} is of the wrong type: it must be {wanted}.") from error
 
 
 @dataclass
@@ -104,6 +125,7 @@ class SpecConfig:
     )
 
     def __post_init__(self):
+        check_types(self, SpecConfig)
         gamma = self.num_speculative_tokens
         if gamma is not None and gamma < 0:
             raise ValueError(
@@ -135,10 +157,14 @@ class SpecConfig:
             ("max_slots", self.max_slots >= 1, "at least 1"),
             (
                 "draft_learning_rate",
-                self.draft_learning_rate is None or self.draft_learning_rate > 0,
-                "above 0, or None",
+                self.draft_learning_rate is None or 0 < self.draft_learning_rate < math.inf,
+                "above 0 and finite, or None",
             ),
-            ("draft_overhead", self.draft_overhead > 0, "above 0; draft_refresh=False turns training off"),
+            (
+                "draft_overhead",
+                0 < self.draft_overhead < math.inf,
+                "above 0 and finite; draft_refresh=False turns training off",
+            ),
             ("max_feature_tokens", self.max_feature_tokens >= 0, "0 or more"),
         )
         for name, holds, bound in bounds:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
+
+from spec_rollout.config import check_types
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -33,13 +36,23 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self):
+        if isinstance(self.stop_strings, str):
+            raise ValueError(
+                f"stop_strings={self.stop_strings!r} is one string, which would be read as its letters: give a "
+                "tuple of strings."
+            )
+        for name in ("eos_token_ids", "stop_strings"):
+            if isinstance(getattr(self, name), Sequence) and not isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_types(self, SamplingParams)
         bounds = (
+            ("stop_strings", all(self.stop_strings), "strings of at least one character, which '' is not"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more, and finite"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]; 1 is off"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]; 0 is off"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is off"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0, and finite; 1 is off"),
         )
         for name, holds, bound in bounds:
             if not holds:

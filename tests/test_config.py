@@ -1,6 +1,7 @@
 """Options and sampling parameters: what is out of range is refused by name, bound and remedy."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -88,3 +89,61 @@ def test_unknown_sampling_option_is_never_ignored():
 def test_edges_are_in_range():
     params = SamplingParams(max_new_tokens=1, temperature=0, top_k=0, top_p=1.0, min_p=1.0, repetition_penalty=0.1)
     assert params.greedy and not SamplingParams().greedy
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_slots", float("inf")),
+        ("max_slots", 2.5),
+        ("max_slots", "64"),
+        ("max_slots", True),
+        ("num_speculative_tokens", 2.5),
+        ("num_speculative_tokens", "3"),
+        ("max_num_speculative_tokens", None),
+        ("draft_refresh", "no"),
+        ("draft_overhead", "0.05"),
+        ("draft_learning_rate", "1e-4"),
+        ("max_feature_tokens", 1e9),
+        ("verification", None),
+        ("draft_ngrams", 1),
+    ],
+)
+def test_config_of_the_wrong_type(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}={re.escape(repr(value))} is of the wrong type: it must be "):
+        SpecConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 8.0),
+        ("max_new_tokens", "8"),
+        ("temperature", "1"),
+        ("temperature", None),
+        ("top_k", 5.5),
+        ("eos_token_ids", (5.5,)),
+        ("eos_token_ids", 5),
+        ("eos_token_ids", ("</s>",)),
+        ("stop_strings", (5,)),
+    ],
+)
+def test_params_of_the_wrong_type(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}={re.escape(repr(value))} is of the wrong type: it must be "):
+        SamplingParams(**{name: value})
+
+
+def test_params_that_stop_at_nothing():
+    with pytest.raises(ValueError, match="stop_strings=.* must be strings of at least one character"):
+        SamplingParams(stop_strings=("a", ""))
+
+
+def test_whole_numbers_and_lists_are_taken():
+    assert SamplingParams(temperature=1, top_p=1, eos_token_ids=[3], stop_strings=["a"]).eos_token_ids == (3,)
+    assert SpecConfig(draft_overhead=1, draft_learning_rate=1).draft_overhead == 1
+
+
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty"])
+def test_infinite_params(name):
+    with pytest.raises(ValueError, match=f"{name}=inf is out of range: it must be .*finite"):
+        SamplingParams(**{name: float("inf")})

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     widest = max(args.batch_sizes)
     drafter = _drafter(policy, args.draft, widest, args.compile_passes)
     config = SpecConfig(max_slots=4096, compile_passes=args.compile_passes)
-    measuring = RolloutEngine(policy.model, config, drafter=drafter)
+    measuring = RolloutEngine(policy.model, config, drafter=drafter, controller=FixedGamma(0))
     cost = measured_cost(measuring, widest, config.widest, None)
     rows = []
     setup = args.policy, args.dtype, widest, drafter, args.fixed_gammas, args.vllm_python

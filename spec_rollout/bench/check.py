@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 from dataclasses import asdict, dataclass
 
 import torch
 from tqdm import tqdm
 
+from spec_rollout.bench import architectures
 from spec_rollout.bench.workload import (
     WARM_UP_PROMPTS,
     Policy,
@@ -41,6 +43,7 @@ class Case:
     gamma: int | str
     batch_size: int
     identical: bool
+    identical_share: float
     tokens: int
     mean_acceptance_length: float
     max_logprob_error: float
@@ -61,6 +64,8 @@ class RandomGamma:
 
 
 def main(argv: list[str] | None = None) -> int:
+    if "--architectures" in (sys.argv[1:] if argv is None else argv):
+        return architectures.main(argv)
     args = _parser().parse_args(argv)
     policy = load_policy(args.policy, args.dtype, args.max_new_tokens)
     prompts = arithmetic_prompts(policy.tokenizer, args.num_prompts)
@@ -79,8 +84,9 @@ def main(argv: list[str] | None = None) -> int:
         error = max(map(_largest_difference, found, truth)) if identical else float("inf")
         tokens = sum(len(c.token_ids) for c in found)
         length = engine.stats.mean_acceptance_length
-        cases.append(Case(gamma, batch_size, identical, tokens, length, error, engine.stats.near_ties))
-    return _report(args, cases)
+        share = identical_share(found, expected)
+        cases.append(Case(gamma, batch_size, identical, share, tokens, length, error, engine.stats.near_ties))
+    return _report(args, cases, plain.target.precision)
 
 
 def teacher_forced(policy: Policy, prompt: list[int], completion: Completion) -> torch.Tensor:
@@ -89,6 +95,15 @@ def teacher_forced(policy: Policy, prompt: list[int], completion: Completion) ->
     with torch.no_grad():
         logits = policy.model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
+
+
+def identical_share(found: list[Completion], expected: list[Completion]) -> float:
+    """The share of the tokens of `found` that come before the first of their completion that differs."""
+    same = 0
+    for mine, theirs in zip(found, expected, strict=True):
+        pairs = zip(mine.token_ids, theirs.token_ids, strict=False)
+        same += sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return same / max(1, sum(len(c.token_ids) for c in found))
 
 
 def _largest_difference(completion: Completion, truth: torch.Tensor) -> float:
@@ -113,10 +128,12 @@ def _drafter(kind: str, policy: Policy, expected: list[Completion]) -> Drafter:
     return drafter
 
 
-def _report(args: argparse.Namespace, cases: list[Case]) -> int:
+def _report(args: argparse.Namespace, cases: list[Case], precision: torch.dtype) -> int:
     speculative = [case for case in cases if case.gamma != 0]
     figures = {
         "identical": all(case.identical for case in cases),
+        "identical_share": min(case.identical_share for case in cases),
+        "precision": str(precision).removeprefix("torch."),
         "tokens": min(case.tokens for case in cases),
         "mean_acceptance_length": (
             sum(case.mean_acceptance_length for case in speculative) / len(speculative) if speculative else 1.0
@@ -134,13 +151,21 @@ def _report(args: argparse.Namespace, cases: list[Case]) -> int:
         "near-ties",
     )
     rows = [list(asdict(case).values()) for case in cases]
-    table(header, [[*row[:2], "yes" if row[2] else "NO", *row[3:5], f"{row[5]:.1e}", row[6]] for row in rows])
+    table(header, [[*row[:2], _shown(row[3]), *row[4:6], f"{row[6]:.1e}", row[7]] for row in rows])
     verdict = (
         "identical to plain decoding in every case" if figures["identical"] else "NOT identical to plain decoding"
     )
-    print(f"{figures['tokens']} tokens per case: {verdict}.")
+    print(
+        f"{figures['tokens']} tokens per case, computed in {figures['precision']}: {verdict}. At least "
+        f"{_shown(figures['identical_share'])} of a case's tokens are the same before a first difference."
+    )
     write_json(args.json, figures)
     return 0 if figures["identical"] else 1
+
+
+def _shown(share: float) -> str:
+    """100 % only if it is all."""
+    return "100 %" if share == 1 else f"{math.floor(share * 10_000) / 100:.2f} %"
 
 
 def _gammas(text: str) -> list[int | str]:
@@ -156,5 +181,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gammas", type=_gammas, default=_gammas("0,1,3,7,random"), metavar="0,1,random")
     parser.add_argument("--batch-sizes", type=positives, default=[1, 8, 48], metavar="1,8,48")
     parser.add_argument("--num-prompts", type=positive, default=256, metavar="N")
+    parser.add_argument(
+        "--architectures",
+        action="store_true",
+        help="instead of a policy, tiny models of all architectures that transformers knows (--architectures --help)",
+    )
     parser.add_argument("--drafter", choices=("head", "ngrams", "random", "oracle"), default="head")
     return parser

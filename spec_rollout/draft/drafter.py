@@ -73,6 +73,8 @@ class EagleDrafter:
         wanted = (rows.slots, rows.capacity, width)
         if self.features is None or self.features.shape != wanted or self.features.dtype != dtype:
             self.features = torch.zeros(wanted, dtype=dtype, device=rows.device)
+        else:
+            self.features.zero_()  # padding is read as well, and NaN counts even where it is masked
         self.cache.allocate(rows.slots, rows.capacity, dtype)
         self.known = np.zeros(rows.slots, dtype=np.int64)
         own = self.head.own_output

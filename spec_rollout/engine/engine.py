@@ -33,6 +33,7 @@ class RolloutEngine:
 
     Raises:
         UnsupportedModelError: the model cannot be decoded on ragged rows.
+        ValueError: a drafter whom neither a controller nor `config` tells how far to guess.
     """
 
     def __init__(
@@ -45,6 +46,11 @@ class RolloutEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         self.config = config or SpecConfig()
+        if drafter is not None and controller is None and self.config.num_speculative_tokens is None:
+            raise ValueError(
+                "A drafter without a controller needs num_speculative_tokens in `config`, which is None: give the "
+                "number of tokens to guess, 0 for plain decoding, or a controller that chooses it."
+            )
         self.target = Target(model, self.config.compile_passes)
         self.drafter, self.controller, self.tokenizer = drafter, controller, tokenizer
         self.recorder: Recorder | None = None
@@ -71,17 +77,24 @@ class RolloutEngine:
         Raises:
             ValueError: an empty prompt, a token outside the vocabulary, or a prompt that with its new tokens exceeds
                 the context; the message names the entry, the bound and the remedy.
+            FloatingPointError: the policy's logits are NaN or infinite; the message names the step.
         """
         params = params or SamplingParams()
-        requests = make_requests(prompts, params, seed, max_new_tokens, self.target.vocab_size, self.target.context)
+        target = self.target
+        bounds = (target.vocab_size, target.context, target.switches)
+        requests = make_requests(prompts, params, seed, max_new_tokens, *bounds)
         if not requests:
             return []
         before, prefill_s = len(self.stats.steps), self.stats.prefill_s
         began = time.perf_counter()
-        with self.target.rollout():
-            rollout = self.start(requests, params)
-            self._decode(rollout)
-            completions = rollout.completions()
+        try:
+            with self.target.rollout():
+                rollout = self.start(requests, params)
+                self._decode(rollout)
+                completions = rollout.completions()
+        except BaseException:  # interrupts too: what a pass left half-done is not used again
+            self.cache.release()
+            raise
         seconds = time.perf_counter() - began
         self.stats.seconds += seconds
         if self.recorder is not None:
@@ -113,7 +126,12 @@ class RolloutEngine:
             clock.append(time.perf_counter())
             logits, hidden = rollout.forward(guesses)
             clock.append(time.perf_counter())
-            samples, verdict = rollout.sample_and_verify(logits, noise, guesses)
+            decided = rollout.sample_and_verify(logits, noise, guesses)
+            if decided is None:
+                guesses = guesses[:, :0]
+                logits, hidden = rollout.forward(guesses)
+                decided = rollout.sample_and_verify(logits, noise, guesses)
+            samples, verdict = decided
             clock.append(time.perf_counter())
             rollout.commit(samples, verdict, hidden)
             if self.recorder is not None:

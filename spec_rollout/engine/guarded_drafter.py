@@ -3,46 +3,65 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from spec_rollout.engine.protocols import Drafter
+from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
 from spec_rollout.records import RolloutStats
 
 
 class GuardedDrafter:
-    """Calls a rollout's drafter, if there is one; when it breaks it is off for the rest of the rollout."""
+    """Calls a rollout's drafter, if there is one; when it breaks it is off for the rest of the rollout.
+
+    It is shown copies: what it writes into rows or noise reaches nobody else.
+    """
 
     def __init__(self, drafter: Drafter | None, stats: RolloutStats):
         self.drafter, self.stats = drafter, stats
+        self._shown: Rows | None = None
 
-    def guard(self, call: Callable):
-        """What `call(drafter)` returns; None where the drafter is off or breaks."""
+    def call(self, verb: str, rows: Rows, *args):
+        """What the drafter's `verb` returns for `rows` and `args`; None where the drafter is off or breaks."""
         if self.drafter is None:
             return None
+        copies = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]  # hidden states nobody reads again
         try:
-            return call(self.drafter)
+            return getattr(self.drafter, verb)(self._show(rows), *copies)
         except Exception as error:  # whatever it is, the rollout goes on
             self.switch_off(error)
             return None
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
         """Guesses [B, γ] int64, perhaps fewer; [B, 0] when none are wanted or the drafter is off or breaks."""
+        none = rows.tokens[: rows.count, :0]
+        if not gamma or self.drafter is None:
+            return none
+        guesses = self.call("propose", rows, gamma, noise, temperature)
+        if self.drafter is None:
+            return none
+        fault = _fault_of_guesses(guesses, rows, gamma)
+        if fault:
+            self.switch_off(ValueError(fault))
+            return none
+        return guesses
 
-        def call(drafter: Drafter) -> Tensor:
-            guesses = drafter.propose(rows, gamma, noise, temperature)
-            fits = guesses.dim() == 2 and len(guesses) == rows.count and guesses.shape[1] <= gamma
-            if not fits or guesses.dtype != torch.int64:
-                raise ValueError(
-                    f"it guessed {guesses.dtype} {tuple(guesses.shape)} where int64 {(rows.count, gamma)} was wanted"
-                )
-            return guesses
-
-        guesses = self.guard(call) if gamma else None
-        return rows.tokens[: rows.count, :0] if guesses is None else guesses
+    def proposal(self, guesses: Tensor, vocab_size: int) -> Proposal | None:
+        """What `guesses` [B, γ] were drawn from, in float32; None if nothing that could be so is known. NaN in it and
+        guesses that it does not hold are for `draw_by_rejection` to find."""
+        if self.drafter is None:
+            return None
+        try:
+            proposal = self.drafter.proposal()
+            fault = None if proposal is None else _fault_of_proposal(*proposal, guesses, vocab_size)
+        except Exception as error:  # whatever it is, the rollout goes on
+            self.switch_off(error)
+            return None
+        if fault:
+            self.switch_off(ValueError(fault))
+        return None if fault or proposal is None else Proposal(proposal[0].float(), proposal[1])
 
     def switch_off(self, error: Exception) -> None:
         """Warn of `error` and count it; from here on the rollout decodes without guesses."""
@@ -54,3 +73,32 @@ class GuardedDrafter:
             RuntimeWarning,
             stacklevel=3,
         )
+
+    def _show(self, rows: Rows) -> Rows:
+        if self._shown is None:
+            self._shown = Rows(rows.slots, rows.capacity, rows.vocab_size, rows.device)
+        return rows.show(self._shown)
+
+
+def _fault_of_guesses(guesses: object, rows: Rows, gamma: int) -> str | None:
+    wanted = f"int64 {(rows.count, gamma)} on {rows.device} was wanted"
+    if not isinstance(guesses, Tensor):
+        return f"it guessed {type(guesses).__name__} where {wanted}"
+    fits = guesses.dim() == 2 and len(guesses) == rows.count and guesses.shape[1] <= gamma
+    if fits and guesses.dtype == torch.int64 and guesses.device == rows.tokens.device:
+        return None
+    return f"it guessed {guesses.dtype} {tuple(guesses.shape)} on {guesses.device} where {wanted}"
+
+
+def _fault_of_proposal(scores: object, ids: object, guesses: Tensor, vocab_size: int) -> str | None:
+    if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.device != guesses.device:
+        kind = f"{scores.dtype} on {scores.device}" if isinstance(scores, Tensor) else type(scores).__name__
+        return f"its proposal has scores of {kind} where floating-point numbers on {guesses.device} were wanted"
+    width = vocab_size
+    if ids is not None:
+        if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 1 or ids.device != guesses.device:
+            return f"the ids of its proposal are not a row of int64 on {guesses.device}"
+        width = len(ids)
+    if scores.shape != (*guesses.shape, width) or not width:
+        return f"its proposal has scores {tuple(scores.shape)} where {(*guesses.shape, width)} was wanted"
+    return None

@@ -48,11 +48,11 @@ def draw(z: Tensor, noise: Tensor | None, room: Tensor | None = None) -> tuple[T
         two equal scores the lower id wins, as in transformers' argmax.
     """
     size, count = block_size(z.shape[-1]), num_blocks(z.shape[-1])
-    sums = _block_sums(z, size, room)
+    sums = block_sums(z, size, room)
     if noise is None:
         return *_best(z), sums.logsumexp(-1)
     block, won = _best(sums + noise[..., :count])
-    place, margin = _best(_inside(z, block, size) + noise[..., count:])
+    place, margin = _best(inside(z, block, size) + noise[..., count:])
     return block * size + place, torch.minimum(won, margin), sums.logsumexp(-1)
 
 
@@ -63,15 +63,15 @@ def draw_among(z: Tensor, noise: Tensor | None, ids: Tensor | None, vocab_size: 
         return z.argmax(-1)
     size, count = block_size(vocab_size), num_blocks(vocab_size)
     if ids is None:  # as `draw` does, without what the target alone needs
-        block = (_block_sums(z, size) + noise[:, :count]).argmax(-1)
-        return block * size + (_inside(z, block, size) + noise[:, count:]).argmax(-1)
+        block = (block_sums(z, size) + noise[:, :count]).argmax(-1)
+        return block * size + (inside(z, block, size) + noise[:, count:]).argmax(-1)
     block_of, place = (index.expand_as(z) for index in (ids // size, ids % size + count))
     sums = z.new_zeros(len(z), count).scatter_add_(1, block_of, _weights(z)[0])
     block = (sums.log_() + noise[:, :count]).argmax(-1, keepdim=True)
     return (z + noise.gather(1, place)).masked_fill_(block_of != block, -torch.inf).argmax(-1)
 
 
-def _inside(z: Tensor, block: Tensor, size: int) -> Tensor:
+def inside(z: Tensor, block: Tensor, size: int) -> Tensor:
     """z [..., size] of the tokens in `block` [...]; -inf beyond the vocabulary."""
     ids = block[..., None] * size + torch.arange(size, device=z.device)
     return z.gather(-1, ids.clamp(max=z.shape[-1] - 1)).masked_fill_(ids >= z.shape[-1], -torch.inf)
@@ -86,7 +86,7 @@ def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(margin == 0, index.amin(-1), index[..., 0]), margin
 
 
-def _block_sums(z: Tensor, size: int, room: Tensor | None = None) -> Tensor:
+def block_sums(z: Tensor, size: int, room: Tensor | None = None) -> Tensor:
     """logsumexp [..., blocks] of z [..., V] over blocks of `size`, where it is not far below the best score."""
     weights, best = _weights(z, room)
     whole = z.shape[-1] // size * size

@@ -19,20 +19,32 @@ class SlotCache:
     """
 
     def __init__(self):
+        self.release()
+
+    def release(self) -> None:
+        """Give the memory back, as after a pass that failed half-way: nothing of it is counted on again."""
         self.slots = self.capacity = 0
         self.kind: object = None
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.states = RecurrentStates()
+        self.begun = False
 
     def allocate(self, slots: int, capacity: int, kind: object = None) -> None:
-        """Make room for `slots` rows of `capacity` tokens; buffers that are large enough are kept, unless `kind` (such
-        as dtype and device) is another than before."""
+        """Make room for `slots` rows of `capacity` tokens, for one rollout.
+
+        Buffers that are large enough are kept, unless `kind` (such as dtype and device) is another than before. They
+        are cleared: what is masked still counts where it is NaN. The first pass may also find them of another dtype
+        than it computes in, and makes them anew.
+        """
         if slots > self.slots or capacity > self.capacity or kind != self.kind:
             self.slots, self.capacity = max(slots, self.slots), max(capacity, self.capacity)
             self.kind = kind
             self.keys, self.values = [], []
             self.states.allocate(self.slots)
+        for buffer in self.buffers:
+            buffer.zero_()
+        self.begun = False
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -43,7 +55,9 @@ class SlotCache:
         `extent` entries of each. With `lengths` [N] it is a prefill: row n has the first lengths[n] of the tokens."""
         rows = slice(start, start + positions.shape[0])
         recurrent = RecurrentPass(self.states, rows, positions.shape[1], lengths)
-        return SlotWindow(self.keys, self.values, (self.slots, self.capacity), start, positions, extent, recurrent)
+        renew, self.begun = not self.begun, True
+        size = (self.slots, self.capacity)
+        return SlotWindow(self.keys, self.values, size, start, positions, extent, recurrent, renew=renew)
 
     def clear(self, slots: tuple[int, int]) -> None:
         """New rows sit in slots[0]..slots[1] - 1; what their slots held is not theirs."""
@@ -52,6 +66,13 @@ class SlotCache:
     def commit(self, tokens: Tensor) -> None:
         """Of the tokens that the last pass read, row n keeps the first `tokens` [N]."""
         self.states.commit(tokens)
+
+    def clear_beyond(self, length: Tensor) -> None:
+        """Clear what the slots 0..N - 1 hold at and beyond their `length` [N]. For the rare pass that left NaN there:
+        masked entries weigh nothing, but nothing times NaN is NaN."""
+        stale = torch.arange(self.capacity, device=length.device) >= length[:, None]
+        for buffer in (*self.keys, *self.values):
+            buffer[: len(length)].masked_fill_(stale[..., None, None], 0)
 
     def copy(self, source: Tensor, target: Tensor, extent: int) -> None:
         """Slots `target` [N] take over the first `extent` entries of slots `source` [N], and the recurrent states."""
@@ -62,9 +83,10 @@ class SlotCache:
 
 class SlotWindow(Cache):
     """What one forward pass sees of a slot cache: a model's attention layers call `update` as they do with any
-    transformers cache. The first pass through a layer makes its buffers, of `size` (slots, capacity); attention layers
-    are counted as they come, so that none is kept for a layer of another kind. Recurrent layers find a cache that is
-    always empty: what they need stands in front of the inputs that `update_conv_state` returns, and in `recurrent`."""
+    transformers cache. The first pass through a layer makes its buffers, of `size` (slots, capacity); with `renew`
+    also where they are of another dtype. Attention layers are counted as they come, so that none is kept for a layer
+    of another kind. Recurrent layers find a cache that is always empty: what they need stands in front of the inputs
+    that `update_conv_state` returns, and in `recurrent`."""
 
     def __init__(
         self,
@@ -75,10 +97,11 @@ class SlotWindow(Cache):
         positions: Tensor,
         extent: int,
         recurrent: RecurrentPass | None = None,
+        renew: bool = False,
     ):
         super().__init__(layers=[])
         self.recurrent, self._places = recurrent, {}
-        self.keys, self.values, self.size = keys, values, size
+        self.keys, self.values, self.size, self.renew = keys, values, size, renew
         rows = torch.arange(start, start + positions.shape[0], device=positions.device)[:, None]
         self._index = (rows * size[1] + positions).flatten()
         self._rows, self.extent = slice(start, start + positions.shape[0]), extent
@@ -87,10 +110,18 @@ class SlotWindow(Cache):
         """Write [N, heads, T, head_dim] keys and values; return the window's [N, heads, extent, head_dim]."""
         place = self._places.setdefault(layer_idx, len(self._places))
         if place == len(self.keys):
+            made = self._make(key_states), self._make(value_states)  # both or, where memory runs out, neither
+            self.keys.append(made[0])
+            self.values.append(made[1])
+        elif self.renew:
             for buffers, states in ((self.keys, key_states), (self.values, value_states)):
-                _, heads, _, head_dim = states.shape
-                buffers.append(states.new_zeros(*self.size, heads, head_dim))
+                if buffers[place].dtype != states.dtype:
+                    buffers[place] = self._make(states)
         return self._write(self.keys[place], key_states), self._write(self.values[place], value_states)
+
+    def _make(self, states: Tensor) -> Tensor:
+        _, heads, _, head_dim = states.shape
+        return states.new_zeros(*self.size, heads, head_dim)
 
     def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
         flat = buffer.view(self.size[0] * self.size[1], -1)

@@ -24,7 +24,6 @@ def prefill(target: Target, cache: SlotCache, rows: Rows, admission: Admission, 
         ids = rows.tokens[slots[0] : slots[1], :width]
         lengths = rows.length[slots[0] : slots[1]]
         _, hidden = target.forward(cache, slots, ids, place, width, keep_logits=1, lengths=lengths)
-        seen = (rows, slots, place[:, 0], hidden)
-        draft.guard(lambda drafter, seen=seen: drafter.observe(*seen))
+        draft.call("observe", rows, slots, place[:, 0], hidden)
     if admission.fresh:
-        draft.guard(lambda drafter: drafter.admit(rows, admitted))
+        draft.call("admit", rows, admitted)

@@ -37,16 +37,17 @@ class Probe:
 
     def __init__(self, target, stride: int):
         self.target = target
-        self.length = min(max(LENGTH, _own_window(target.config) + LENGTH // 2), target.context or FARTHEST, FARTHEST)
+        wanted = max(LENGTH, _own_window(target.config) + LENGTH // 2)
+        self.length = min(wanted, target.context or FARTHEST, FARTHEST, *target.switches)
         ids = torch.arange(3 * self.length, device=target.device) * stride + stride
         self.ids = (ids % target.vocab_size).view(3, self.length)
         self.extent = min(FARTHEST, target.context or FARTHEST)
 
     def expected(self) -> Tensor:
         """Logits [3, length, V] of the policy's own forward pass over each row alone."""
-        model = self.target.model
+        model, size = self.target.model, self.target.vocab_size
         try:
-            return torch.stack([model(input_ids=row[None], use_cache=False).logits[0] for row in self.ids])
+            found = torch.stack([model(input_ids=row[None], use_cache=False).logits[0] for row in self.ids])
         except torch.OutOfMemoryError:
             raise
         except Exception as cause:  # a trainer would meet it as well
@@ -56,9 +57,16 @@ class Probe:
                 f"attn_implementation={attention!r}: {type(cause).__name__}: {cause}. Load it with another one, such "
                 "as 'sdpa' or 'eager'."
             ) from cause
+        if found.shape[-1] != size:
+            raise ValueError(
+                f"{type(model).__name__} gives {found.shape[-1]} logits where its config.vocab_size is {size}: call "
+                f"resize_token_embeddings({found.shape[-1]}), or give it an output head of {size} rows."
+            )
+        return found
 
     def error(self, expected: Tensor) -> float:
-        """How far the decoded logits are off, in standard deviations of the expected ones; NaN where either is."""
+        """How far the decoded logits are off, in standard deviations of the expected ones; NaN where either is. At the
+        worst position; in fewer digits than float32, where a router may take other experts, at the median one."""
         finite = expected[expected.isfinite()].float()
         worst = []  # of each position
         for row, positions, logits in self._decoded():
@@ -66,7 +74,9 @@ class Probe:
             apart = torch.where(logits == right, 0.0, (logits.float() - right.float()).abs())  # -inf is -inf
             worst.append(apart.amax(-1))
         scale = finite.std().clamp(min=1e-6) if finite.numel() else torch.tensor(torch.nan)
-        return float(torch.cat(worst).amax() / scale)
+        positions = torch.cat(worst)
+        off = positions.amax() if self.target.precision in BOUNDS else positions.median()
+        return float(off / scale)
 
     def _decoded(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(row, positions [n], logits [n, V]) of what a rollout would keep."""

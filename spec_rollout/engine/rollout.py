@@ -22,7 +22,7 @@ from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.sampling import Sampler
 from spec_rollout.engine.scheduler import Scheduler
 from spec_rollout.engine.stops import Stops
-from spec_rollout.engine.target import Target
+from spec_rollout.engine.target import Target, broken_policy
 from spec_rollout.engine.verify import Verdict, verify
 from spec_rollout.records import Completion, Request, RolloutStats, SamplingParams, StepStats
 
@@ -49,6 +49,7 @@ class Rollout:
         self.draft = GuardedDrafter(drafter, stats)
         slots = min(config.max_slots, len(requests))
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
+        target.confine(longest)
         capacity = _round_up(longest + config.widest + 1, EXTENT_STEP)
         room = slots
         if config.compile_passes:  # one slot alone, or rows read to their end, would be compiled apart
@@ -62,8 +63,11 @@ class Rollout:
         self.near_ties = NearTies(target, self.sampler, stats)
         self.stops = Stops(params, tokenizer, target.device)
         self.results = Results(len(requests), params.eos_token_ids)
+        self.passes = 0
+        self.soiled = np.zeros(0, dtype=bool)  # rows whose guesses led to NaN, which must not stay in the cache
         self.invalid = torch.zeros(slots, dtype=torch.bool, device=target.device)  # rows with guesses that are no ids
-        self.draft.guard(lambda drafter: drafter.begin(self.rows))
+        self.distrusted = self.invalid  # rows with guesses that were not drawn from their proposal
+        self.draft.call("begin", self.rows)
 
     @property
     def drafter(self) -> Drafter | None:
@@ -113,6 +117,7 @@ class Rollout:
         guesses = self.draft.propose(self.rows, gamma, noise, self.sampler.temperature)
         valid = guesses.clamp(0, self.rows.vocab_size - 1)  # an invalid id must not reach the embedding
         self.invalid = (guesses != valid).any(1)
+        self.distrusted = torch.zeros_like(self.invalid)
         return valid
 
     def forward(self, guesses: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -122,36 +127,71 @@ class Rollout:
         extent = min(_round_up(self.longest + width, EXTENT_STEP), self.rows.capacity)
         return self.target.forward(self.cache, (0, self.rows.count), self.inputs, self.rows.positions(width), extent)
 
-    def sample_and_verify(self, logits: Tensor, noise: Tensor | None, guesses: Tensor) -> tuple[Tensor, Verdict]:
-        """The target's own samples [B, γ + 1], and how much of the guesses came true."""
+    def sample_and_verify(
+        self, logits: Tensor, noise: Tensor | None, guesses: Tensor
+    ) -> tuple[Tensor, Verdict] | None:
+        """The target's own samples [B, γ + 1], and how much of the guesses came true. None if the logits of a pass
+        with guesses are NaN: a guess may be the cause, so `forward` must read the rows again without.
+
+        Raises:
+            FloatingPointError: they are NaN without guesses, or infinite.
+        """
+        self.passes += 1
         seen = self.sampler.seen_along(self.rows, self.inputs)
-        z = self.sampler.process(logits, seen)
+        z = self.sampler.scale(logits, seen)
+        kept = self.sampler.filter(z)
         noise = None if noise is None else noise[:, : z.shape[1]]
-        samples, margin, normaliser = self._draw(z, noise, guesses)
+        samples, close, normaliser = self._draw(z, kept, noise, guesses)
+        self.scores = kept.gather(-1, samples[..., None])[..., 0].float() - normaliser
         verdict = self._judge(guesses, samples)
-        close = self.near_ties.concerned(margin, verdict.emitted)
-        flags = (close.long(), self.invalid[: self.rows.count].long())
-        report = torch.stack([*verdict, *flags]).cpu().numpy()  # the one point where the host waits
-        if report[5].any():
+        emits = torch.arange(samples.shape[1], device=samples.device) < verdict.emitted[:, None]
+        broken = ~normaliser.isfinite()
+        active = slice(0, self.rows.count)
+        flags = ((close & emits).any(1), self.invalid[active], self.distrusted[active])
+        flags += (broken.any(1), (broken & emits).any(1))
+        report = torch.stack([*verdict, *(flag.long() for flag in flags)]).cpu().numpy()  # the host waits here alone
+        settles, invalid, distrusted, self.soiled, fatal = report[4:].astype(bool)
+        if fatal.any():
+            if not guesses.shape[1]:
+                raise self._broken_policy(int(fatal.argmax()))
+            self.cache.clear_beyond(self.rows.length[active])
+            return None
+        if invalid.any():
             error = ValueError(f"it guessed a token id outside the {self.rows.vocab_size} of the vocabulary")
             self.draft.switch_off(error)
-        if report[4].any():
-            samples = self.near_ties.settle(self.rows, self.inputs, samples, margin, noise, seen, close)
+        elif distrusted.any():
+            self.draft.switch_off(ValueError("its proposal is NaN, out of order, or does not hold what it guessed"))
+        if settles.any():
+            settled = close & torch.from_numpy(settles).to(close.device)[:, None]
+            self.near_ties.settle(self.rows, self.inputs, samples, self.scores, noise, seen, settled)
             verdict = self._judge(guesses, samples)
             report = torch.stack(verdict).cpu().numpy()
         self.report = Verdict(*report[:4])
-        self.scores = z.gather(-1, samples[..., None])[..., 0].float() - normaliser
         return samples, verdict
 
-    def _draw(self, z: Tensor, noise: Tensor | None, guesses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples, the margins by which they won, and logsumexp(z), each [B, γ + 1]."""
-        room = self.sampler.room(z)
+    def _draw(self, z: Tensor, kept: Tensor, noise: Tensor | None, guesses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples of softmax(kept), whether they are near-ties, and logsumexp(kept), each [B, γ + 1]."""
+        room = self.sampler.room(kept)
         if not self.rejection:
-            return draw(z, noise, room)
+            samples, margin, normaliser = draw(kept, noise, room)
+            return samples, self.near_ties.close(z, kept, noise, samples, margin), normaliser
         # Without a proposal the guesses are taken as given: the same law.
-        proposal = self.draft.guard(lambda drafter: drafter.proposal()) if guesses.numel() else None
-        samples, normaliser = draw_by_rejection(z, noise[..., self.noise_width :], guesses, proposal, room)
-        return samples, torch.full_like(normaliser, torch.inf), normaliser  # another γ draws another sample anyway
+        proposal = self.draft.proposal(guesses, self.rows.vocab_size) if guesses.numel() else None
+        if proposal is not None:  # a guess that was no id has become another, which was drawn from nothing
+            unknown = self.invalid[: self.rows.count, None, None]
+            proposal = proposal._replace(scores=proposal.scores.masked_fill(unknown, torch.nan))
+        noise = noise[..., self.noise_width :]
+        samples, normaliser, distrusted = draw_by_rejection(kept, noise, guesses, proposal, room)
+        self.distrusted |= distrusted
+        return samples, torch.zeros_like(samples, dtype=torch.bool), normaliser  # another γ draws another one anyway
+
+    def _broken_policy(self, slot: int) -> FloatingPointError:
+        rows = self.rows
+        done = int(rows.lengths[slot] + 1 - rows.starts[slot])
+        return broken_policy(
+            self.target.model,
+            f"in decoding step {self.passes}, after {done} tokens of prompt {self.scheduler.active[slot].index}",
+        )
 
     def _judge(self, guesses: Tensor, samples: Tensor) -> Verdict:
         rows = self.rows
@@ -171,7 +211,9 @@ class Rollout:
         rows.drafted[:count] += samples.shape[1] - 1
         rows.accepted[:count] += verdict.accepted
         self.rows.lengths[:count] += self.report.emitted
-        self.draft.guard(lambda drafter: drafter.observe(rows, (0, count), start, hidden))
+        if self.soiled.any():
+            self.cache.clear_beyond(rows.length[:count])
+        self.draft.call("observe", rows, (0, count), start, hidden)
 
     def finish_step(self, gamma: int) -> StepStats:
         """Release the rows that ended and close the gaps they leave."""
@@ -181,7 +223,7 @@ class Rollout:
         if finished.size:
             indices = [self.scheduler.active[slot].index for slot in finished]
             slots = self.results.take(self.rows, finished, indices, ended[finished])
-            self.draft.guard(lambda drafter: drafter.finish(self.rows, slots))
+            self.draft.call("finish", self.rows, slots)
             source, target = self.scheduler.release(finished.tolist())
             if source:
                 self._copy(source, target, move=True)
@@ -196,7 +238,7 @@ class Rollout:
             self.rows.copy(src, dst)
             self.sampler.copy(src, dst)
         self.cache.copy(src, dst, int(self.rows.lengths[target].max()))
-        self.draft.guard(lambda drafter: drafter.copy(self.rows, src, dst))
+        self.draft.call("copy", self.rows, src, dst)
 
     def completions(self) -> list[Completion]:
         """The finished completions, in the order of the requests."""

@@ -22,7 +22,8 @@ class Rows:
     - drafted, accepted, steps [S] int64: counts over the request's life
     """
 
-    MOVED = ("tokens", "length", "start", "limit", "key", "request", "logprobs", "drafted", "accepted", "steps")
+    COUNTS = ("length", "start", "limit", "request", "drafted", "accepted", "steps")
+    MOVED = ("tokens", "logprobs", "key", "counts")
 
     def __init__(self, slots: int, capacity: int, vocab_size: int, device: torch.device):
         self.slots, self.capacity, self.vocab_size, self.device = slots, capacity, vocab_size, device
@@ -33,14 +34,17 @@ class Rows:
         self.tokens = torch.zeros(slots, capacity, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(slots, capacity, dtype=torch.float32, device=device)
         self.key = torch.zeros(slots, 2, dtype=torch.int32, device=device)
-        for name in ("length", "start", "limit", "request", "drafted", "accepted", "steps"):
-            setattr(self, name, torch.zeros(slots, dtype=torch.int64, device=device))
+        self.counts = torch.zeros(slots, len(self.COUNTS), dtype=torch.int64, device=device)
+        """What COUNTS names, in one piece."""
+        for name, column in zip(self.COUNTS, self.counts.unbind(1), strict=True):
+            setattr(self, name, column)
 
     def fill(self, first: int, requests: list[Request]) -> None:
         """Slots first.. take `requests`; all but the last prompt token count as committed."""
         slots = slice(first, first + len(requests))
         width = max(len(r.prompt) for r in requests)
-        tokens = torch.tensor([[*r.prompt, *[0] * (width - len(r.prompt))] for r in requests])
+        # Padding repeats a token of the row itself: another one's embedding might be NaN, which no mask takes away.
+        tokens = torch.tensor([[*r.prompt, *r.prompt[-1:] * (width - len(r.prompt))] for r in requests])
         self.tokens[slots, :width] = tokens.to(self.device)
         columns = [(len(r.prompt), r.max_new_tokens, r.index, *r.key) for r in requests]
         start, limit, request, key0, key1 = torch.tensor(columns, device=self.device).unbind(1)
@@ -59,6 +63,16 @@ class Rows:
             state[target] = state[source]
         src, dst = source.cpu().numpy(), target.cpu().numpy()
         self.lengths[dst], self.starts[dst] = self.lengths[src], self.starts[src]
+
+    def show(self, onlooker: Rows) -> Rows:
+        """`onlooker`, as large as this, brought up to what its reader may know of the active rows: all but their
+        log-probs. Whatever it writes there, it writes to a copy."""
+        onlooker.count, active = self.count, slice(0, self.count)
+        onlooker.lengths[:], onlooker.starts[:] = self.lengths, self.starts
+        known = int(self.lengths[active].max(initial=-1)) + 1
+        onlooker.tokens[active, :known] = self.tokens[active, :known]
+        onlooker.counts[active], onlooker.key[active] = self.counts[active], self.key[active]
+        return onlooker
 
     def positions(self, width: int) -> Tensor:
         """Positions [B, width] that the active rows' next `width` inputs take."""

@@ -25,7 +25,7 @@ class Sampler:
     def __init__(self, params: SamplingParams, rows: Rows, numbers: int | None = None):
         """`numbers` of noise per position; by default what one sample takes."""
         self.params = params
-        self.warpers = _warpers(params)
+        self.temperature_warper, self.filters = _temperature(params), _filters(params)
         self.window = None if params.greedy else NoiseWindow(rows, numbers or noise_width(rows.vocab_size))
         self.seen = None
         self._room = torch.empty(0, device=rows.device)
@@ -42,16 +42,26 @@ class Sampler:
         when greedy."""
         return None if self.window is None else self.window.take(rows, width)
 
-    def process(self, logits: Tensor, seen: Tensor | None) -> Tensor:
-        """Processed logits [..., V], in transformers' order: penalty, temperature, top-k, top-p, min-p. They are
-        float32, or the logits themselves where nothing is to be done."""
-        if seen is None and not self.warpers:
+    def scale(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """Logits [..., V] after penalty and temperature: float32, or the logits themselves where neither is set."""
+        if seen is None and self.temperature_warper is None:
             return logits
         z = logits.float()
         if seen is not None:
             penalty = self.params.repetition_penalty
             z = torch.where(seen, torch.where(z < 0, z * penalty, z / penalty), z)
-        return self.warpers(None, z.reshape(-1, z.shape[-1])).view(z.shape)
+        return z if self.temperature_warper is None else self.temperature_warper(None, z)
+
+    def filter(self, z: Tensor) -> Tensor:
+        """Scaled logits [..., V] with those that top-k, top-p and min-p throw away at -inf; float32, or z itself where
+        none is set."""
+        if not self.filters:
+            return z
+        return self.filters(None, z.float().reshape(-1, z.shape[-1])).view(z.shape)
+
+    def process(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """Processed logits [..., V], in transformers' order: penalty, temperature, top-k, top-p, min-p."""
+        return self.filter(self.scale(logits, seen))
 
     def room(self, z: Tensor) -> Tensor:
         """Memory of the shape of `z`, float32; the same in every step."""
@@ -92,11 +102,15 @@ class Sampler:
             self.seen[target] = self.seen[source]
 
 
-def _warpers(params: SamplingParams) -> LogitsProcessorList:
+def _temperature(params: SamplingParams) -> TemperatureLogitsWarper | None:
+    plain = params.greedy or params.temperature == 1
+    return None if plain else TemperatureLogitsWarper(float(params.temperature))
+
+
+def _filters(params: SamplingParams) -> LogitsProcessorList:
     if params.greedy:
         return LogitsProcessorList()
     wanted = (
-        (params.temperature != 1, lambda: TemperatureLogitsWarper(float(params.temperature))),
         (params.top_k > 0, lambda: TopKLogitsWarper(params.top_k)),
         (params.top_p < 1, lambda: TopPLogitsWarper(params.top_p)),
         (params.min_p > 0, lambda: MinPLogitsWarper(params.min_p)),

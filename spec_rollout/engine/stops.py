@@ -23,11 +23,6 @@ class Stops:
         self.eos = torch.tensor(params.eos_token_ids, dtype=torch.int64, device=device)
         self.strings = None
         if params.stop_strings:
-            if isinstance(params.stop_strings, str):
-                raise ValueError(
-                    f"stop_strings={params.stop_strings!r} is one string, which would be read as its letters: give a "
-                    "tuple of strings."
-                )
             if tokenizer is None:
                 raise ValueError(
                     f"stop_strings={params.stop_strings} need a tokenizer to be matched: pass `tokenizer` to the "

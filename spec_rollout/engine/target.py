@@ -39,8 +39,10 @@ class Target:
         self.context = getattr(self.config, "max_position_embeddings", None) or getattr(
             self.config, "n_positions", None
         )
+        self.switches = rope_switches(self.config)
+        self._reach = self.context
         self.precision: torch.dtype | None = None
-        """Of the arithmetic; known once the model has been probed."""
+        """Of the arithmetic of the latest pass. float32 whose products are rounded, as TF32, counts as bfloat16."""
         self._proven: dict[tuple, list[str]] = {}
 
     @property
@@ -66,6 +68,7 @@ class Target:
         try:
             self.model.eval()
             with torch.no_grad(), self._recurrences.installed():
+                self._rounds_products = rounds_products(self.device)
                 proven = (*own, self.dtype)
                 if proven not in self._proven:
                     self._proven[proven] = self._probe(list(configs), own)
@@ -93,7 +96,8 @@ class Target:
         failure = None
         with narrow_windows(self.model):
             expected = [Probe(self, stride).expected() for stride in STRIDES]
-            self.precision = _precision(expected[0])
+            if not all(bool(logits.logsumexp(-1).isfinite().all()) for logits in expected):
+                raise broken_policy(self.model, "in a pass over a few tokens before the rollout")
             for wanted in (GROUPED_SDPA, "sdpa", "eager"):
                 taken = [self._attention(implementation, wanted) for implementation in own]
                 if None in taken:
@@ -116,6 +120,10 @@ class Target:
             return None if own == "sdpa" else wanted
         return wanted if own == wanted or getattr(self.model, "_supports_sdpa", False) else None
 
+    def confine(self, longest: int) -> None:
+        """The rows to come have at most `longest` tokens."""
+        self._reach = min((switch for switch in self.switches if switch >= longest), default=self.context)
+
     def forward(
         self,
         cache: SlotCache,
@@ -134,9 +142,19 @@ class Target:
         Returns the logits [N, T, V] (of the last `keep_logits` tokens, if given) and the hidden states: the residual
         stream before each layer and the final one after the norm, each [N, T, H].
         """
-        if self._compiled is not None and slots[0] == keep_logits == 0 and cache.keys:
+        if self._compiled is not None and slots[0] == keep_logits == 0 and cache.begun:
             return self._compiled(ids, positions, extent, cache.keys, cache.values)
-        return self._pass(ids, positions, extent, cache.window(slots[0], positions, extent, lengths), keep_logits)
+        output = self._pass(ids, positions, extent, cache.window(slots[0], positions, extent, lengths), keep_logits)
+        self.precision = self._narrowest(output[0].dtype, cache)
+        return output
+
+    def _narrowest(self, logits: torch.dtype, cache: SlotCache) -> torch.dtype:
+        """Of the arithmetic of a pass that gave `logits`. The weights do not tell it under autocast, nor do the logits
+        alone: the output head may be the one part in float32, and autocast hands out float32 that holds bfloat16. The
+        values that attention reads come from products as they are."""
+        found = {logits, *(values.dtype for values in cache.values)}
+        narrow = sorted(found, key=lambda dtype: torch.finfo(dtype).eps)[-1]
+        return torch.bfloat16 if narrow == torch.float32 and self._rounds_products else narrow
 
     def _read(
         self, ids: Tensor, positions: Tensor, extent: int, keys: list[Tensor], values: list[Tensor]
@@ -148,8 +166,9 @@ class Target:
     def _pass(
         self, ids: Tensor, positions: Tensor, extent: int, window: SlotWindow, keep_logits: int = 0
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        # A guess may reach past the context; what it leads to is never emitted, it only must not be an invalid index.
-        place = positions if self.context is None else positions.clamp(max=self.context - 1)
+        # A guess, or padding, may reach past the rows' ends. What it leads to is never emitted; it only must not be an
+        # invalid index, nor switch the rope.
+        place = positions if self._reach is None else positions.clamp(max=self._reach - 1)
         with running(window.recurrent) if self.recurrent else nullcontext():
             output = self.model(
                 input_ids=ids,
@@ -205,9 +224,25 @@ def cache_argument(model: nn.Module) -> str:
     return next((name for name in ("cache", "past_key_values", "cache_params") if name in taken), "past_key_values")
 
 
-def _precision(logits: Tensor) -> torch.dtype:
-    """The dtype whose digits `logits` carry: under autocast they may come as float32 and hold bfloat16 values."""
-    for narrow in (torch.bfloat16, torch.float16):
-        if torch.equal(logits, logits.to(narrow).to(logits.dtype)):
-            return narrow
-    return logits.dtype
+def rope_switches(config) -> tuple[int, ...]:
+    """The numbers of tokens beyond which a pass of the model reads all of its positions by other factors."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(entry for entry in parameters.values() if isinstance(entry, dict))]
+    switching = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
+    return tuple(sorted({kind["original_max_position_embeddings"] for kind in switching}))
+
+
+def broken_policy(model: nn.Module, where: str) -> FloatingPointError:
+    """What is raised for a policy whose logits are NaN, infinite, or -inf for every token."""
+    return FloatingPointError(
+        f"{type(model).__name__} gave no distribution {where}: its logits are NaN or infinite. Its weights are broken "
+        f"or too large for {model.dtype}: look at the loss and the gradients of the updates before. Nothing of this "
+        "rollout is returned; with good weights the next one starts clean."
+    )
+
+
+def rounds_products(device: torch.device) -> bool:
+    """Whether products of float32 are computed on `device` in fewer digits: TF32, or bfloat16 on a CPU."""
+    exact = 1 + 2.0**-12  # more digits than either has
+    product = torch.full((64, 64), exact, device=device) @ torch.eye(64, device=device)
+    return bool((product.float() != exact).any())

@@ -11,7 +11,7 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter, RandomDrafter
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.records import SamplingParams
-from tests.tiny import PROMPTS, SIZES, VOCAB, Scripted, assert_same, cut, make_policy, policy, reference, tokenizer
+from tests.tiny import PROMPTS, SIZES, VOCAB, Scripted, assert_same, cut, make_policy, policy, reference
 
 PARAMS = SamplingParams(max_new_tokens=16)
 
@@ -33,6 +33,9 @@ def refused(match: str, prompts=PROMPTS, params=PARAMS, error=ValueError, **opti
         ([[1], [2, VOCAB]], f"Prompt 1 has token id {VOCAB}, outside the vocabulary of {VOCAB} tokens.*tokenizer"),
         ([[-1]], "Prompt 0 has token id -1, outside the vocabulary"),
         ([[1], [2], [3] * 81], "Prompt 2 has 81 tokens; with max_new_tokens=16 it exceeds.*96 tokens.*lower.*to 15"),
+        ([[1], [1.7, 2.9]], "Prompt 1 has 1.7 among its token ids: they must be integers"),
+        ([[1, True]], "Prompt 0 has True among its token ids"),
+        ([["1"]], "Prompt 0 has '1' among its token ids"),
         ([[3] * 200], "Prompt 0 has 200 tokens.*shorten the prompt or lower max_new_tokens to 0"),
     ],
 )
@@ -45,6 +48,7 @@ def test_prompts(prompts, match):
     [
         ([16] * 6, "max_new_tokens has 6 entries for 7 prompts"),
         ([16] * 6 + [0], "max_new_tokens=0 of prompt 6 is out of range: it must be at least 1"),
+        ([16] * 6 + [2.5], "max_new_tokens=2.5 of prompt 6 is of the wrong type: it must be an integer"),
         ([16] * 6 + [94], "Prompt 6 has 3 tokens; with max_new_tokens=94 it exceeds"),
     ],
 )
@@ -76,9 +80,22 @@ def test_stop_strings_without_tokenizer():
 
 
 def test_stop_strings_as_one_string():
-    engine = RolloutEngine(policy("llama"), SpecConfig(num_speculative_tokens=0), tokenizer=tokenizer())
     with pytest.raises(ValueError, match="stop_strings='abc' is one string.*tuple"):
-        engine.generate(PROMPTS, SamplingParams(max_new_tokens=9, stop_strings="abc"))
+        SamplingParams(max_new_tokens=9, stop_strings="abc")
+
+
+def test_an_output_head_of_another_width():
+    """More logits than the vocabulary has ids, or fewer."""
+    for width in (VOCAB + 31, VOCAB - 1):
+        model = make_policy("llama")
+        model.lm_head = torch.nn.Linear(32, width, bias=False)
+        with pytest.raises(ValueError, match=f"LlamaForCausalLM gives {width} logits where .*vocab_size is 97"):
+            RolloutEngine(model, SpecConfig(num_speculative_tokens=0)).generate(PROMPTS, PARAMS)
+
+
+def test_a_drafter_that_nobody_asks():
+    with pytest.raises(ValueError, match="drafter without a controller needs num_speculative_tokens"):
+        RolloutEngine(policy("llama"), drafter=RandomDrafter())
 
 
 @pytest.mark.parametrize("gamma", [-1, 8, 100])
@@ -213,6 +230,58 @@ def test_broken_proposal(breakage):
 )
 def test_broken_verb(verb, good):
     check_switched_off(verb, BREAKAGES["raises"], good, max_slots=3)
+
+
+class Meddler(OracleDrafter):
+    """Writes wherever it can reach, and keeps what it was shown to write into it later."""
+
+    def __init__(self, completions, gamma):
+        super().__init__(completions)
+        self.gamma, self.kept = gamma, []
+
+    def meddle(self, *tensors) -> None:
+        for rows in {id(r): r for r in self.kept}.values():
+            for name in ("tokens", "length", "start", "limit", "request", "key", "logprobs", "steps", "counts"):
+                getattr(rows, name).fill_(3)
+            rows.lengths[:], rows.starts[:], rows.count = 1, 1, 1
+        for tensor in tensors:
+            tensor.numpy()[...] = 5
+
+    def begin(self, rows):
+        super().begin(rows)
+        self.kept.append(rows)
+
+    def propose(self, rows, gamma, noise, temperature):
+        guesses = super().propose(rows, gamma, noise, temperature)
+        self.kept.append(rows)
+        self.meddle(*([] if noise is None else [noise]))
+        self.last = guesses
+        return guesses
+
+    def observe(self, rows, slots, start, hidden):
+        self.kept.append(rows)
+        self.meddle(start, *hidden)
+        if hasattr(self, "last"):
+            self.last.fill_(4)
+
+    def admit(self, rows, slots):
+        self.meddle()
+
+    def copy(self, rows, source, target):
+        self.meddle(source, target)
+
+    def finish(self, rows, slots):
+        self.meddle(slots)
+
+
+@pytest.mark.parametrize("params", [PARAMS, SamplingParams(max_new_tokens=16, temperature=0)])
+@pytest.mark.parametrize("slots", [3, 64])
+def test_a_drafter_that_writes_to_what_it_is_shown(slots, params):
+    expected = reference(policy("llama"), PROMPTS, params)
+    drafter = Meddler(expected, 3)
+    engine = RolloutEngine(policy("llama"), SpecConfig(num_speculative_tokens=3, max_slots=slots), drafter=drafter)
+    assert_same(engine.generate(PROMPTS, params), expected)
+    assert engine.stats.mean_acceptance_length > 2 and engine.stats.drafter_failures == 0  # it guesses right meanwhile
 
 
 def test_a_shorter_proposal_is_welcome():

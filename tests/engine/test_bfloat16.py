@@ -9,12 +9,13 @@ import torch
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter, RandomDrafter
+from spec_rollout.engine import target
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.noise import request_keys
 from spec_rollout.engine.target import Target
 from spec_rollout.records import SamplingParams
 from tests.engine.recorded import common, difference, recorded
-from tests.tiny import PROMPTS, Scripted, gumbel_max, make_policy
+from tests.tiny import PROMPTS, Scripted, assert_same, gumbel_max, make_policy, reference
 
 PARAMS = SamplingParams(max_new_tokens=24)
 PLAIN = SpecConfig(num_speculative_tokens=0)
@@ -90,6 +91,57 @@ def test_autocast_is_known_for_what_it_is():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_precision(dtype):
-    target = Target(make_policy("llama", dtype))
-    with target.rollout():
-        assert target.precision == dtype
+    found = Target(make_policy("llama", dtype))
+    with found.rollout():
+        assert found.precision == dtype
+
+
+def test_precision_is_that_of_each_rollout():
+    """Autocast once and then not, bfloat16 weights and then float32: near-ties are settled wherever they can be, and
+    keys and values are kept in what the policy computes in."""
+    model = make_policy("llama")
+    expected = reference(model, PROMPTS, PARAMS)
+    engine = RolloutEngine(model, PLAIN)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        engine.generate(PROMPTS, PARAMS)
+    assert engine.target.precision == engine.cache.values[0].dtype == torch.bfloat16
+    assert_same(engine.generate(PROMPTS, PARAMS), expected)
+    assert engine.target.precision == engine.cache.values[0].dtype == torch.float32
+    model.bfloat16()
+    engine.generate(PROMPTS, PARAMS)
+    assert engine.target.precision == engine.cache.values[0].dtype == torch.bfloat16
+    model.float()
+    assert_same(engine.generate(PROMPTS, PARAMS), reference(model, PROMPTS, PARAMS))
+    assert engine.target.precision == engine.cache.values[0].dtype == torch.float32
+
+
+def test_logits_of_zero_say_nothing_about_precision():
+    model = make_policy("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    engine = RolloutEngine(model, PLAIN)
+    got = engine.generate(PROMPTS, SamplingParams(max_new_tokens=4, temperature=0))
+    assert engine.target.precision == torch.float32 and engine.stats.near_ties == 4 * len(PROMPTS)
+    assert [c.token_ids for c in got] == [[0] * 4] * len(PROMPTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_output_head_in_float32(dtype):
+    """As `cast_lm_head_to_fp32` of TRL makes it: the rest decides."""
+    model = make_policy("llama", dtype)
+    model.lm_head.float()
+    model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].float(),))
+    engine = RolloutEngine(model, SpecConfig(num_speculative_tokens=3), drafter=RandomDrafter())
+    engine.generate(PROMPTS, PARAMS)
+    assert engine.target.precision == dtype and engine.stats.near_ties == 0
+
+
+def test_rounded_products_count_as_bfloat16(monkeypatch):
+    """Weights and values of float32 whose products are TF32, or bfloat16 on some CPUs."""
+    assert not target.rounds_products(torch.device("cpu"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert target.rounds_products(torch.device("cpu"))
+    monkeypatch.setattr(target, "rounds_products", lambda device: True)
+    engine = RolloutEngine(make_policy("llama"), PLAIN)
+    engine.generate(PROMPTS, SamplingParams(max_new_tokens=4))
+    assert engine.target.precision == torch.bfloat16

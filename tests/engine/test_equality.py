@@ -236,7 +236,9 @@ def test_eos_comes_before_a_stop_string():
     free = reference(model, PROMPTS, params)
     token = free[3].token_ids[6]
     stops = replace(params, eos_token_ids=(token,), stop_strings=(tokenizer().decode([token]),))
-    got = RolloutEngine(model, drafter=OracleDrafter(free), tokenizer=tokenizer()).generate(PROMPTS, stops)
+    config = SpecConfig(num_speculative_tokens=3)
+    engine = RolloutEngine(model, config, drafter=OracleDrafter(free), tokenizer=tokenizer())
+    got = engine.generate(PROMPTS, stops)
     assert got[3].finish_reason == "eos" and got[3].token_ids[-1] == token
 
 

@@ -74,13 +74,13 @@ def test_control_a_broken_rejection_is_rejected(broken, monkeypatch):
     def mutated(z, noise, guesses, proposal, room):
         gamma = guesses.shape[1]
         if broken == "accepts all":
-            samples, normaliser = honest(z, noise, guesses, proposal, room)
-            return torch.cat([guesses, samples[:, gamma:]], 1), normaliser
+            samples, *rest = honest(z, noise, guesses, proposal, room)
+            return torch.cat([guesses, samples[:, gamma:]], 1), *rest
         if broken == "no residual":
-            samples, normaliser = honest(z, noise, guesses, proposal, room)
-            again, _ = honest(z, noise, guesses[:, :0], None, torch.empty_like(room))
+            samples, *rest = honest(z, noise, guesses, proposal, room)
+            again, *_ = honest(z, noise, guesses[:, :0], None, torch.empty_like(room))
             again[:, :gamma] = torch.where(samples[:, :gamma] == guesses, guesses, again[:, :gamma])
-            return again, normaliser
+            return again, *rest
         if broken == "wrong q" and gamma:
             return honest(z, noise, guesses, proposal._replace(scores=-proposal.scores), room)
         if broken == "one noise for all":
@@ -97,9 +97,10 @@ def test_an_equal_draft_is_always_accepted():
     z = torch.randn(3, 5, 10, generator=torch.Generator().manual_seed(0))
     guesses = torch.randint(10, (3, 4), generator=torch.Generator().manual_seed(1))
     noise = -torch.empty(3, 5, 8).exponential_(generator=torch.Generator().manual_seed(2)).log()
-    samples, normaliser = rejection.draw_by_rejection(
+    samples, normaliser, distrusted = rejection.draw_by_rejection(
         z, noise, guesses, Proposal(z[:, :4], None), torch.empty(3, 5, 10)
     )
+    assert not distrusted.any()
     assert torch.equal(samples[:, :4], guesses)
     torch.testing.assert_close(normaliser, z.logsumexp(-1))
 
@@ -128,5 +129,43 @@ def test_what_is_certain_is_accepted_even_where_the_number_drawn_rounds_to_1():
     z[..., 1] = 0.0
     noise = torch.full((1, 2, rejection.noise_width(VOCAB) + 1), 22.0)
     for proposal in (None, Proposal(torch.zeros(1, 1, VOCAB).index_fill(2, torch.tensor([1]), 200.0), None)):
-        drawn, _ = rejection.draw_by_rejection(z, noise, torch.tensor([[1]]), proposal, torch.empty_like(z))
+        drawn, *_ = rejection.draw_by_rejection(z, noise, torch.tensor([[1]]), proposal, torch.empty_like(z))
         assert drawn[0, 0] == 1
+
+
+NOT_DRAWN_FROM = {
+    "NaN": lambda p: p._replace(scores=p.scores * torch.nan),
+    "one NaN": lambda p: p._replace(scores=p.scores.index_fill(2, torch.tensor([0]), torch.nan)),
+    "infinite": lambda p: p._replace(scores=p.scores + torch.inf),
+    "integers": lambda p: p._replace(scores=p.scores.long()),
+    "flat": lambda p: p._replace(scores=p.scores[0]),
+    "too narrow": lambda p: p._replace(scores=p.scores[..., 1:]),
+    "a row too many": lambda p: p._replace(scores=torch.cat([p.scores, p.scores[:1]])),
+    "a guess too few": lambda p: p._replace(scores=p.scores[:, 1:]),
+    "ids out of order": lambda p: p._replace(ids=torch.tensor([1, 0, 2, 3])),
+    "ids beyond the vocabulary": lambda p: p._replace(ids=torch.tensor([0, 1, 2, 99])),
+    "ids without the guess": lambda p: p._replace(scores=p.scores[..., :1], ids=torch.tensor([VOCAB - 1])),
+    "ids as floats": lambda p: p._replace(ids=torch.arange(4.0)),
+    "guess of no weight": lambda p: p._replace(scores=p.scores.fill_(-1e4).index_fill(2, torch.tensor([3]), 1e4)),
+    "not a proposal": lambda p: 7,
+    "no tensors": lambda p: ([0.5], None),
+}
+
+
+@pytest.mark.parametrize("breakage", NOT_DRAWN_FROM)
+def test_a_broken_proposal_costs_no_token_and_keeps_the_law(breakage):
+    """It is off with one warning; the guesses at hand are taken as given."""
+
+    class Liar(ModelDrafter):
+        def propose(self, *args):
+            return super().propose(*args).clamp(max=2)  # the last id is never guessed
+
+        def proposal(self):
+            return NOT_DRAWN_FROM[breakage](Proposal(super().proposal().scores, None))
+
+    config = SpecConfig(num_speculative_tokens=2, max_slots=2000, verification="rejection")
+    engine = RolloutEngine(MODEL, config, drafter=Liar([0.5, -1.0, 1.0, 0.0]))
+    with pytest.warns(RuntimeWarning, match="drafter broke and is off") as caught:
+        completions = engine.generate([PROMPT] * DRAWS, LAWS["T=1"])
+    assert len(caught) == 1 and engine.stats.drafter_failures == 1
+    assert fits(Counter(tuple(c.token_ids) for c in completions), joint_law(LAWS["T=1"])) > FALSE_ALARM

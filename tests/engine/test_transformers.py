@@ -2,7 +2,11 @@
 
 import pytest
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
+from spec_rollout import UnsupportedModelError
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter
 from spec_rollout.engine.engine import RolloutEngine
@@ -76,13 +80,28 @@ def test_greedy_with_equal_scores():
     assert got == expected and length > 2
 
 
+ANOTHER = "takes_neither_here"
+AttentionInterface.register(ANOTHER, sdpa_attention_forward)
+AttentionMaskInterface.register(ANOTHER, sdpa_mask)
+
+
+def test_an_attention_that_this_machine_lacks():
+    """What the policy itself cannot be read by, nothing can be proven against."""
+    model = make_policy("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    engine = RolloutEngine(model, SpecConfig(num_speculative_tokens=0))
+    with pytest.raises(UnsupportedModelError, match="cannot read a sequence.*'flash_attention_2'.*such as 'sdpa'"):
+        engine.generate(PROMPTS, SamplingParams(max_new_tokens=2))
+    assert model.config._attn_implementation == "flash_attention_2"
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text"])
 def test_attention_implementations(name):
-    """Masks as booleans (sdpa) and as additive floats (eager); one that takes neither is set aside and put back."""
+    """Masks as booleans (sdpa) and as additive floats (eager); another one is set aside and put back."""
     params = SamplingParams(max_new_tokens=15)
     expected = reference(policy(name), PROMPTS, params)
     model = make_policy(name)
-    for implementation in ("eager", "sdpa", "flash_attention_2", "flex_attention"):
+    for implementation in ("eager", "sdpa", ANOTHER):
         model.config._attn_implementation = implementation
         engine = RolloutEngine(model, SpecConfig(num_speculative_tokens=3), drafter=OracleDrafter(expected))
         got = engine.generate(PROMPTS, params)

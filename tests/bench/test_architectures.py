@@ -1,0 +1,91 @@
+"""`spec-rollout check --architectures`: each causal language model is decoded identically or clearly refused."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from spec_rollout import cli
+from spec_rollout.bench import architectures
+from spec_rollout.bench.architectures import DIFFERENT, IDENTICAL, NOT_MADE, REFUSED, examine
+from spec_rollout.bench.tiny_models import LARGEST, make_tiny
+from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.records import Completion
+
+ROOT = Path(__file__).parents[2]
+SAMPLE = {
+    "llama": IDENTICAL,
+    "gemma3_text": IDENTICAL,
+    "deepseek_v3": IDENTICAL,
+    "phimoe": IDENTICAL,
+    "mpt": IDENTICAL,
+    "bart": REFUSED,
+    "bloom": REFUSED,
+    "rwkv": REFUSED,
+    "blt": NOT_MADE,
+}
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_sample(name):
+    found = examine(name)
+    assert found.outcome == SAMPLE[name], found.reason
+    assert bool(found.reason) == (found.outcome != IDENTICAL) and bool(found.model) == (found.outcome != NOT_MADE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", architectures.architectures())
+def test_every_architecture(name, dtype):
+    found = examine(name, dtype)
+    assert found.outcome in (IDENTICAL, REFUSED, NOT_MADE), found.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", architectures.architectures())
+def test_every_attention(name, attention):
+    found = examine(name, _attn_implementation=attention)
+    assert found.outcome in (IDENTICAL, REFUSED, NOT_MADE), found.reason
+
+
+def test_a_difference_is_told(monkeypatch):
+    class Wrong(RolloutEngine):
+        def generate(self, *args, **options):
+            first, *rest = super().generate(*args, **options)
+            if self.drafter is not None:
+                first = Completion([*first.token_ids[:-1], 1 - first.token_ids[-1] % 2], first.logprobs, "length")
+            return [first, *rest]
+
+    monkeypatch.setattr(architectures, "RolloutEngine", Wrong)
+    found = examine("llama")
+    assert found.outcome == DIFFERENT and "other tokens with OracleDrafter" in found.reason
+    assert architectures.main(["--architectures", "--only", "llama"]) == 1
+
+
+def test_the_command(tmp_path, capsys):
+    out = tmp_path / "table.json"
+    assert cli.main(["check", "--architectures", "--only", "llama,bart", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "LlamaForCausalLM" in printed and "2 architectures of transformers" in printed
+    assert [f["outcome"] for f in json.loads(out.read_text())["findings"]] == [IDENTICAL, REFUSED]
+    with pytest.raises(SystemExit, match="knows no such model type"):
+        cli.main(["check", "--architectures", "--only", "nothing"])
+
+
+def test_the_page_is_that_of_the_script():
+    """The page that is kept was made by the script, and holds each architecture once."""
+    spec = importlib.util.spec_from_file_location("page", ROOT / "scripts" / "make_architectures_page.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    kept = script.PAGE.read_text(encoding="utf-8")
+    assert kept.startswith(script.TEXT) and f"| {DIFFERENT} |" not in kept
+    rows = [line for line in kept.splitlines() if line.startswith("| `")]
+    assert len(rows) == len(set(rows)) > 100
+
+
+def test_tiny_is_tiny():
+    model = make_tiny("qwen3_moe")
+    assert sum(parameter.numel() for parameter in model.parameters()) < LARGEST // 10
