@@ -124,8 +124,9 @@ def _verify(rollout: Rollout, context: int, tokens: int) -> Measurement:
     def step():
         noise = rollout.noise(tokens)
         logits, _ = rollout.forward(guesses)
-        _, verdict = rollout.sample_and_verify(logits, noise, guesses)
-        rollout.cache.commit(verdict.emitted)  # recurrent layers follow the guesses that came true
+        judged = rollout.sample_and_verify(logits, noise, guesses)
+        if judged is not None:
+            rollout.cache.commit(judged[1].emitted)  # recurrent layers follow the guesses that came true
 
     return Measurement("verify", rows, tokens, context, _seconds(step, rollout.target.device))
 

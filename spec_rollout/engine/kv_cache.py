@@ -42,7 +42,7 @@ class SlotCache:
             self.kind = kind
             self.keys, self.values = [], []
             self.states.allocate(self.slots)
-        for buffer in (*self.keys, *self.values):
+        for buffer in self.buffers:
             buffer.zero_()
         self.begun = False
 
@@ -83,8 +83,8 @@ class SlotCache:
 
 class SlotWindow(Cache):
     """What one forward pass sees of a slot cache: a model's attention layers call `update` as they do with any
-    transformers cache. The first pass through a layer makes its buffers, of `size` (slots, capacity), with `renew`
-    also where they are of another dtype; attention layers are counted as they come, so that none is kept for a layer
+    transformers cache. The first pass through a layer makes its buffers, of `size` (slots, capacity); with `renew`
+    also where they are of another dtype. Attention layers are counted as they come, so that none is kept for a layer
     of another kind. Recurrent layers find a cache that is always empty: what they need stands in front of the inputs
     that `update_conv_state` returns, and in `recurrent`."""
 

@@ -49,11 +49,10 @@ def _delta_rule(chunked: Callable, module: ModuleType, recurrent: str) -> Callab
         options |= {"output_final_state": True}
 
         def advance(state: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-            decay, step = g, beta
-            if valid is not None:
-                decay = g.masked_fill(~valid.view(*valid.shape, *[1] * (g.dim() - 2)), 0)
-                step = beta.masked_fill(~valid[..., None], 0)
-            return kernel(query, key, value, **{**options, "g": decay, "beta": step, "initial_state": state})
+            k, v, decay, step = key, value, g, beta
+            if valid is not None:  # keys and values too: nothing times NaN is NaN
+                k, v, decay, step = (_hidden(x, valid) for x in (key, value, g, beta))
+            return kernel(query, k, v, **{**options, "g": decay, "beta": step, "initial_state": state})
 
         return view.recur(advance)
 
@@ -71,13 +70,20 @@ def _mamba2(chunked: Callable, module: ModuleType) -> Callable:
         size = min(chunk_size, max(16, 1 << (hidden_states.shape[1] - 1).bit_length()))  # what is short is not padded
 
         def advance(state: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-            steps = {"dt": dt} if valid is None else _time_steps(dt, valid, **options)
+            x, b, steps = hidden_states, B, {"dt": dt}
+            if valid is not None:
+                x, b, steps = _hidden(x, valid), _hidden(B, valid), _time_steps(dt, valid, **options)
             given = {**options, "initial_states": state, **steps}
-            return chunked(hidden_states, given.pop("dt"), A, B, C, chunk_size=size, **given)
+            return chunked(x, given.pop("dt"), A, b, C, chunk_size=size, **given)
 
         return view.recur(advance)
 
     return scan
+
+
+def _hidden(x: Tensor, valid: Tensor) -> Tensor:
+    """`x` [N, T, …], 0 where `valid` [N, T] is false."""
+    return x.masked_fill(~valid.view(*valid.shape, *[1] * (x.dim() - 2)), 0)
 
 
 def _time_steps(
