@@ -235,7 +235,7 @@ def test_the_models_modules_are_left_as_found():
     """Also where two rollouts of one architecture overlap, whichever ends first."""
     before = kernels()
     assert len(before) == 2
-    one, other = (RolloutEngine(policy("qwen3_5_text")).target.rollout() for _ in range(2))
+    one, other = (Recurrences(policy("qwen3_5_text")).installed() for _ in range(2))
     one.__enter__()
     during = kernels()
     assert during[0] is not before[0] and during[1] is before[1]
