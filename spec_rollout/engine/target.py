@@ -36,9 +36,8 @@ class Target:
         refuse_unsupported(model, self.config, self._recurrences.found, compiled)
         self._cache_argument = cache_argument(model)
         self.vocab_size = self.config.vocab_size
-        self.context = getattr(self.config, "max_position_embeddings", None) or getattr(
-            self.config, "n_positions", None
-        )
+        lengths = (getattr(self.config, name, None) for name in ("max_position_embeddings", "n_positions"))
+        self.context: int | None = next(filter(None, lengths), None)
         self.switches = rope_switches(self.config)
         self._reach = self.context
         self.precision: torch.dtype | None = None
