@@ -38,9 +38,8 @@ class Target:
         refuse_unsupported(model, self.config, self._recurrences.found, compiled)
         self._cache_argument = cache_argument(model)
         self.vocab_size = self.config.vocab_size
-        self.context = getattr(self.config, "max_position_embeddings", None) or getattr(
-            self.config, "n_positions", None
-        )
+        lengths = (getattr(self.config, name, None) for name in ("max_position_embeddings", "n_positions"))
+        self.context: int | None = next(filter(None, lengths), None)
         self.path = "transformers" if self._compiled is None else "compiled"
         """What decodes: "lean", "compiled" or "transformers", as of the last rollout."""
         self._choice = LeanChoice(model)

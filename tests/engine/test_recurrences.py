@@ -1,4 +1,4 @@
-"""The modules of a policy with recurrent layers are left as they were found."""
+"""The names by which models call their recurrences lead through a rollout while it runs, and only its own passes."""
 
 import torch
 from transformers import DynamicCache
@@ -7,9 +7,7 @@ from spec_rollout.engine import recurrences
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.recurrences import Recurrences
 from spec_rollout.engine.target import cache_argument
-from tests.tiny import (
-    policy,
-)
+from tests.tiny import policy
 
 
 def kernels() -> list:
@@ -24,7 +22,7 @@ def test_the_models_modules_are_left_as_found():
     """Also where two rollouts of one architecture overlap, whichever ends first."""
     before = kernels()
     assert len(before) == 2
-    one, other = (RolloutEngine(policy("qwen3_5_text")).target.rollout() for _ in range(2))
+    one, other = (Recurrences(policy("qwen3_5_text")).installed() for _ in range(2))
     one.__enter__()
     during = kernels()
     assert during[0] is not before[0] and during[1] is before[1]
