@@ -53,6 +53,12 @@ class PrefixedTarget(Target):
         if compiled:
             raise ValueError(f"compile_passes=True cannot be honoured for PEFT's {kind}: set it to False.")
         super().__init__(model.get_base_model())
+        if self.recurrent or self.switches:
+            what = "recurrent layers" if self.recurrent else "a rope that switches by the number of tokens (longrope)"
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has {what}, which virtual tokens of PEFT's {kind} are not decoded with. "
+                "Train it with adapters such as LoRA, or sample it with TRL's own trainer."
+            )
         self.policy, self.kind = model, kind
         self.prefix: list[tuple[Tensor, Tensor]] = []
         """Keys and values of the virtual tokens, per layer [heads, n, head_dim]."""

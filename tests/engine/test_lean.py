@@ -79,6 +79,27 @@ def test_it_is_the_policy_in_float32(name):
             torch.testing.assert_close(mine, own, atol=5e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 24,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_ropes(rope):
+    model = rough("llama", rope_parameters={"rope_theta": 10000.0, **rope})
+    for (logits, _), (own_logits, _) in zip(*reversed(both_ways(model)), strict=True):
+        assert (logits - own_logits).abs().max() < 1e-5 * own_logits.std()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_it_rounds_as_the_policy_in_half_precision(name, dtype):

@@ -7,7 +7,8 @@ import torch
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.engine.lean import lean_pass
+from spec_rollout.engine.kv_cache import causal_mask
+from spec_rollout.engine.lean import attention, lean_pass
 from spec_rollout.engine.lean.recognition import family_of
 from spec_rollout.engine.target import Target
 from tests.engine.test_lean import PARAMS, rough
@@ -57,6 +58,7 @@ def test_a_changed_policy_goes_through_its_own_forward(change):
         ("mixtral", {}),
         ("cohere2", {}),
         ("gemma2", {"attn_logit_softcapping": 50.0}),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}),
     ],
 )
@@ -115,3 +117,10 @@ def test_a_policy_of_nans_is_judged_again():
     weight.data.copy_(kept)
     with policy.rollout():
         assert policy.path == "lean"
+
+
+def test_the_proof_reaches_beyond_wide_windows(monkeypatch):
+    """Windows wider than what is read in the proof are narrowed for it."""
+    monkeypatch.setattr(attention, "causal_mask", lambda positions, extent, window: causal_mask(positions, extent))
+    with pytest.warns(RuntimeWarning, match="differs from MistralForCausalLM's own forward"):
+        assert path_of(make_policy("mistral", sliding_window=90)) == "transformers"

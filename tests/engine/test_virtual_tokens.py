@@ -18,6 +18,8 @@ from spec_rollout.draft.references import OracleDrafter
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.virtual_tokens import virtual_tokens
 from spec_rollout.records import SamplingParams, UnsupportedModelError
+from tests.engine.test_rope import PHI
+from tests.tiny import make_policy
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 96, "initializer_range": 0.3}
@@ -124,6 +126,13 @@ def test_what_needs_more_than_a_prefix_is_refused():
         RolloutEngine(policy)
     with pytest.raises(ValueError, match="compile_passes=True cannot be honoured for PEFT's PROMPT_TUNING"):
         RolloutEngine(tuned("llama", "prompt"), SpecConfig(compile_passes=True))
+
+
+@pytest.mark.parametrize(("name", "options", "cause"), [("lfm2", {}, "recurrent layers"), ("phi3", PHI, "longrope")])
+def test_what_a_prefix_is_not_decoded_with_is_refused(name, options, cause):
+    policy = get_peft_model(make_policy(name, **options), TUNINGS["prompt"])
+    with pytest.raises(UnsupportedModelError, match=f"{cause}.*adapters such as LoRA"):
+        RolloutEngine(policy)
 
 
 def test_other_policies_have_none():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spec_rollout.engine.lean.agreement import Forward, disagreement
 from spec_rollout.engine.lean.lean_pass import LeanPass
 from spec_rollout.engine.lean.recognition import family_of
+from spec_rollout.engine.probe import narrow_windows
 
 
 class LeanChoice:
@@ -29,10 +30,10 @@ class LeanChoice:
         family = family_of(self.model)
         if family is None:
             return None
-        lean = LeanPass(self.model, family)
         key = (family, *kind)
         if key not in self._proven:
-            off = self._disagreement(own, lean, vocab_size, kind)
+            with narrow_windows(self.model):
+                off = self._disagreement(own, LeanPass(self.model, family), vocab_size, kind)
             if math.isnan(off):  # the policy's fault, and perhaps not for good
                 return None
             self._proven[key] = off <= 1
@@ -43,7 +44,7 @@ class LeanChoice:
                     RuntimeWarning,
                     stacklevel=2,
                 )
-        return lean if self._proven[key] else None
+        return LeanPass(self.model, family) if self._proven[key] else None
 
     def _disagreement(
         self, own: Forward, lean: LeanPass, vocab_size: int, kind: tuple[torch.dtype, torch.device]

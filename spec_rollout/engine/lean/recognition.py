@@ -97,6 +97,10 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _ropes_known(config) -> bool:
+    """Whether angles depend on the position alone, and turn the whole of each head."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
-    return bool(kinds) and all(part.get("rope_type", "default") in ROPES for part in kinds)
+    parts = [config.partial_rotary_factor] if hasattr(config, "partial_rotary_factor") else []
+    parts += [kind.get("partial_rotary_factor") for kind in kinds]
+    whole = all(part in (None, 1.0) for part in parts)
+    return whole and bool(kinds) and all(kind.get("rope_type", "default") in ROPES for kind in kinds)
