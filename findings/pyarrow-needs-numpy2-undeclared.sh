@@ -2,7 +2,7 @@
 # One would expect: where pip finds a set of versions and `pip check` has nothing to say, the packages import.
 #
 # What happens: pyarrow 26.0.1 needs NumPy 2 and declares no dependency on NumPy at all. TRL 1.16.0 and the packages that
-# it brings are content with 1.26, so beside `numpy==1.26.0`, a pin that many projects still have, pip installs them
+# it brings are content with 1.26, so beside `numpy==1.26.0` pip installs them all
 # without a word. Then `import datasets`, and with it TRL's trainers, end in an ImportError from inside pyarrow. With
 # NumPy 2 they import.
 #
