@@ -35,7 +35,8 @@ class ValueCheckpoints(SpecGRPOTrainer):
     def _save(self, output_dir=None, state_dict=None):
         weights = value_weights(self.model.state_dict() if state_dict is None else state_dict)
         super()._save(output_dir, state_dict)
-        # Newer transformers call this on every rank. Without weights ZeRO-3 keeps them, and the policy's, in shards.
+        # Newer transformers call this on every rank (findings/transformers-saves-on-every-rank.sh). Without weights
+        # ZeRO-3 keeps them, and the policy's, in shards.
         if weights and self.args.should_save:
             self.value_function.save(output_dir or self.args.output_dir, weights)
 
