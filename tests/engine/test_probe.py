@@ -29,7 +29,7 @@ def refused(model, match: str) -> None:
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *HYBRIDS])
 def test_the_bound_is_many_times_the_rounding(name):
     found = Target(policy(name))
-    with found.rollout(), probe.narrow_windows(found.model):
+    with probe.narrow_windows(found.model), found.rollout():
         for stride in probe.STRIDES[:1]:
             tried = probe.Probe(found, stride)
             bound = probe.BOUNDS[torch.float32] / (2 if found.recurrent else 4)
