@@ -14,6 +14,9 @@ ROPES = {"default", "linear", "llama3", "yarn"}
 COLLECTING = "transformers.utils.output_capturing"
 """Where the hooks come from that transformers leaves on a model whose hidden states were asked for."""
 
+CHUNKED_LOSSES = "trl.trainer.utils"
+"""Where TRL's forward comes from."""
+
 LAYER_PARTS = {
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm")),
     *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")),
@@ -46,7 +49,7 @@ def family_of(model: nn.Module) -> Family | None:
     decoder = base.get_decoder()
     if any(_foreign(module) for module in (base, decoder, *decoder.layers, decoder.norm, decoder.rotary_emb)):
         return None
-    if any("forward" in module.__dict__ or _hooked(module) for module in model.modules()):
+    if any(_hooked(module) or not _own_forward(module, module is base) for module in model.modules()):
         return None
     if not all(_layer_known(layer, family) for layer in decoder.layers):
         return None
@@ -74,6 +77,19 @@ def _layer_known(layer: nn.Module, family: Family) -> bool:
         for name, _ in layer.named_parameters()
         for name in (name.rpartition(".")[0],)
     )
+
+
+def _own_forward(module: nn.Module, is_base: bool) -> bool:
+    """Whether `module` computes what its class does. Around the forward of a causal language model TRL lays one of its
+    own, which is the original but for losses that it computes in chunks."""
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return True
+    function = getattr(forward, "__func__", forward)
+    if not is_base or getattr(function, "__globals__", {}).get("__name__") != CHUNKED_LOSSES:
+        return False
+    original = inspect.getclosurevars(function).nonlocals.get("original_forward")
+    return getattr(original, "__func__", None) is type(module).forward
 
 
 def _of_one_kind(base: nn.Module) -> bool:
