@@ -53,7 +53,7 @@ class LeanPass:
         angles = self.rope.at(positions.flatten())
         masks = {kind: attention.mask(positions, extent, window) for kind, window in self.windows.items()}
         index = self.views.index(cache, positions)
-        x = self.embed(ids.flatten())
+        x = self.embed(ids.flatten()).detach()  # a hook may have asked for gradients
         if self.embed_scale != 1.0:
             x = x * self.embed_scale
         streams = []

@@ -14,6 +14,9 @@ ROPES = {"default", "linear", "llama3", "yarn"}
 COLLECTING = "transformers.utils.output_capturing"
 """Where the hooks come from that transformers leaves on a model whose hidden states were asked for."""
 
+REQUIRING_GRADIENTS = {"make_inputs_require_grads", "make_inputs_require_grad"}
+"""What transformers and PEFT call that hook of theirs."""
+
 CHUNKED_LOSSES = "trl.trainer.utils"
 """Where TRL's forward comes from."""
 
@@ -107,9 +110,13 @@ def _foreign(module: nn.Module) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether something listens to `module`, transformers' own collecting of hidden states aside."""
+    """Whether something listens to `module`, aside from what changes nothing of a pass without gradients: the
+    collecting of hidden states, and what makes embeddings require gradients, as for checkpointing."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(getattr(hook, "__module__", None) != COLLECTING for hook in hooks)
+    return any(
+        getattr(hook, "__module__", None) != COLLECTING and getattr(hook, "__name__", None) not in REQUIRING_GRADIENTS
+        for hook in hooks
+    )
 
 
 def _ropes_known(config) -> bool:
