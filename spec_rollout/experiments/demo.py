@@ -45,7 +45,7 @@ class Plan:
     """Of a step with TRL's sampler, with ours plain, and with ours."""
 
 
-SHORT = Plan("demo", 48, 8, 4, 384, 1e-4, 96, 60, (1.6, 1.6, 1.0))
+SHORT = Plan("demo", 72, 8, 4, 384, 1e-4, 96, 45, (0.9, 0.65, 0.5))
 FULL = Plan("small", 20, 48, 8, 320, 1e-4, 256, 420, (8.0, 6.0, 5.5))
 SAMPLERS = ("TRL's own sampler", "ours, plain decoding", "ours, speculative")
 
