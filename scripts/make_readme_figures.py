@@ -70,8 +70,6 @@ def bench() -> str:
 
 def demo() -> str:
     """What `make demo` came to."""
-    if not (BENCHMARKS / "cpu-demo.json").exists():
-        return "Not measured yet."
     figures = measured("cpu-demo.json")
     setup, hardware = figures["setup"], figures["hardware"]
     same = "" if figures["identical_completions"] and figures["identical_weights"] else "NOT "
