@@ -24,6 +24,9 @@ CATCH_UP_TOKENS = 8192
 """Most tokens, over all rows, of one catch-up pass."""
 
 EXTENT_STEP = 32
+LEAN_WIDTH = 16
+"""Most tokens of a row in a lean pass of the head: what a step leaves behind. The mask of a wider one, as over
+prompts, would outgrow the keys and values that it saves from being copied."""
 
 
 class Guess(NamedTuple):
@@ -194,7 +197,7 @@ class EagleDrafter:
     ) -> Tensor:
         """One pass of the layer over `tokens` and `hidden` at entries `place` [N, T] of the slots from `start` on;
         extends the head's own cache."""
-        if self.lean is not None and start == 0:
+        if self.lean is not None and start == 0 and tokens.shape[1] <= LEAN_WIDTH:
             return self.lean(tokens, hidden, place, extent, self.cache)
         window = SlotWindow(keys, values, keys[0].shape[:2], start, place, extent)
         q, k, v = self.head.project(self.view.embed(tokens).to(hidden.dtype), hidden, place)

@@ -23,13 +23,14 @@ class GuardedDrafter:
         self.drafter, self.stats = drafter, stats
         self._shown: Rows | None = None
 
-    def call(self, verb: str, rows: Rows, *args):
-        """What the drafter's `verb` returns for `rows` and `args`; None where the drafter is off or breaks."""
+    def call(self, verb: str, rows: Rows, *args, news: int | None = None):
+        """What the drafter's `verb` returns for `rows` and `args`; None where the drafter is off or breaks. Only
+        the last `news` known tokens of each row may be others than at the call before; any of them if None."""
         if self.drafter is None:
             return None
         copies = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]  # hidden states nobody reads again
         try:
-            return getattr(self.drafter, verb)(self._show(rows), *copies)
+            return getattr(self.drafter, verb)(self._show(rows, news), *copies)
         except Exception as error:  # whatever it is, the rollout goes on
             self.switch_off(error)
             return None
@@ -39,7 +40,7 @@ class GuardedDrafter:
         none = rows.tokens[: rows.count, :0]
         if not gamma or self.drafter is None:
             return none
-        guesses = self.call("propose", rows, gamma, noise, temperature)
+        guesses = self.call("propose", rows, gamma, noise, temperature, news=0)
         if self.drafter is None:
             return none
         fault = _fault_of_guesses(guesses, rows, gamma)
@@ -79,10 +80,10 @@ class GuardedDrafter:
             stacklevel=3,
         )
 
-    def _show(self, rows: Rows) -> Rows:
+    def _show(self, rows: Rows, news: int | None) -> Rows:
         if self._shown is None:
             self._shown = Rows(rows.slots, rows.capacity, rows.vocab_size, rows.device)
-        return rows.show(self._shown)
+        return rows.show(self._shown, news)
 
 
 def _fault_of_guesses(guesses: object, rows: Rows, gamma: int) -> str | None:

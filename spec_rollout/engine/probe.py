@@ -66,7 +66,7 @@ class Probe:
 
     def error(self, expected: Tensor) -> float:
         """How far the decoded logits are off, in standard deviations of the expected ones; NaN where either is. At the
-        worst position; in fewer digits than float32, where a router may take other experts, at the median one."""
+        worst position; in fewer digits than float32 a router may take other experts, so with experts at the median."""
         finite = expected[expected.isfinite()].float()
         worst = []  # of each position
         for row, positions, logits in self._decoded():
@@ -75,7 +75,8 @@ class Probe:
             worst.append(apart.amax(-1))
         scale = finite.std().clamp(min=1e-6) if finite.numel() else torch.tensor(torch.nan)
         positions = torch.cat(worst)
-        off = positions.amax() if self.target.precision in BOUNDS else positions.median()
+        judged_by_worst = self.target.precision in BOUNDS or not _has_experts(self.target.config)
+        off = positions.amax() if judged_by_worst else positions.median()
         return float(off / scale)
 
     def _decoded(self) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -153,6 +154,10 @@ def narrow_windows(model: nn.Module) -> Iterator[None]:
 def _wide(owner, name: str) -> bool:
     size = owner.__dict__.get(name)
     return isinstance(size, int) and size > WINDOW
+
+
+def _has_experts(config) -> bool:
+    return any("experts" in name and isinstance(size, int) and size > 1 for name, size in config.to_dict().items())
 
 
 def _own_window(config) -> int:

@@ -67,7 +67,7 @@ class Rollout:
         self.passes = 0
         self.soiled = np.zeros(0, dtype=bool)  # rows whose guesses led to NaN, which must not stay in the cache
         self.invalid = torch.zeros(slots, dtype=torch.bool, device=target.device)  # rows with guesses that are no ids
-        self.distrusted = self.invalid  # rows with guesses that were not drawn from their proposal
+        self.distrusted = self.invalid  # these, and rows with guesses that were not drawn from their proposal
         self.draft.call("begin", self.rows)
 
     @property
@@ -118,7 +118,7 @@ class Rollout:
         guesses = self.draft.propose(self.rows, gamma, noise, self.sampler.temperature)
         valid = guesses.clamp(0, self.rows.vocab_size - 1)  # an invalid id must not reach the embedding
         self.invalid = (guesses != valid).any(1)
-        self.distrusted = torch.zeros_like(self.invalid)
+        self.distrusted = self.invalid
         return valid
 
     def forward(self, guesses: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -181,7 +181,7 @@ class Rollout:
         proposal = self.draft.proposal(guesses, invalid, self.rows.vocab_size) if guesses.numel() else None
         noise = noise[..., self.noise_width :]
         samples, normaliser, distrusted = draw_by_rejection(kept, noise, guesses, proposal, room)
-        self.distrusted |= distrusted
+        self.distrusted = invalid | distrusted
         return samples, torch.zeros_like(samples, dtype=torch.bool), normaliser  # another γ draws another one anyway
 
     def _broken_policy(self, slot: int) -> FloatingPointError:
@@ -212,7 +212,7 @@ class Rollout:
         self.rows.lengths[:count] += self.report.emitted
         if self.soiled.any():
             self.cache.clear_beyond(rows.length[:count])
-        self.draft.call("observe", rows, (0, count), start, hidden)
+        self.draft.call("observe", rows, (0, count), start, hidden, news=samples.shape[1])
 
     def finish_step(self, gamma: int) -> StepStats:
         """Release the rows that ended and close the gaps they leave."""

@@ -72,13 +72,19 @@ class Rows:
         src, dst = source.cpu().numpy(), target.cpu().numpy()
         self.lengths[dst], self.starts[dst] = self.lengths[src], self.starts[src]
 
-    def show(self, onlooker: Rows) -> Rows:
+    def show(self, onlooker: Rows, news: int | None = None) -> Rows:
         """`onlooker`, as large as this, brought up to what its reader may know of the active rows: all but their
-        log-probs. Whatever it writes there, it writes to a copy."""
+        log-probs. Whatever it writes there, it writes to a copy. Only the last `news` known tokens of each row are
+        copied, so that a step costs the same in long rows as in short ones; None copies all."""
         onlooker.count, active = self.count, slice(0, self.count)
         onlooker.lengths[:], onlooker.starts[:] = self.lengths, self.starts
-        known = int(self.lengths[active].max(initial=-1)) + 1
-        onlooker.tokens[active, :known] = self.tokens[active, :known]
+        if news is None:
+            known = int(self.lengths[active].max(initial=-1)) + 1
+            onlooker.tokens[active, :known] = self.tokens[active, :known]
+        elif news:
+            back = torch.arange(news, device=self.device)
+            place = (self.length[active, None] - back).clamp(min=0)
+            onlooker.tokens[active].scatter_(1, place, self.tokens[active].gather(1, place))
         onlooker.counts[active], onlooker.key[active] = self.counts[active], self.key[active]
         return onlooker
 

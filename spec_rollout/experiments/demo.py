@@ -29,8 +29,7 @@ from spec_rollout.training import SpecGRPOTrainer
 
 @dataclass(frozen=True)
 class Plan:
-    """What a demo runs, and about how long each part takes on 2 cores of an AMD EPYC: the short one as measured on
-    2026-11-28, the full one as it was before."""
+    """What a demo runs, and how long its parts took on 2 cores of an AMD EPYC on 2026-11-28, if that was measured."""
 
     size: Size
     """Of the policy (`reference_policy.RECIPES`)."""
@@ -41,13 +40,13 @@ class Plan:
     completion_tokens: int
     learning_rate: float
     heldout_problems: int
-    policy_seconds: int
-    step_seconds: tuple[float, float, float]
+    policy_seconds: int | None = None
+    step_seconds: tuple[float, float, float] | None = None
     """Of a step with TRL's sampler, with ours plain, and with ours."""
 
 
 SHORT = Plan("demo", 72, 8, 4, 384, 1e-4, 96, 58, (1.0, 0.7, 0.6))
-FULL = Plan("small", 20, 48, 8, 320, 1e-4, 256, 420, (8.0, 6.0, 5.5))
+FULL = Plan("small", 20, 48, 8, 320, 1e-4, 256)
 SAMPLERS = ("TRL's own sampler", "ours, plain decoding", "ours, speculative")
 
 
@@ -117,16 +116,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def announce(plan: Plan, out: Path) -> None:
     """One line for each part that is to come."""
     made = (out / "policy" / "config.json").exists()
-    policy = "is there" if made else f"about {plan.policy_seconds} s, once"
-    lines = [f"a small policy learns arithmetic from nothing, kept in {out / 'policy'}: {policy}"]
+    policy = ": is there" if made else f"{_about(plan.policy_seconds)}, once"
+    lines = [f"a small policy learns arithmetic from nothing, kept in {out / 'policy'}{policy}"]
     lines += [
-        f"{plan.steps} steps of GRPO with {name}: about {plan.steps * seconds:.0f} s"
-        for name, seconds in zip(SAMPLERS, plan.step_seconds, strict=True)
+        f"{plan.steps} steps of GRPO with {name}{_about(seconds and plan.steps * seconds)}"
+        for name, seconds in zip(SAMPLERS, plan.step_seconds or (None,) * 3, strict=True)
     ]
-    lines.append("held-out problems, table and picture: about 10 s")
-    print("What comes, with the times of 2 cores of an AMD EPYC:")
+    lines.append("held-out problems, table and picture")
+    print("What comes, where it was measured with the time on 2 cores of an AMD EPYC:")
     for number, line in enumerate(lines, start=1):
         print(f"  {number}. {line}", flush=True)
+
+
+def _about(seconds: float | None) -> str:
+    return "" if seconds is None else f": about {seconds:.0f} s"
 
 
 def ready_policy(plan: Plan, out: Path) -> Path:
@@ -195,7 +198,7 @@ def heldout_accuracy(folder: Path, plan: Plan, ours: Run) -> dict[str, float]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="spec-rollout demo", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="a larger policy and larger batches: half an hour")
+    parser.add_argument("--full", action="store_true", help="a larger policy and larger batches; takes longer")
     parser.add_argument("--out", type=Path, metavar="DIR", help="demo otherwise, and demo-full with --full")
     parser.add_argument(
         "--steps", type=positive, metavar="N", help=f"{SHORT.steps} otherwise, {FULL.steps} with --full"

@@ -8,6 +8,7 @@ import torch
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter, RandomDrafter
 from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.engine.rows import Rows
 from spec_rollout.records import SamplingParams
 from tests.tiny import PROMPTS, VOCAB, Scripted, assert_same, cut, make_policy, policy, reference
 
@@ -168,3 +169,26 @@ def test_a_failing_policy_is_not_hidden(loss):
     model.lm_head.register_forward_hook(raises(RuntimeError("policy") if loss == "raises" else ValueError("policy")))
     with pytest.raises((RuntimeError, ValueError), match="policy"):
         engine.generate(PROMPTS, PARAMS)
+
+
+def test_what_a_drafter_is_shown_is_what_is_known(monkeypatch):
+    """Through admissions, moves and every number of guesses, though only news are copied."""
+    show, calls = Rows.show, []
+
+    def checked(self, onlooker, news=None):
+        shown = show(self, onlooker, news)
+        for slot in range(self.count):
+            known = int(self.lengths[slot]) + 1
+            assert shown.tokens[slot, :known].tolist() == self.tokens[slot, :known].tolist()
+        assert shown.counts[: self.count].tolist() == self.counts[: self.count].tolist()
+        calls.append(news)
+        return shown
+
+    monkeypatch.setattr(Rows, "show", checked)
+    expected = reference(policy("llama"), PROMPTS, PARAMS)
+    controller = Scripted(3, 0, 7, 1)
+    engine = RolloutEngine(
+        policy("llama"), SpecConfig(max_slots=3), drafter=OracleDrafter(expected), controller=controller
+    )
+    assert_same(engine.generate(PROMPTS, PARAMS), expected)
+    assert {0, 1, 4, None} <= set(calls)

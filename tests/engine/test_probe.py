@@ -172,3 +172,16 @@ def test_masked_vocabularies_are_decoded():
     model.lm_head.register_forward_hook(lambda _, __, logits: logits.index_fill(-1, torch.tensor([3, 5]), -torch.inf))
     expected = reference(model, PROMPTS, PARAMS)
     assert_same(RolloutEngine(model, SpecConfig(num_speculative_tokens=0)).generate(PROMPTS, PARAMS), expected)
+
+
+def one_position_is_blind(positions, extent, window=None):
+    """To the first token, in all layers."""
+    mask = causal_mask(positions, extent, window)
+    mask[..., 0] &= (positions != 9)[:, None]
+    return mask
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_wrong_position_shows_in_few_digits_too(dtype, monkeypatch):
+    monkeypatch.setattr(target, "causal_mask", one_position_is_blind)
+    refused(make_policy("llama", dtype), "does not decode ragged rows")
