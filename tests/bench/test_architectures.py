@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from spec_rollout import cli
 from spec_rollout.bench import architectures
@@ -21,6 +22,7 @@ SAMPLE = {
     "deepseek_v3": IDENTICAL,
     "phimoe": IDENTICAL,
     "mpt": IDENTICAL,
+    "qwen3_5_text": IDENTICAL,
     "bart": REFUSED,
     "bloom": REFUSED,
     "rwkv": REFUSED,
@@ -32,6 +34,10 @@ SAMPLE = {
 def test_a_sample(name):
     found = examine(name)
     assert found.outcome == SAMPLE[name], found.reason
+    model = f"`{found.model}`" if found.model else ""
+    kept = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    if f"of transformers {transformers.__version__}:" in kept:  # else another version's table
+        assert f"| `{name}` | {model} | {found.outcome} |" in kept
     assert bool(found.reason) == (found.outcome != IDENTICAL) and bool(found.model) == (found.outcome != NOT_MADE)
 
 
