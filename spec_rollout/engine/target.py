@@ -14,6 +14,7 @@ from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask, chunked_mask
 from spec_rollout.engine.lean.choice import LeanChoice
 from spec_rollout.engine.lean.lean_pass import LeanPass
+from spec_rollout.engine.lean.recognition import base_model
 from spec_rollout.engine.precision import rounds_products
 from spec_rollout.engine.probe import STRIDES, Probe, prove
 from spec_rollout.engine.recurrences import Recurrences, running
@@ -208,6 +209,5 @@ class Target:
 def cache_argument(model: nn.Module) -> str:
     """How the model's forward calls the cache: "cache", or before transformers 5.24 "past_key_values" ("cache_params"
     where it has no attention)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's own takes anything
-    taken = inspect.signature(type(base).forward).parameters
+    taken = inspect.signature(type(base_model(model)).forward).parameters  # PEFT's own takes anything
     return next((name for name in ("cache", "past_key_values", "cache_params") if name in taken), "past_key_values")
