@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import sys
 from dataclasses import asdict, dataclass
 
@@ -12,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from spec_rollout.bench import architectures
+from spec_rollout.bench.comparison import identical_share, shown
 from spec_rollout.bench.workload import (
     WARM_UP_PROMPTS,
     Policy,
@@ -97,15 +97,6 @@ def teacher_forced(policy: Policy, prompt: list[int], completion: Completion) ->
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
 
 
-def identical_share(found: list[Completion], expected: list[Completion]) -> float:
-    """The share of the tokens of `found` that come before the first of their completion that differs."""
-    same = 0
-    for mine, theirs in zip(found, expected, strict=True):
-        pairs = zip(mine.token_ids, theirs.token_ids, strict=False)
-        same += sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return same / max(1, sum(len(c.token_ids) for c in found))
-
-
 def _largest_difference(completion: Completion, truth: torch.Tensor) -> float:
     return (torch.tensor(completion.logprobs) - truth).abs().max().item()
 
@@ -151,22 +142,17 @@ def _report(args: argparse.Namespace, cases: list[Case], precision: torch.dtype)
         "near-ties",
     )
     rows = [list(asdict(case).values()) for case in cases]
-    table(header, [[*row[:2], _shown(row[3]), *row[4:6], f"{row[6]:.1e}", row[7]] for row in rows])
+    table(header, [[*row[:2], shown(row[3]), *row[4:6], f"{row[6]:.1e}", row[7]] for row in rows])
     verdict = (
         "identical to plain decoding in every case" if figures["identical"] else "NOT identical to plain decoding"
     )
-    least = _shown(min(case.identical_share for case in cases))
+    least = shown(min(case.identical_share for case in cases))
     print(
         f"{figures['tokens']} tokens per case, computed in {figures['precision']}: {verdict}. At least {least} of a "
         "case's tokens are the same before a first difference."
     )
     write_json(args.json, figures)
     return 0 if figures["identical"] else 1
-
-
-def _shown(share: float) -> str:
-    """100 % only if it is all."""
-    return "100 %" if share == 1 else f"{math.floor(share * 10_000) / 100:.2f} %"
 
 
 def _gammas(text: str) -> list[int | str]:

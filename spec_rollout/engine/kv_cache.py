@@ -8,6 +8,10 @@ from transformers import Cache
 
 from spec_rollout.engine.recurrent import RecurrentPass, RecurrentStates
 
+EXTENT_STEP = 32
+"""Attention reads a multiple of this many entries: few shapes occur, and in bfloat16 a CPU's sums over fewer than 32
+come out otherwise."""
+
 
 class SlotCache:
     """Keys and values of `slots` rows of up to `capacity` tokens, per attention layer [slots, capacity, heads,
@@ -45,6 +49,10 @@ class SlotCache:
         for buffer in self.buffers:
             buffer.zero_()
         self.begun = False
+
+    def extent(self, tokens: int) -> int:
+        """How many entries a pass over rows of at most `tokens` tokens reads."""
+        return min(rounded_up(tokens), self.capacity)
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -153,6 +161,11 @@ class SlotWindow(Cache):
 
     def __len__(self) -> int:
         return len(self.keys)
+
+
+def rounded_up(tokens: int) -> int:
+    """`tokens`, or the next multiple of `EXTENT_STEP`."""
+    return -(-tokens // EXTENT_STEP) * EXTENT_STEP
 
 
 def causal_mask(positions: Tensor, extent: int, window: int | None = None) -> Tensor:

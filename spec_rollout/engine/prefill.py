@@ -20,10 +20,11 @@ def prefill(target: Target, cache: SlotCache, rows: Rows, admission: Admission, 
     admitted = (admission.first, admission.first + len(admission.fresh))
     cache.clear(admitted)
     for slots, width in admission.passes(PREFILL_TOKENS):
+        width = max(width, 2)  # see Target.reads_pairs
         place = torch.arange(width, device=rows.device).expand(slots[1] - slots[0], -1)
         ids = rows.tokens[slots[0] : slots[1], :width]
         lengths = rows.length[slots[0] : slots[1]]
-        _, hidden = target.forward(cache, slots, ids, place, width, keep_logits=1, lengths=lengths)
+        _, hidden = target.forward(cache, slots, ids, place, cache.extent(width), keep_logits=1, lengths=lengths)
         draft.call("observe", rows, slots, place[:, 0], hidden)
     if admission.fresh:
         draft.call("admit", rows, admitted)

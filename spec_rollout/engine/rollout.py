@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.guarded_drafter import GuardedDrafter
 from spec_rollout.engine.gumbel_max import draw, noise_width
-from spec_rollout.engine.kv_cache import SlotCache
+from spec_rollout.engine.kv_cache import SlotCache, rounded_up
 from spec_rollout.engine.near_ties import NearTies
 from spec_rollout.engine.precision import broken_policy
 from spec_rollout.engine.prefill import prefill
@@ -26,9 +27,6 @@ from spec_rollout.engine.stops import Stops
 from spec_rollout.engine.target import Target
 from spec_rollout.engine.verify import Verdict, verify
 from spec_rollout.records import Request, RolloutStats, SamplingParams, StepStats
-
-EXTENT_STEP = 32
-"""Attention reads a multiple of this many entries, so that few shapes occur."""
 
 
 class Rollout:
@@ -51,7 +49,7 @@ class Rollout:
         slots = min(config.max_slots, len(requests))
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
         target.confine(longest)
-        capacity = _round_up(longest + config.widest + 1, EXTENT_STEP)
+        capacity = rounded_up(longest + config.widest + 1)
         room = slots
         if config.compile_passes:  # one slot alone, or rows read to their end, would be compiled apart
             room, capacity = max(2, slots), capacity + 1
@@ -121,12 +119,19 @@ class Rollout:
         self.distrusted = self.invalid
         return valid
 
-    def forward(self, guesses: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, guesses: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """Logits [B, γ + 1, V] and hidden states after the newest token and each guess, in one ragged pass."""
         self.inputs = torch.cat([self.rows.newest(), guesses], 1)
         width = self.inputs.shape[1]
-        extent = min(_round_up(self.longest + width, EXTENT_STEP), self.rows.capacity)
-        return self.target.forward(self.cache, (0, self.rows.count), self.inputs, self.rows.positions(width), extent)
+        extent = self.cache.extent(self.longest + width)
+        if self.inputs.numel() > 1 or not self.target.reads_pairs:
+            return self._forward(self.inputs, extent)
+        logits, hidden = self._forward(self.inputs.expand(1, 2), extent)
+        return logits[:, :1], tuple(states[:, :1] for states in hidden)
+
+    def _forward(self, inputs: Tensor, extent: int) -> tuple[Tensor, Sequence[Tensor]]:
+        places = self.rows.positions(inputs.shape[1])
+        return self.target.forward(self.cache, (0, self.rows.count), inputs, places, extent)
 
     def sample_and_verify(
         self, logits: Tensor, noise: Tensor | None, guesses: Tensor
@@ -198,7 +203,7 @@ class Rollout:
         stops = self.stops.flags(rows, samples)
         return verify(guesses, samples, rows.limit[: rows.count] - rows.progress(), stops)
 
-    def commit(self, samples: Tensor, verdict: Verdict, hidden: tuple[Tensor, ...]) -> None:
+    def commit(self, samples: Tensor, verdict: Verdict, hidden: Sequence[Tensor]) -> None:
         """Keep what was emitted: tokens, log-probs, lengths; show the drafter the target's hidden states."""
         rows, count = self.rows, self.rows.count
         start = rows.length[:count].clone()
@@ -238,7 +243,3 @@ class Rollout:
             self.sampler.copy(src, dst)
         self.cache.copy(src, dst, int(self.rows.lengths[target].max()))
         self.draft.call("copy", self.rows, src, dst)
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step

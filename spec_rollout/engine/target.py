@@ -61,6 +61,12 @@ class Target:
         return SlotCache()
 
     @property
+    def reads_pairs(self) -> bool:
+        """Whether a pass takes two tokens rather than one. On a CPU, sums of bfloat16 products come out otherwise for
+        a token alone than for the same token among others, of which two take no longer."""
+        return self.precision == torch.bfloat16 and self.device.type == "cpu"
+
+    @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 

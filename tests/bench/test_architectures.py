@@ -10,7 +10,7 @@ import transformers
 
 from spec_rollout import cli
 from spec_rollout.bench import architectures
-from spec_rollout.bench.architectures import DIFFERENT, IDENTICAL, NOT_MADE, REFUSED, examine
+from spec_rollout.bench.architectures import DIFFERENT, IDENTICAL, NOT_MADE, REFUSED, Finding, examine
 from spec_rollout.bench.tiny_models import LARGEST, make_tiny
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.records import Completion
@@ -50,11 +50,12 @@ def test_every_architecture(name, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", architectures.architectures())
-def test_every_attention(name, attention):
-    found = examine(name, _attn_implementation=attention)
-    assert found.outcome in (IDENTICAL, REFUSED, NOT_MADE), found.reason
+def test_every_attention(name, dtype, attention):
+    found = examine(name, dtype, _attn_implementation=attention)
+    assert found.outcome in (IDENTICAL, REFUSED, NOT_MADE) or dtype != torch.float32, found.reason
 
 
 def test_a_difference_is_told(monkeypatch):
@@ -73,12 +74,26 @@ def test_a_difference_is_told(monkeypatch):
 
 def test_the_command(tmp_path, capsys):
     out = tmp_path / "table.json"
-    assert cli.main(["check", "--architectures", "--only", "llama,bart", "--json", str(out)]) == 0
-    printed = capsys.readouterr().out
-    assert "LlamaForCausalLM" in printed and "2 architectures of transformers" in printed
-    assert [f["outcome"] for f in json.loads(out.read_text())["findings"]] == [IDENTICAL, REFUSED]
+    ways = ["--dtypes", "float32,bfloat16", "--attentions", "own,sdpa"]
+    assert cli.main(["check", "--architectures", "--only", "llama,mpt,bart", *ways, "--json", str(out)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "LlamaForCausalLM" in printed
+    assert "float32 own 2 1 0 0 100 %" in printed and "bfloat16 sdpa 1 1 0 1 100 %" in printed  # mpt knows no sdpa
+    findings = json.loads(out.read_text())["findings"]
+    assert [f["outcome"] for f in findings[:3]] == [IDENTICAL, IDENTICAL, REFUSED]
+    assert [f["dtype"] for f in findings[::3]] == ["float32", "float32", "bfloat16", "bfloat16"]
     with pytest.raises(SystemExit, match="knows no such model type"):
         cli.main(["check", "--architectures", "--only", "nothing"])
+    with pytest.raises(SystemExit):
+        cli.main(["check", "--architectures", "--dtypes", "int8"])
+    assert "int8: each must be one of float32" in capsys.readouterr().err
+
+
+def test_only_in_exact_arithmetic_another_token_is_a_fault(monkeypatch):
+    monkeypatch.setattr(architectures, "examine", lambda *_, **__: Finding("llama", "L", DIFFERENT, "", 0.5))
+    command = ["--architectures", "--only", "llama", "--dtypes"]
+    assert architectures.main([*command, "bfloat16"]) == 0
+    assert architectures.main([*command, "bfloat16,float64"]) == 1
 
 
 def test_the_page_is_that_of_the_script():

@@ -1,4 +1,5 @@
-"""In bfloat16 a token may flip at a near-tie; nothing else may differ.
+"""In bfloat16 a token may flip at a near-tie; nothing else may differ. On a CPU whose sums do not depend on how many
+rows are multiplied, none flips.
 
 Every first divergence between plain and speculative decoding is scored again, and the two candidates must lie within
 the band in which two plain decodes of other shapes differ.
@@ -6,6 +7,9 @@ the band in which two plain decodes of other shapes differ.
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter, RandomDrafter
@@ -145,3 +149,45 @@ def test_rounded_products_count_as_bfloat16(monkeypatch):
     engine = RolloutEngine(make_policy("llama"), PLAIN)
     engine.generate(PROMPTS, SamplingParams(max_new_tokens=4))
     assert engine.target.precision == torch.bfloat16
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # a product of one row is shared out between them in another way
+    yield
+    torch.set_num_threads(threads)
+
+
+def wide_llama() -> LlamaForCausalLM:
+    """So wide that a product of one row is summed otherwise; its heads so narrow that short sums are, too."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2, "vocab_size": 500}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=256)).eval()
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.06)
+    return model.to(torch.bfloat16)
+
+
+def test_tokens_are_identical_where_sums_do_not_depend_on_the_number_of_rows(two_threads):
+    model = wide_llama()
+    x = torch.randn(64, 2048, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    weight = model.model.layers[0].mlp.gate_proj.weight
+    whole = F.linear(x, weight)
+    if any(not torch.equal(F.linear(x[:n], weight), whole[:n]) for n in (2, 3, 8, 33)):
+        pytest.skip("this processor's products depend on the number of rows")
+    prompts = [[*range(7, 7 + 3 * n)] for n in (1, 3, 20)] + [[5, 6], [9]]
+    params = SamplingParams(max_new_tokens=12)
+    plain = RolloutEngine(model, PLAIN).generate(prompts, params)
+    for drafter, gammas, slots in (
+        (None, (0,), 1),
+        (OracleDrafter(plain), (3,), 64),
+        (OracleDrafter(plain), (7, 0, 2, 0), 1),
+        (RandomDrafter(), (3, 0), 2),
+    ):
+        engine = RolloutEngine(model, SpecConfig(max_slots=slots), drafter=drafter, controller=Scripted(*gammas))
+        assert_same(engine.generate(prompts, params), plain)
+        assert not isinstance(drafter, OracleDrafter) or engine.stats.mean_acceptance_length > 1.5
