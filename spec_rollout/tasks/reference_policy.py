@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Literal
 
 from spec_rollout.tasks.arithmetic import FULL_SENTENCES, VARIED, Style, problems
@@ -25,8 +26,6 @@ CONTEXT = 1024
 PIECES = r" ?[+*-]?\d{1,2}(?!\d)| ?\w+| ?[^\w\s]+\n?|\s"
 """What the tokenizer may not merge across: signed numbers, words, punctuation with the line end behind it."""
 EOS, PAD = "<|endoftext|>", "<|pad|>"
-PROBLEMS_IN_A_ROW = 2
-"""About so many fill a packed row."""
 INITIALIZER_RANGE = 0.06
 """Three times the usual 0.02: at so small a width it learns sooner (a Llama came to a loss of 0.59 against 0.92)."""
 
@@ -50,7 +49,7 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "demo": Recipe(4, 128, 2, 384, num_problems=4_800, batch_size=8, learning_rate=0.02, style=FULL_SENTENCES),
     "tiny": Recipe(4, 128, 2, 384, num_problems=8_000, batch_size=8, learning_rate=0.015),
-    "deep": Recipe(8, 128, 2, 384, num_problems=6_000, batch_size=8, learning_rate=0.015),
+    "deep": Recipe(8, 128, 2, 384, num_problems=4_800, batch_size=8, learning_rate=0.02, style=FULL_SENTENCES),
     "small": Recipe(8, 256, 4, 704, num_problems=8_000, batch_size=8, learning_rate=0.012),
     "base": Recipe(12, 640, 10, 1792, num_problems=200_000, batch_size=32, learning_rate=0.006),
 }
@@ -169,11 +168,13 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
     from spec_rollout.draft.muon import multiplies_bfloat16
 
     packs = model.config.model_type == "qwen3"
+    rows = (packed_rows if packs else single_rows)(tokenizer, recipe, seed)
+    whole = recipe.batch_size if packs else round(recipe.batch_size * recipe.row / mean(map(len, rows["input_ids"])))
     args = SFTConfig(
         output_dir=scratch,
         seed=seed,
         num_train_epochs=1,
-        per_device_train_batch_size=recipe.batch_size if packs else PROBLEMS_IN_A_ROW * recipe.batch_size,
+        per_device_train_batch_size=whole,
         train_sampling_strategy="random" if packs else "group_by_length",
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
@@ -194,7 +195,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
         model=model,
         args=args,
         data_collator=default_data_collator if packs else DataCollatorForSeq2Seq(tokenizer),
-        train_dataset=(packed_rows if packs else single_rows)(tokenizer, recipe, seed),
+        train_dataset=rows,
         processing_class=tokenizer,
         optimizers=(make_optimizer(model, recipe.learning_rate), None),
         callbacks=[make_bar()],

@@ -1,7 +1,6 @@
 """The reference policy: an ordinary Hugging Face folder, the same for the same seed, whole or not there."""
 
 import itertools
-import statistics
 from dataclasses import replace
 
 import pytest
@@ -97,8 +96,6 @@ def test_single_rows_are_the_problems(tokenizer):
     for row, problem in zip(rows, problems("sft", 40), strict=True):
         assert tokenizer.decode(row["input_ids"]) == problem.prompt + problem.solution + tokenizer.eos_token
         assert tokenizer.decode([t for t in row["labels"] if t != -100]) == problem.solution + tokenizer.eos_token
-    per_row = RECIPES["tiny"].row / statistics.mean(len(row["input_ids"]) for row in rows)
-    assert round(per_row) == reference_policy.PROBLEMS_IN_A_ROW
 
 
 @torch.no_grad()
