@@ -18,7 +18,7 @@ from spec_rollout.experiments.demo import Clock, Speculative
 from spec_rollout.experiments.runs import Run
 from spec_rollout.tasks.arithmetic import STYLES, worked_sums_reward
 
-BATCH_SIZE, GENERATIONS, COMPLETION_TOKENS = 32, 4, 320
+BATCH_SIZE, GENERATIONS, COMPLETION_TOKENS = 16, 4, 320
 PLAIN = "none"
 ARMS = {
     PLAIN: {"num_speculative_tokens": 0},
