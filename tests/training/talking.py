@@ -92,7 +92,7 @@ def make_hybrid(tokenizer: PreTrainedTokenizerFast, *scripts: tuple[str, ...]) -
     with torch.no_grad():
         for layer in policy.model.layers:
             layer.mlp.down_proj.weight.zero_()
-            if layer.layer_type == "linear_attention":
+            if hasattr(layer, "linear_attn"):
                 layer.linear_attn.A_log.fill_(-3.0)  # it forgets slowly
                 layer.linear_attn.out_proj.weight.mul_(0.2)
             else:
