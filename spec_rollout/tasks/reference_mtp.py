@@ -7,9 +7,13 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from datasets import Dataset
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from spec_rollout.draft.features import Sample
 
 PROBLEMS, STEPS = 2_000, 300
 """Worked problems that it sees, and steps of training on them."""
@@ -36,7 +40,7 @@ def train_mtp(model: PreTrainedModel, rows: Dataset, seed: int) -> dict[str, Ten
     return trainer.average.on_disk(model.dtype)
 
 
-def _samples(model: PreTrainedModel, rows: Dataset):
+def _samples(model: PreTrainedModel, rows: Dataset) -> Iterator[Sample]:
     """The problems as rollouts: tokens, and the policy's final hidden states at all but the last of them."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
