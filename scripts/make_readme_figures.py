@@ -106,9 +106,44 @@ def replays(figures: dict) -> str:
     return "\n".join(lines) + f"\n\nRecording takes {share:.2%} of a rollout.\n\n{on(figures)}"
 
 
+def hybrid_bench() -> str:
+    """Tokens per second of the hybrid reference policy with its MTP head."""
+    figures = measured("cpu-hybrid-bench.json")
+    header = ["rows", "`generate`", "ours without guessing", "3 guesses", "**ours**", "acceptance length"]
+    rows = []
+    for size in sorted({row["batch_size"] for row in figures["rows"]}):
+        by = {row["engine"]: row for row in figures["rows"] if row["batch_size"] == size}
+        own = by["adaptive"]
+        speeds = [by[name]["tokens_per_s"] for name in ("transformers", "plain", "fixed", "adaptive")]
+        rows.append([size, *speeds, own["mean_acceptance_length"], own["speedup_vs_plain"]])
+        rows[-1].append(own["speedup_vs_transformers"])
+    return f"{markdown([*header, 'ours / without guessing', 'ours / `generate`'], rows)}\n\n{on(figures)}"
+
+
+ROLLOUTS = (1, 2, 5, 10, 20)
+
+
+def hybrid_drafts() -> str:
+    """What each kind of draft brought in the rollouts of one GRPO run of that policy."""
+    figures = measured("cpu-hybrid-drafts.json")
+    names = {"none": "none", "mtp": "the MTP head", "eagle3": "an EAGLE-3 head, cold", "ngrams": "earlier rollouts"}
+    header = ["draft", *(f"tokens/s, {n}" for n in ROLLOUTS), *(f"length, {n}" for n in ROLLOUTS), "seconds of all 20"]
+    lines = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
+    for name, draft in figures["drafts"].items():
+        speeds = [f"{draft['tokens_per_s'][n - 1]:.0f}" for n in ROLLOUTS]
+        lengths = [f"{draft['acceptance_length'][n - 1]:.2f}" for n in ROLLOUTS]
+        cells = [names[name], *speeds, *lengths, f"{draft['rollout_seconds']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    same = "" if all(all(held.values()) for held in figures["identical"].values()) else "NOT "
+    told = f"All {figures['tokens']} tokens and the final weights of the four runs were {same}the same."
+    return "\n".join(lines) + f"\n\n{told}\n\n{on(figures)}"
+
+
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "demo": (ROOT / "README.md", demo),
     "bench": (ROOT / "README.md", bench),
+    "hybrid bench": (ROOT / "docs" / "hybrids.md", hybrid_bench),
+    "hybrid drafts": (ROOT / "docs" / "hybrids.md", hybrid_drafts),
     "simulation": (ROOT / "docs" / "profile.md", simulation),
 }
 """By marker: the page it is on, and what makes it."""

@@ -6,7 +6,7 @@ python scripts/make_reference_policy.py --out policy --size small --seed 0
 import argparse
 import time
 
-from spec_rollout.tasks.reference_policy import RECIPES, make_reference_policy
+from spec_rollout.tasks.reference_policy import ARCHITECTURES, RECIPES, make_reference_policy
 
 
 def main() -> None:
@@ -16,13 +16,20 @@ def main() -> None:
         "--size",
         choices=RECIPES,
         default="small",
-        help="demo: 1M parameters, easy problems; tiny: 1M; small: 6M, 7 minutes on 2 CPU cores; base: 63M, for a GPU",
+        help="demo: 1M parameters, easy problems; tiny: 1M; deep: 2M, twice as many layers; small: 6M, 7 minutes on 2 "
+        "CPU cores; base: 63M, for a GPU",
+    )
+    parser.add_argument(
+        "--architecture",
+        choices=ARCHITECTURES,
+        default="qwen3",
+        help="qwen3_5: three of four layers are recurrent, and an MTP head is trained beside the policy",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     args = parser.parse_args()
     began = time.perf_counter()
-    out = make_reference_policy(args.out, args.size, args.seed)
-    print(f"{args.size} policy in {out}, trained in {time.perf_counter() - began:.0f} s")
+    out = make_reference_policy(args.out, args.size, args.seed, args.architecture)
+    print(f"{args.size} {args.architecture} policy in {out}, trained in {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

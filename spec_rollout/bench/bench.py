@@ -35,6 +35,7 @@ from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import CostModel, FixedGamma, GammaController
 from spec_rollout.records import Controller, RolloutStats, StepStats
+from spec_rollout.tasks.arithmetic import STYLES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         require_vllm_in(args.vllm_python)
     policy = load_policy(args.policy, args.dtype, args.max_new_tokens)
     widest = max(args.batch_sizes)
-    drafter = _drafter(policy, args.draft, widest, args.compile_passes)
+    drafter = _drafter(policy, args, widest)
     config = SpecConfig(max_slots=4096, compile_passes=args.compile_passes)
     measuring = RolloutEngine(policy.model, config, drafter=drafter, controller=FixedGamma(0))
     cost = measured_cost(measuring, widest, config.widest, None)
@@ -59,11 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _drafter(policy: Policy, folder: str | None, slots: int, compiled: bool) -> EagleDrafter:
-    """With the head in `folder`, or else one that has just learned from a few rollouts; it learns no more."""
-    config = SpecConfig(num_speculative_tokens=3, max_slots=slots, draft_model_path=folder, compile_passes=compiled)
-    if folder is None:
-        drafter = warm_backend(policy, config).drafter
+def _drafter(policy: Policy, args: argparse.Namespace, slots: int) -> EagleDrafter:
+    """With the head in `args.draft`, or else one that has just learned from a few rollouts; it learns no more."""
+    given = {"draft_model_path": args.draft, "compile_passes": args.compile_passes}
+    config = SpecConfig(num_speculative_tokens=3, max_slots=slots, **given)
+    if args.draft is None:
+        drafter = warm_backend(policy, config, STYLES[args.style]).drafter
     else:
         drafter = EmbeddedBackend(policy.model, config, policy.tokenizer).drafter
     drafter.buffer = None
@@ -78,7 +80,7 @@ def measure(
     found: dict[Sampler, list[Measured]] = defaultdict(list)
     turns = tqdm(range(-1, args.repeats), desc=f"bench, batch size {batch_size}", unit="turn", file=sys.stderr)
     for turn in turns:  # turn -1 warms up
-        prompts = arithmetic_prompts(policy.tokenizer, batches * batch_size, seed=turn + 1)
+        prompts = arithmetic_prompts(policy.tokenizer, batches * batch_size, turn + 1, STYLES[args.style])
         for sampler in samplers if turn % 2 else reversed(samplers):
             reset_peak_memory()
             runs = [sampler.run(prompts[i : i + batch_size], turn + 1) for i in range(0, len(prompts), batch_size)]
@@ -167,6 +169,7 @@ def _report(args: argparse.Namespace, rows: list[dict], path: str) -> None:
         "repeats": args.repeats,
         "max_new_tokens": args.max_new_tokens,
         "compile_passes": args.compile_passes,
+        "style": args.style,
         "path": path,
     }
     print(f"Our passes: {path}.")
@@ -202,6 +205,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--draft", metavar="DIR", help="a head from pretrain-draft; by default one is warmed up")
     parser.add_argument("--compile-passes", action="store_true", help="our engine as with compile_passes=True")
+    parser.add_argument(
+        "--style", choices=STYLES, default="varied", help="of the problems, as the policy learned them"
+    )
     parser.add_argument("--num-prompts", type=positive, default=8, metavar="N", help="least prompts per turn")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N")
     return parser

@@ -98,11 +98,12 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) ->
     ]
 
 
-def warm_backend(policy: Policy, config: SpecConfig) -> EmbeddedBackend:
+def warm_backend(policy: Policy, config: SpecConfig, style: Style = VARIED) -> EmbeddedBackend:
     """A backend whose head has learned, from no checkpoint, on a few rollouts, as it would have after as many steps of
     a training run in which it may learn for as long as the rollouts take."""
     backend = EmbeddedBackend(policy.model, replace(config, draft_ngrams=False), policy.tokenizer)
-    batches = [arithmetic_prompts(policy.tokenizer, WARM_UP_PROMPTS, 1000 + turn) for turn in range(WARM_UP_ROUNDS)]
+    seeds = range(1000, 1000 + WARM_UP_ROUNDS)
+    batches = [arithmetic_prompts(policy.tokenizer, WARM_UP_PROMPTS, seed, style) for seed in seeds]
     list(warm_up(backend, batches, policy.params))
     return backend
 

@@ -18,6 +18,7 @@ from types import ModuleType
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spec_rollout.engine.delta_rule import GuessedTokens
 from spec_rollout.engine.recurrent import RecurrentPass
 
 CURRENT: ContextVar[RecurrentPass | None] = ContextVar(
@@ -38,14 +39,18 @@ def running(view: RecurrentPass) -> Iterator[None]:
 
 
 def _delta_rule(chunked: Callable, module: ModuleType, recurrent: str) -> Callable:
-    """The (gated, or Kimi's) delta rule: with a log decay of 0 and a step of 0 a token leaves the state as it is."""
+    """The (gated, or Kimi's) delta rule: with a log decay of 0 and a step of 0 a token leaves the state as it is. A
+    chunk has 64 tokens, so decoding takes other ways."""
     token_by_token = getattr(module, recurrent)
 
     def rule(query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **options):
         view = CURRENT.get()
         if view is None:
             return chunked(query, key, value, g=g, beta=beta, **options)
-        kernel = token_by_token if view.lengths is None else chunked  # a chunk has 64 tokens, a decoding pass a few
+        if view.waits:
+            normalised = options.get("use_qk_l2norm_in_kernel", False)
+            return view.recur(GuessedTokens(query, key, value, g, beta, normalised))
+        kernel = token_by_token if view.lengths is None else chunked
         options |= {"output_final_state": True}
 
         def advance(state: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:

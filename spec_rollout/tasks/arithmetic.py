@@ -63,6 +63,7 @@ FULL_SENTENCES = Style(
     closings=("No step is left, and we are done.",),
 )
 """Small numbers, and steps told in whole sentences, of which much can be foreseen, as of what chat models write."""
+STYLES = {"varied": VARIED, "full_sentences": FULL_SENTENCES}
 
 DOUBLE_ODDS = 0.1
 """Share of the steps that double, where the total allows it."""

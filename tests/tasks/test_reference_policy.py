@@ -7,7 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spec_rollout.tasks import reference_policy
+from spec_rollout.backends.embedded import EmbeddedBackend
+from spec_rollout.config import SpecConfig
+from spec_rollout.draft.mtp import FILE, MtpHead
+from spec_rollout.records import SamplingParams
+from spec_rollout.tasks import reference_mtp, reference_policy
 from spec_rollout.tasks.arithmetic import FULL_SENTENCES, VARIED, problems
 from spec_rollout.tasks.reference_policy import RECIPES, make_model, make_reference_policy, make_tokenizer
 
@@ -67,6 +71,33 @@ def test_folder_is_an_ordinary_policy_and_the_same_for_a_seed(short_training, tm
     assert len(tokenizer) == model.config.vocab_size
 
 
+def test_a_hybrid_has_an_mtp_head_that_guesses_in_the_first_rollout(monkeypatch, tmp_path):
+    recipe = replace(RECIPES["tiny"], num_layers=4, hidden_size=64, num_heads=2, intermediate_size=128)
+    monkeypatch.setitem(RECIPES, "tiny", replace(recipe, num_problems=96, batch_size=2))
+    monkeypatch.setattr(reference_mtp, "STEPS", 20)
+    folder = make_reference_policy(tmp_path / "policy", "tiny", architecture="qwen3_5")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.layer_types.count("linear_attention") == 3 and (folder / FILE).exists()
+    backend = EmbeddedBackend(model, SpecConfig(num_speculative_tokens=3), tokenizer)
+    prompts = [tokenizer(p.prompt)["input_ids"] for p in problems("heldout", 4)]
+    backend.generate(prompts, SamplingParams(max_new_tokens=24))
+    first = backend.take_stats()
+    assert isinstance(backend.learner.head, MtpHead) and first.mean_acceptance_length > 1.5
+    random = MtpHead(model)
+    random.fc.weight.data.normal_()
+    backend.drafter.head.load_state_dict(random.state_dict())
+    backend.generate(prompts, SamplingParams(max_new_tokens=24))
+    assert first.mean_acceptance_length > backend.take_stats().mean_acceptance_length + 0.3  # it has learned
+
+
+def test_single_rows_are_the_problems(tokenizer):
+    recipe = replace(RECIPES["tiny"], num_problems=40)
+    rows = reference_policy.single_rows(tokenizer, recipe, seed=0)
+    for row, problem in zip(rows, problems("sft", 40), strict=True):
+        assert tokenizer.decode(row["input_ids"]) == problem.prompt + problem.solution + tokenizer.eos_token
+        assert tokenizer.decode([t for t in row["labels"] if t != -100]) == problem.solution + tokenizer.eos_token
+
+
 @torch.no_grad()
 def test_packed_problems_do_not_see_each_other(tokenizer):
     """A row of training data gives each problem the logits that it has alone."""
@@ -104,6 +135,8 @@ def test_nothing_is_overwritten(tmp_path):
         make_reference_policy(tmp_path, "tiny")
 
 
-def test_an_unknown_size_is_named(tmp_path):
-    with pytest.raises(ValueError, match="size='huge' is unknown: choose one of demo, tiny, small, base"):
+def test_an_unknown_size_or_architecture_is_named(tmp_path):
+    with pytest.raises(ValueError, match="size='huge' is unknown: choose one of demo, tiny, deep, small, base"):
         make_reference_policy(tmp_path / "policy", "huge")
+    with pytest.raises(ValueError, match="architecture='gpt2' is unknown: choose one of qwen3, qwen3_5"):
+        make_reference_policy(tmp_path / "policy", architecture="gpt2")

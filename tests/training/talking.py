@@ -8,7 +8,13 @@ import string
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+)
 
 START, END = "assistant\n", "<|im_end|>"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", END)
@@ -53,6 +59,44 @@ def make_policy(tokenizer: PreTrainedTokenizerFast, *scripts: tuple[str, ...]) -
         for layer in policy.model.layers:  # the residual stream keeps the embedding, one entry per token
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
+        policy.model.embed_tokens.weight.copy_(torch.eye(size, config.hidden_size))
+        policy.lm_head.weight.copy_(table(tokenizer, scripts, config.hidden_size).T / config.hidden_size**0.5)
+    return policy
+
+
+def make_hybrid(tokenizer: PreTrainedTokenizerFast, *scripts: tuple[str, ...]) -> Qwen3_5ForCausalLM:
+    """The same with recurrent layers that have a say: what was read before makes one way likelier than another."""
+    size = len(tokenizer)
+    config = Qwen3_5TextConfig(
+        vocab_size=size,
+        hidden_size=size + size % 2,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    policy = Qwen3_5ForCausalLM(config)
+    with torch.no_grad():
+        for layer in policy.model.layers:
+            layer.mlp.down_proj.weight.zero_()
+            if hasattr(layer, "linear_attn"):
+                layer.linear_attn.A_log.fill_(-3.0)  # it forgets slowly
+                layer.linear_attn.out_proj.weight.mul_(0.2)
+            else:
+                layer.self_attn.o_proj.weight.zero_()
         policy.model.embed_tokens.weight.copy_(torch.eye(size, config.hidden_size))
         policy.lm_head.weight.copy_(table(tokenizer, scripts, config.hidden_size).T / config.hidden_size**0.5)
     return policy

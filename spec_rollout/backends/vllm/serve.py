@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from spec_rollout.backends import hub
 from spec_rollout.backends.vllm.colocated import engine_options
-from spec_rollout.backends.vllm.draft import save_start, start_vocabulary
+from spec_rollout.backends.vllm.draft import refuse_recurrent, save_start, start_vocabulary
 from spec_rollout.backends.vllm.engine import require_vllm, speculative_config
 from spec_rollout.draft.checkpoint_reader import load_head
 from spec_rollout.draft.eagle import EagleHead
@@ -55,7 +55,7 @@ def serve_command(given: argparse.Namespace, folder: Path) -> list[str]:
     """`vllm serve` with what our trainers need; the head that it starts with is written to `folder`.
 
     Raises:
-        ValueError: the policy has no readable configuration, or the draft is not its.
+        ValueError: the policy has no readable configuration or recurrent layers, or the draft is not its.
     """
     draft = None
     if given.num_speculative_tokens:
@@ -63,7 +63,9 @@ def serve_command(given: argparse.Namespace, folder: Path) -> list[str]:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         with torch.device("meta"):  # the shapes are enough
-            config = head_config(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(given.policy)))
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(given.policy))
+        refuse_recurrent(model)
+        config = head_config(model)
         head, ids, extra = load_head(given.draft, config) if given.draft else (EagleHead(config), None, {})
         save_start(folder, head, start_vocabulary(config.vocab_size, ids, head))
         draft = speculative_config(folder, given.num_speculative_tokens, given.max_slots)

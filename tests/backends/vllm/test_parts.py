@@ -145,3 +145,14 @@ def test_the_command_of_a_server(tmp_path):
     for measured in (None, FixedGamma(2).state_dict()):
         save_head(given.draft, head, None, None, {"controller": {"vllm": measured}})
         assert "[[1, 4, 2]]" in " ".join(vllm_serve.serve_command(given, tmp_path / "draft"))
+
+
+def test_a_server_for_recurrent_layers_does_not_guess(tmp_path):
+    policy("qwen3_5_text").save_pretrained(tmp_path / "policy")
+    given = Namespace(
+        policy=str(tmp_path / "policy"), draft=None, num_speculative_tokens=2, max_slots=4, host="127.0.0.1", port=8001
+    )
+    with pytest.raises(ValueError, match="has recurrent layers.*num_speculative_tokens=0"):
+        vllm_serve.serve_command(given, tmp_path / "draft")
+    given.num_speculative_tokens = 0
+    assert "speculative" not in " ".join(vllm_serve.serve_command(given, tmp_path / "draft"))
