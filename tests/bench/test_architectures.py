@@ -102,8 +102,11 @@ def test_the_page_is_that_of_the_script():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     kept = script.PAGE.read_text(encoding="utf-8")
-    assert kept.startswith(script.TEXT) and f"| {DIFFERENT} |" not in kept
-    rows = [line for line in kept.splitlines() if line.startswith("| `")]
+    main, _, grid = kept.partition(script.GRID)
+    assert kept.startswith(script.TEXT) and f"| {DIFFERENT} |" not in main
+    assert grid.count("| float32 | ") == 3  # attentions; none of its rows differs
+    assert all("| 0 |" in line for line in grid.splitlines() if line.startswith("| float32 |"))
+    rows = [line for line in main.splitlines() if line.startswith("| `")]
     assert len(rows) == len(set(rows)) > 100
 
 
