@@ -45,9 +45,10 @@ class GuessedTokens:
         V] after them. What is not asked for is given back as it is."""
         if state is None:
             state = self.key.new_zeros(*self.key.shape[:2], self.key.shape[-1], self.value.shape[-1])
-        if valid is None:
-            return self._outputs(state.float()).transpose(1, 2).to(self.dtype), state
-        return self.value, self._after(state.float(), valid)
+        with torch.autocast(state.device.type, enabled=False):
+            if valid is None:
+                return self._outputs(state.float()).transpose(1, 2).to(self.dtype), state
+            return self.value, self._after(state.float(), valid)
 
     def _outputs(self, state: Tensor) -> Tensor:
         between = self.decay[:, :, :, None] - self.decay[:, :, None]  # [N, H, T, T, K or 1]
