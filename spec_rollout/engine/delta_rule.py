@@ -20,7 +20,8 @@ EPSILON = 1e-6
 
 
 class GuessedTokens:
-    """The tokens of one pass: `query`, `key` [N, T, H, K], `value` [N, T, H, V], the log decay `g` [N, T, H] or, by
+    """The tokens of one pass: `query`, `key` [N, T, H, K], or of fewer heads that several of the others share, `value`
+    [N, T, H, V], the log decay `g` [N, T, H] or, by
     channel of the key (Kimi), [N, T, H, K], and the step `beta` [N, T, H]. All is computed in float32.
 
     It is an `Advance` (`engine/recurrent.py`): called once for the outputs, and once more for the state after the
@@ -34,6 +35,9 @@ class GuessedTokens:
         query, key, self.value, g, beta = (
             x.transpose(1, 2).float() for x in (query, key, value, g, beta)
         )  # [N, H, T]
+        groups = self.value.shape[1] // key.shape[1]
+        if groups > 1:
+            query, key = (x.repeat_interleave(groups, 1) for x in (query, key))
         if normalised:
             query, key = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPSILON) for x in (query, key))
         self.query, self.key, self.step = query * query.shape[-1] ** -0.5, key, beta[..., None]

@@ -90,3 +90,13 @@ def test_autocast_takes_no_digits_of_the_state():
     with torch.autocast("cpu", torch.bfloat16):
         found = cast(state, None)[0], cast(state, valid)[1]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_heads_of_keys_may_be_shared():
+    """As transformers hands them over from 5.24 on."""
+    query, key, *others = tokens("gated", 4)
+    state, few = torch.zeros(ROWS, HEADS, WIDTH, VALUES), [x[:, :, :1] for x in (query, key)]
+    many = [x.expand(-1, -1, HEADS, -1) for x in few]
+    torch.testing.assert_close(
+        GuessedTokens(*few, *others, True)(state, None)[0], token_by_token("gated", state, *many, *others)[0]
+    )
