@@ -21,8 +21,8 @@ EPSILON = 1e-6
 
 class GuessedTokens:
     """The tokens of one pass: `query`, `key` [N, T, H, K], or of fewer heads that several of the others share, `value`
-    [N, T, H, V], the log decay `g` [N, T, H] or, by
-    channel of the key (Kimi), [N, T, H, K], and the step `beta` [N, T, H]. All is computed in float32.
+    [N, T, H, V], the log decay `g` [N, T, H] or, by channel of the key (Kimi), [N, T, H, K], and the step `beta`
+    [N, T, H]. All is computed in float32.
 
     It is an `Advance` (`engine/recurrent.py`): called once for the outputs, and once more for the state after the
     tokens that came true.
