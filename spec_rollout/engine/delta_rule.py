@@ -20,8 +20,9 @@ EPSILON = 1e-6
 
 
 class GuessedTokens:
-    """The tokens of one pass: `query`, `key` [N, T, H, K], `value` [N, T, H, V], the log decay `g` [N, T, H] or, by
-    channel of the key (Kimi), [N, T, H, K], and the step `beta` [N, T, H]. All is computed in float32.
+    """The tokens of one pass: `query`, `key` [N, T, H, K], or of fewer heads that several of the others share, `value`
+    [N, T, H, V], the log decay `g` [N, T, H] or, by channel of the key (Kimi), [N, T, H, K], and the step `beta`
+    [N, T, H]. All is computed in float32.
 
     It is an `Advance` (`engine/recurrent.py`): called once for the outputs, and once more for the state after the
     tokens that came true.
@@ -34,6 +35,9 @@ class GuessedTokens:
         query, key, self.value, g, beta = (
             x.transpose(1, 2).float() for x in (query, key, value, g, beta)
         )  # [N, H, T]
+        groups = self.value.shape[1] // key.shape[1]
+        if groups > 1:
+            query, key = (x.repeat_interleave(groups, 1) for x in (query, key))
         if normalised:
             query, key = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPSILON) for x in (query, key))
         self.query, self.key, self.step = query * query.shape[-1] ** -0.5, key, beta[..., None]
@@ -45,9 +49,10 @@ class GuessedTokens:
         V] after them. What is not asked for is given back as it is."""
         if state is None:
             state = self.key.new_zeros(*self.key.shape[:2], self.key.shape[-1], self.value.shape[-1])
-        if valid is None:
-            return self._outputs(state.float()).transpose(1, 2).to(self.dtype), state
-        return self.value, self._after(state.float(), valid)
+        with torch.autocast(state.device.type, enabled=False):
+            if valid is None:
+                return self._outputs(state.float()).transpose(1, 2).to(self.dtype), state
+            return self.value, self._after(state.float(), valid)
 
     def _outputs(self, state: Tensor) -> Tensor:
         between = self.decay[:, :, :, None] - self.decay[:, :, None]  # [N, H, T, T, K or 1]

@@ -77,3 +77,26 @@ def test_the_outputs_keep_the_dtype_and_the_state_stays_float32():
     assert output.dtype == torch.bfloat16 and state.dtype == after.dtype == torch.float32
     expected, _ = token_by_token("gated", None, *given)
     torch.testing.assert_close(output, expected)
+
+
+def test_autocast_takes_no_digits_of_the_state():
+    given, state = (
+        tokens("gated", 4),
+        torch.randn(ROWS, HEADS, WIDTH, VALUES, generator=torch.Generator().manual_seed(0)),
+    )
+    valid = first(torch.tensor([4, 2, 1]), 4)
+    whole, cast = GuessedTokens(*given, True), GuessedTokens(*given, True)
+    expected = whole(state, None)[0], whole(state, valid)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cast(state, None)[0], cast(state, valid)[1]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_heads_of_keys_may_be_shared():
+    """As transformers hands them over from 5.24 on."""
+    query, key, *others = tokens("gated", 4)
+    state, few = torch.zeros(ROWS, HEADS, WIDTH, VALUES), [x[:, :, :1] for x in (query, key)]
+    many = [x.expand(-1, -1, HEADS, -1) for x in few]
+    torch.testing.assert_close(
+        GuessedTokens(*few, *others, True)(state, None)[0], token_by_token("gated", state, *many, *others)[0]
+    )
