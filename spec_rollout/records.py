@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
+
 from spec_rollout.config import check_types
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -97,6 +99,8 @@ class StepStats:
     `accepted[i]` is the number of rows that accepted at least i + 1 guesses, so `rows` (i = 0) or `accepted[i - 1]`
     rows reached position i. `context` is the longest committed row, in tokens. Times are in seconds; the split is
     what the host saw, so on an asynchronous device only their sum is meaningful.
+
+    Where rows guessed unlike far, `gamma` is the most that was verified of a row.
     """
 
     rows: int
@@ -109,6 +113,17 @@ class StepStats:
     host_s: float = 0.0
     sample_s: float = 0.0
     """The part of `host_s` for the choice of γ, noise, sampling and verifying, in which the host waits for a GPU."""
+    offered: list[int] | None = None
+    """Rows of which a first, second … guess was verified, where not all were."""
+    depth: int | None = None
+    """Guesses made for each row, where `gamma` was chosen after them."""
+    judged: list[tuple[int, int]] | None = None
+    """With `depth`: for each of these guesses the rows in which it was judged, and in which it came true."""
+
+    @property
+    def drafted(self) -> int:
+        """Guesses verified, over all rows."""
+        return self.rows * self.gamma if self.offered is None else sum(self.offered)
 
     @property
     def seconds(self) -> float:
@@ -136,7 +151,7 @@ class RolloutStats:
 
     @property
     def drafted(self) -> int:
-        return sum(s.rows * s.gamma for s in self.steps)
+        return sum(s.drafted for s in self.steps)
 
     @property
     def accepted(self) -> int:
@@ -185,3 +200,20 @@ class Controller(Protocol):
 
     def observe(self, stats: StepStats) -> None:
         """What the step really cost and brought."""
+
+
+class StepPlan(Protocol):
+    """Decides in one step, from the confidence of its guesses, how far rows guess. A controller that has them offers
+    `plan(batch_size, context, ragged)`."""
+
+    widest: int
+    depth: int
+
+    def further(self, probabilities: np.ndarray) -> bool:
+        """Whether to guess on, after a guess for each row to which the draft gave `probabilities` [B]."""
+
+    def budgets(self) -> np.ndarray:
+        """Guesses [B] to verify of each row."""
+
+    def learn(self, budgets: np.ndarray, true: np.ndarray, ended: np.ndarray) -> list[tuple[int, int]]:
+        """Told what came of them; for each guess the rows in which it was judged, and in which it came true."""

@@ -40,18 +40,16 @@ class AcceptanceModel:
 
     def observe(self, stats: StepStats) -> None:
         """Count the outcomes of a step; steps without guesses say nothing."""
-        if stats.rows < 1 or stats.gamma < 1:
+        outcomes = _chain(stats) if stats.judged is None else stats.judged
+        if stats.rows < 1 or not outcomes:
             return
         keep = math.exp(-math.sqrt(stats.rows) / MEMORY)
-        missing = stats.gamma - len(self._reached)
-        reached = [keep * n for n in self._reached] + [0.0] * missing
-        accepted = [keep * n for n in self._accepted] + [0.0] * missing
-        rows = stats.rows
-        for i, count in enumerate(stats.accepted[: stats.gamma]):
-            reached[i] += rows
-            rows = min(max(count, 0), rows)
-            accepted[i] += rows
-        self._reached, self._accepted = reached, accepted
+        missing = len(outcomes) - len(self._reached)
+        self._reached = [keep * n for n in self._reached] + [0.0] * missing
+        self._accepted = [keep * n for n in self._accepted] + [0.0] * missing
+        for i, (reached, accepted) in enumerate(outcomes):
+            self._reached[i] += reached
+            self._accepted[i] += accepted
 
     def rates(self, gamma: int) -> list[float]:
         """The conditional acceptance rates of positions 1 … gamma."""
@@ -86,3 +84,13 @@ class AcceptanceModel:
         model = cls()
         model._reached, model._accepted = list(state["reached"]), list(state["accepted"])
         return model
+
+
+def _chain(stats: StepStats) -> list[tuple[int, int]]:
+    """For each guess of a step in which all rows guessed equally far, the rows that reached it and that accepted it."""
+    counts, rows = [], stats.rows
+    for count in stats.accepted[: max(stats.gamma, 0)]:
+        accepted = min(max(count, 0), rows)
+        counts.append((rows, accepted))
+        rows = accepted
+    return counts

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from spec_rollout.gamma.acceptance import AcceptanceModel
+from spec_rollout.gamma.confidence import Confidence
 from spec_rollout.gamma.cost_model import CostModel
+from spec_rollout.gamma.plan import Plan, Prices
 from spec_rollout.records import StepStats
 
 MARGIN = 0.01
@@ -54,6 +56,7 @@ class GammaController:
             raise ValueError(f"max_gamma={max_gamma} is negative: give 0 for plain decoding or a positive bound.")
         self.cost = cost
         self.acceptance = acceptance or AcceptanceModel()
+        self.confidence = Confidence()
         self.max_gamma = max_gamma
         self.draft_ready = True
         self._gamma: int | None = None
@@ -88,6 +91,16 @@ class GammaController:
         self._reference = float(goodput[self._gamma]), float(seconds[self._probe_gamma])
         return self._probe_gamma
 
+    def plan(self, batch_size: int, context: int, ragged: bool) -> Plan | None:
+        """For the step that `choose` was just asked about, where the confidence of its guesses can be read: how far
+        each row guesses. None where γ = 0 or a probe holds it. See `Plan` for `ragged`."""
+        if not self._gamma or self._reference is not None:
+            return None
+        rows = max(batch_size, 1)
+        worth = float(self._predict(rows, context)[1].max())
+        prices = Prices(*self.cost.ragged_seconds(rows, self.max_gamma, context), worth)
+        return Plan(self.confidence, self.acceptance.rates(self.max_gamma), prices, rows, ragged)
+
     def observe(self, stats: StepStats) -> None:
         """What the step really cost and brought."""
         self.cost.observe(stats)
@@ -105,6 +118,7 @@ class GammaController:
     def draft_changed(self) -> None:
         """The draft was refreshed: it may be better or worse, so what is known of it counts less."""
         self.acceptance.reset(STALE_ROWS)
+        self.confidence.reset(STALE_ROWS)
         self._tokens = None
         self._draft_is_new = True
 
@@ -133,6 +147,7 @@ class GammaController:
         return {
             "cost": self.cost.to_json(),
             "acceptance": self.acceptance.to_json(),
+            "confidence": self.confidence.to_json(),
             "draft_ready": self.draft_ready,
             "gamma": self._gamma,
             "batch_size": self._batch_size,
@@ -153,6 +168,7 @@ class GammaController:
         try:
             self.cost = CostModel.from_json(state["cost"])
             self.acceptance = AcceptanceModel.from_json(state["acceptance"])
+            self.confidence = Confidence.from_json(state["confidence"])
             self.draft_ready = state["draft_ready"]
             self._gamma = None if state["gamma"] is None else min(state["gamma"], self.max_gamma)
             self._batch_size, self._allowance = state["batch_size"], state["allowance"]
