@@ -125,6 +125,12 @@ class StepStats:
         """Guesses verified, over all rows."""
         return self.rows * self.gamma if self.offered is None else sum(self.offered)
 
+    def offered_at(self, place: int) -> int:
+        """Rows of which the guess at `place`, from 0, was verified."""
+        if self.offered is None:
+            return self.rows if place < self.gamma else 0
+        return self.offered[place] if place < len(self.offered) else 0
+
     @property
     def seconds(self) -> float:
         return self.draft_s + self.verify_s + self.host_s

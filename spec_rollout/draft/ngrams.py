@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spec_rollout.engine.gumbel_max import draw_among
-from spec_rollout.engine.protocols import Drafter
+from spec_rollout.engine.protocols import Drafter, Further
 from spec_rollout.engine.rows import Rows
 
 ORDERS = (1, 2, 3, 4, 6, 8)
@@ -77,23 +77,30 @@ class NgramTable:
         self.tokens[run[kept], place[kept]] = followers[kept]
         self.scores[run[kept], place[kept]] = counts[kept].float().log()
 
-    def lookup(self, recent: Tensor) -> tuple[Tensor, Tensor]:
+    def lookup(self, recent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens and scores [B, CANDIDATES] after the longest known run that ends `recent` [B, LONGEST], the newest
-        token last, -1 before the first; anything where no run is known."""
+        token last, -1 before the first; anything where no run is `known` [B] bool, the third."""
         hashes = ((recent.flip(1) + 1) * self.factors).cumsum(1)[:, self.order] + self.salts  # [B, orders]
         at = torch.searchsorted(self.keys, hashes).clamp(max=len(self.keys) - 1)
-        longest = ((self.keys[at] == hashes) * self.rank).argmax(1, keepdim=True)
-        found = at.gather(1, longest)[:, 0]
-        return self.tokens[found], self.scores[found]
+        longest, order = ((self.keys[at] == hashes) * self.rank).max(1, keepdim=True)
+        found = at.gather(1, order)[:, 0]
+        return self.tokens[found], self.scores[found], longest[:, 0] > 0
 
-    def guess(self, recent: Tensor, gamma: int, noise: Tensor | None, vocab_size: int) -> Tensor:
+    def guess(
+        self, recent: Tensor, gamma: int, noise: Tensor | None, vocab_size: int, further: Further | None = None
+    ) -> Tensor:
         """Guesses [B, gamma] after `recent`: Gumbel-max samples of the counts under the target's noise
-        [B, >= gamma, noise_width(vocab_size)], the most frequent follower without noise."""
+        [B, >= gamma, noise_width(vocab_size)], the most frequent follower without noise; fewer if `further` ends it.
+        It is told the share of a follower, with one more that was none of those known."""
         guesses = []
-        for i in range(gamma):
-            tokens, scores = self.lookup(recent)
-            chosen = draw_among(scores, None if noise is None else noise[:, i], tokens, vocab_size)
+        while len(guesses) < gamma:
+            tokens, scores, known = self.lookup(recent)
+            chosen = draw_among(scores, None if noise is None else noise[:, len(guesses)], tokens, vocab_size)
             guesses.append(tokens.gather(1, chosen[:, None]))
+            if further is not None:
+                counts = scores.exp()
+                if not further(counts.gather(1, chosen[:, None])[:, 0] / (counts.sum(1) + 1) * known):
+                    break
             recent = torch.cat([recent[:, 1:], guesses[-1]], 1)
         return torch.cat(guesses, 1)
 
@@ -164,6 +171,8 @@ class History:
 class NgramDrafter:
     """Guesses from the table of `history`, while `collector`, the head's drafter, goes on gathering features."""
 
+    tells_confidence = True
+
     def __init__(self, history: History, collector: Drafter):
         self.history, self.collector = history, collector
         self.shape = {"ngrams": ORDERS, "candidates": CANDIDATES}
@@ -173,10 +182,12 @@ class NgramDrafter:
         self.back = torch.arange(1 - LONGEST, 1, device=rows.device)
         self.collector.begin(rows)
 
-    def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
+    def propose(
+        self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float, further: Further | None = None
+    ) -> Tensor:
         place = rows.length[: rows.count, None] + self.back
         recent = rows.tokens[: rows.count].gather(1, place.clamp(min=0))
-        return self.table.guess(torch.where(place < 0, -1, recent), gamma, noise, rows.vocab_size)
+        return self.table.guess(torch.where(place < 0, -1, recent), gamma, noise, rows.vocab_size, further)
 
     def proposal(self) -> None:
         """The few followers that are known are no distribution worth a ratio: guesses are taken as they are."""

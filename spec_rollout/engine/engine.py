@@ -14,7 +14,7 @@ from spec_rollout.engine.protocols import Drafter, Recorder
 from spec_rollout.engine.requests import make_requests
 from spec_rollout.engine.rollout import Rollout
 from spec_rollout.engine.virtual_tokens import make_target
-from spec_rollout.records import Completion, Controller, Request, RolloutStats, SamplingParams, StepStats
+from spec_rollout.records import Completion, Controller, Request, RolloutStats, SamplingParams, StepPlan, StepStats
 
 
 class RolloutEngine:
@@ -118,10 +118,10 @@ class RolloutEngine:
         while not rollout.done:
             self.stats.prefill_s += rollout.admit()
             clock = [time.perf_counter()]
-            gamma = self._choose(rollout)
+            gamma, plan = self._choose(rollout)
             noise = rollout.noise(gamma + 1)
             clock.append(time.perf_counter())
-            guesses = rollout.propose(gamma, noise)
+            guesses = rollout.propose(gamma, noise, plan)
             clock.append(time.perf_counter())
             logits, hidden = rollout.forward(guesses)
             clock.append(time.perf_counter())
@@ -141,18 +141,30 @@ class RolloutEngine:
             if self.progress is not None:
                 self.progress(rollout.unfinished, step.emitted)
 
-    def _choose(self, rollout: Rollout) -> int:
+    def _choose(self, rollout: Rollout) -> tuple[int, StepPlan | None]:
+        """The most tokens to guess, and what decides how many of them, if the controller leaves that to confidence."""
         if rollout.drafter is None:
-            return 0
+            return 0, None
         if self.controller is None:
-            return self.config.num_speculative_tokens or 0
+            return self.config.num_speculative_tokens or 0, None
         gamma = self.controller.choose(rollout.rows.count, rollout.longest)
         if not 0 <= gamma <= self.config.widest:
             raise ValueError(
                 f"The controller chose num_speculative_tokens={gamma}; the slots have room for 0 to "
                 f"{self.config.widest}: bound it, or raise max_num_speculative_tokens."
             )
-        return gamma
+        plan = self._plan(rollout) if gamma else None
+        return (gamma, None) if plan is None else (plan.widest, plan)
+
+    def _plan(self, rollout: Rollout) -> StepPlan | None:
+        """The controller's for a step, where the law of samples does not depend on what becomes of guesses, and where
+        reading how sure the draft is of them is no wait for a device."""
+        make_plan = getattr(self.controller, "plan", None)
+        if make_plan is None or not rollout.draft.tells_confidence:
+            return None
+        if rollout.rejection or self.target.device.type != "cpu":
+            return None
+        return make_plan(rollout.rows.count, rollout.longest, self.target.path == "lean")
 
     def _account(self, step: StepStats, clock: list[float]) -> None:
         before, step.draft_s, step.verify_s, sampling, after = (b - a for a, b in pairwise(clock))

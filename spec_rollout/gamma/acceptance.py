@@ -87,7 +87,7 @@ class AcceptanceModel:
 
 
 def _chain(stats: StepStats) -> list[tuple[int, int]]:
-    """For each guess of a step in which all rows guessed equally far, the rows that reached it and that accepted it."""
+    """For each guess of a step in which all rows guessed equally far, the rows that reached and that accepted it."""
     counts, rows = [], stats.rows
     for count in stats.accepted[: max(stats.gamma, 0)]:
         accepted = min(max(count, 0), rows)

@@ -60,6 +60,7 @@ class GammaController:
         self.max_gamma = max_gamma
         self.draft_ready = True
         self._gamma: int | None = None
+        self._best_goodput = 0.0  # tokens per second that the best γ promises
         self._batch_size = 0  # at which γ was last chosen afresh
         self._tokens: np.ndarray | None = None  # expected per row, [max_gamma + 1]; None after an observation
         self._allowance: float | None = None  # seconds that probes may lose; None before the first step
@@ -78,6 +79,7 @@ class GammaController:
         rows = max(batch_size, 1)
         seconds, goodput, error = self._predict(rows, context)
         self._settle(rows, goodput)
+        self._best_goodput = float(goodput.max())
         if self._allowance is None:
             self._allowance = PURSE * float(seconds[self._gamma])
         if not self._probe_left:
@@ -97,8 +99,7 @@ class GammaController:
         if not self._gamma or self._reference is not None:
             return None
         rows = max(batch_size, 1)
-        worth = float(self._predict(rows, context)[1].max())
-        prices = Prices(*self.cost.ragged_seconds(rows, self.max_gamma, context), worth)
+        prices = Prices(*self.cost.ragged_seconds(rows, self.max_gamma, context), self._best_goodput)
         return Plan(self.confidence, self.acceptance.rates(self.max_gamma), prices, rows, ragged)
 
     def observe(self, stats: StepStats) -> None:
@@ -222,32 +223,3 @@ class GammaController:
         others = [n for n in (0, self._gamma - 1, self._gamma + 1) if n <= self.max_gamma]
         hopes = [goodput[n] * math.exp(2 * error[n]) for n in others]
         return others[int(np.argmax(hopes))] if max(hopes) > goodput[self._gamma] else None
-
-
-class FixedGamma:
-    """Always the same γ; plain decoding while `draft_ready` is False."""
-
-    def __init__(self, gamma: int):
-        if gamma < 0:
-            raise ValueError(f"gamma={gamma} is negative: give 0 for plain decoding or a positive number.")
-        self.gamma = gamma
-        self.draft_ready = True
-
-    def choose(self, batch_size: int, context: int) -> int:
-        return self.gamma if self.draft_ready else 0
-
-    def observe(self, stats: StepStats) -> None:
-        """Nothing to learn."""
-
-    def draft_changed(self) -> None:
-        """Nothing depends on the draft."""
-
-    def schedule(self, max_batch_size: int, context: int) -> list[tuple[int, int, int]]:
-        """As `GammaController.schedule`: one range."""
-        return [(1, max_batch_size, self.choose(max_batch_size, context))]
-
-    def state_dict(self) -> dict:
-        return {"draft_ready": self.draft_ready}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.draft_ready = state["draft_ready"]

@@ -13,6 +13,9 @@ from spec_rollout.gamma.correction import TOKENS, Correction
 from spec_rollout.gamma.grid import MonotoneGrid
 from spec_rollout.records import StepStats
 
+DRAFT_SHARE = 0.05
+"""Weight of a step in what is known of the time that guesses take."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -73,6 +76,7 @@ class CostModel:
         self._correction = Correction()
         self._tables: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
         self._ragged: dict[tuple[int, int], tuple[np.ndarray, ...]] = {}
+        self._drafting: float | None = None  # seconds of guessing, as a multiple of the calibrated ones
 
     def verify_seconds(self, rows: int, tokens: Sequence[int] | np.ndarray, context: int = 0) -> np.ndarray:
         """Calibrated seconds [N] of a target pass over `rows` rows with each of `tokens` [N] tokens."""
@@ -98,8 +102,8 @@ class CostModel:
         return seconds, _widen(error, max_gamma)
 
     def ragged_seconds(self, rows: int, max_gamma: int, context: int) -> tuple[np.ndarray, np.ndarray]:
-        """Corrected seconds of a pass that verifies 0, 1 … rows * max_gamma guesses over all rows, never falling, and of
-        guessing 0, 1 … max_gamma tokens for each."""
+        """Corrected seconds of a pass that verifies 0, 1 … rows * max_gamma guesses over all rows, never falling, and
+        of guessing 0, 1 … max_gamma tokens for each."""
         key = rows, max_gamma
         if key not in self._ragged:
             tokens = 1 + np.arange(rows * max_gamma + 1) / rows
@@ -109,7 +113,8 @@ class CostModel:
         tokens, fixed, per_context, drafting = self._ragged[key]
         factor = np.exp(self._correction.predict(rows)[0])  # [TOKENS]
         verifying = (fixed + per_context * max(context, 0)) * np.interp(tokens, np.arange(1, TOKENS + 1), factor)
-        return np.maximum.accumulate(verifying), drafting * factor[min(max_gamma, TOKENS - 1)]
+        slower = factor[min(max_gamma, TOKENS - 1)] if self._drafting is None else self._drafting
+        return np.maximum.accumulate(verifying), drafting * slower
 
     def observe(self, stats: StepStats) -> None:
         """Learn from a step; only the sum of its seconds, as on an asynchronous device the split means nothing."""
@@ -119,7 +124,15 @@ class CostModel:
         if planned:
             tokens = 1 + stats.drafted / stats.rows
             verifying = self.verify_seconds(stats.rows, [tokens], stats.context)[0] + self._host_seconds
-            calibrated = verifying + self.draft_seconds(stats.rows, [stats.depth])[0]
+            drafting = self.draft_seconds(stats.rows, [stats.depth])[0]
+            calibrated = verifying + drafting
+            if drafting and stats.draft_s:  # a step is planned where the split of its seconds is true
+                ratio = stats.draft_s / drafting
+                self._drafting = (
+                    ratio
+                    if self._drafting is None
+                    else self._drafting + DRAFT_SHARE * (min(ratio, 2 * self._drafting) - self._drafting)
+                )
         else:
             tokens = stats.gamma + 1
             calibrated = self._calibrated(stats.rows, stats.gamma, stats.context)[stats.gamma]

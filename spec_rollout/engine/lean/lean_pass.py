@@ -50,7 +50,7 @@ class LeanPass:
     ) -> tuple[Tensor, Sequence]:
         """Run `ids` [B, T] at `positions` [B, T] of the slots from 0 on, extend their cache and attend to its first
         `extent` entries; returns what `Target.forward` returns. With `kept` [N], ascending indices into B · T, only
-        these tokens are run: the logits are [N, V], and hidden states are 0 at the others."""
+        these tokens are run: the logits are [1, N, V], and hidden states are 0 at the others."""
         rows, width = ids.shape
         if kept is None:
             attention = self.attentions.of(rows, width)
@@ -78,8 +78,8 @@ class LeanPass:
             x = _add(x, layer.mlp.down, inner, layer.mlp_out, layer.residual_multiplier)
         x = self.norm(x)
         streams.append(x)
-        logits = self._logits(x)
-        return logits if kept is not None else logits.view(rows, width, -1), Streams(streams, rows, width, kept)
+        shape = (rows, width, -1) if kept is None else (1, len(kept), -1)
+        return self._logits(x).view(shape), Streams(streams, rows, width, kept)
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = self.output(x)
