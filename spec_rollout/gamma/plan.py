@@ -34,7 +34,7 @@ class Plan:
 
     A guess survives if it and all before it come true. It is worth its chance of surviving in tokens, and costs its
     share of the pass in seconds. The next round of guesses is made if what is to be hoped of it pays for it; further
-    ones are worth less and cost the same. With coupled verification no choice, of whatever confidence, changes a token.
+    ones are worth less and cost the same. With coupled verification no choice, by whatever confidence, costs a token.
 
     Args:
         rates: [γ] acceptance by place, for guesses that are not made yet.

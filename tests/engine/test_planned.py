@@ -104,7 +104,7 @@ def test_right_confidence_has_fewer_wrong_guesses_verified():
 
 def test_a_guess_that_was_not_verified_is_judged_by_the_sample_in_its_place():
     controller = Planning(price=1.1)  # no guess is worth it
-    engine, completions, expected = decoded("llama", "T=1", "right", controller)
+    _, completions, expected = decoded("llama", "T=1", "right", controller)
     assert_same(completions, expected)
     planned = [step for step in controller.steps if step.depth is not None]
     assert {step.gamma for step in planned} == {0} and {step.depth for step in planned} == {1}

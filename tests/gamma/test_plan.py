@@ -134,7 +134,9 @@ def controller() -> GammaController:
     found = GammaController(CostModel(MACHINE), 7)
     for _ in range(40):
         gamma = found.choose(8, 0)
-        found.observe(StepStats(8, gamma, 0, 8 + 7 * gamma, [7] * gamma, verify_s=0.0108 + 8e-4 * gamma + 1e-3 * gamma))
+        found.observe(
+            StepStats(8, gamma, 0, 8 + 7 * gamma, [7] * gamma, verify_s=0.0108 + 8e-4 * gamma + 1e-3 * gamma)
+        )
     return found
 
 
