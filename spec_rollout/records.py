@@ -99,8 +99,6 @@ class StepStats:
     `accepted[i]` is the number of rows that accepted at least i + 1 guesses, so `rows` (i = 0) or `accepted[i - 1]`
     rows reached position i. `context` is the longest committed row, in tokens. Times are in seconds; the split is
     what the host saw, so on an asynchronous device only their sum is meaningful.
-
-    Where rows guessed unlike far, `gamma` is the most that was verified of a row.
     """
 
     rows: int
@@ -113,23 +111,10 @@ class StepStats:
     host_s: float = 0.0
     sample_s: float = 0.0
     """The part of `host_s` for the choice of γ, noise, sampling and verifying, in which the host waits for a GPU."""
-    offered: list[int] | None = None
-    """Rows of which a first, second … guess was verified, where not all were."""
     depth: int | None = None
     """Guesses made for each row, where `gamma` was chosen after them."""
     judged: list[tuple[int, int]] | None = None
     """With `depth`: for each of these guesses the rows in which it was judged, and in which it came true."""
-
-    @property
-    def drafted(self) -> int:
-        """Guesses verified, over all rows."""
-        return self.rows * self.gamma if self.offered is None else sum(self.offered)
-
-    def offered_at(self, place: int) -> int:
-        """Rows of which the guess at `place`, from 0, was verified."""
-        if self.offered is None:
-            return self.rows if place < self.gamma else 0
-        return self.offered[place] if place < len(self.offered) else 0
 
     @property
     def seconds(self) -> float:
@@ -157,7 +142,7 @@ class RolloutStats:
 
     @property
     def drafted(self) -> int:
-        return sum(s.drafted for s in self.steps)
+        return sum(s.rows * s.gamma for s in self.steps)
 
     @property
     def accepted(self) -> int:
@@ -209,8 +194,8 @@ class Controller(Protocol):
 
 
 class StepPlan(Protocol):
-    """Decides in one step, from the confidence of its guesses, how far rows guess. A controller that has them offers
-    `plan(batch_size, context, ragged)`."""
+    """Decides in one step, from the confidence of its guesses, how far it guesses. A controller that has plans offers
+    `plan(batch_size, context)`."""
 
     widest: int
     depth: int
@@ -218,8 +203,8 @@ class StepPlan(Protocol):
     def further(self, probabilities: np.ndarray) -> bool:
         """Whether to guess on, after a guess for each row to which the draft gave `probabilities` [B]."""
 
-    def budgets(self) -> np.ndarray:
-        """Guesses [B] to verify of each row."""
+    def verified(self) -> int:
+        """How many guesses of each row to verify, at most `depth`."""
 
-    def learn(self, budgets: np.ndarray, true: np.ndarray, ended: np.ndarray) -> list[tuple[int, int]]:
+    def learn(self, verified: int, true: np.ndarray, ended: np.ndarray) -> list[tuple[int, int]]:
         """Told what came of them; for each guess the rows in which it was judged, and in which it came true."""

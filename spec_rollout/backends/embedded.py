@@ -133,7 +133,7 @@ class EmbeddedBackend:
         completions = self.engine.generate(prompts, params, seed=seed, max_new_tokens=max_new_tokens)
         steps = self.stats.steps[before:]
         if self.engine.drafter is self.ngrams.drafter:
-            self.stats.ngram_drafted += sum(step.drafted for step in steps)
+            self.stats.ngram_drafted += sum(step.rows * step.gamma for step in steps)
         if self.learner is not None and collect:
             self.learner.temperature = max(params.temperature, COLDEST) if params else 1.0
             self._trace += steps

@@ -22,7 +22,7 @@ HEAD, NGRAMS = "head", "ngrams"
 PLACE = 16
 """Width, in completion tokens, of the parts of the answer over which passes are counted."""
 STEP_SECONDS = ("draft_s", "verify_s", "sample_s", "host_s")
-STEP_COUNTS = ("rows", "gamma", "context", "emitted", "accepted", "offered")
+STEP_COUNTS = ("rows", "gamma", "context", "emitted", "accepted")
 
 
 @dataclass

@@ -46,9 +46,9 @@ class Watchman:
     def choose(self, batch_size: int, context: int) -> int:
         return 0 if self.alarm else self.controller.choose(batch_size, context)
 
-    def plan(self, batch_size: int, context: int, ragged: bool) -> StepPlan | None:
+    def plan(self, batch_size: int, context: int) -> StepPlan | None:
         make_plan = getattr(self.controller, "plan", None)
-        return None if self.alarm or make_plan is None else make_plan(batch_size, context, ragged)
+        return None if self.alarm or make_plan is None else make_plan(batch_size, context)
 
     def observe(self, stats: StepStats) -> None:
         self.controller.observe(stats)

@@ -115,7 +115,7 @@ class RolloutEngine:
         )
 
     def _decode(self, rollout: Rollout) -> None:
-        while not rollout.done:
+        while rollout.unfinished:
             self.stats.prefill_s += rollout.admit()
             clock = [time.perf_counter()]
             gamma, plan = self._choose(rollout)
@@ -164,7 +164,7 @@ class RolloutEngine:
             return None
         if rollout.rejection or self.target.device.type != "cpu":
             return None
-        return make_plan(rollout.rows.count, rollout.longest, self.target.path == "lean")
+        return make_plan(rollout.rows.count, rollout.longest)
 
     def _account(self, step: StepStats, clock: list[float]) -> None:
         before, step.draft_s, step.verify_s, sampling, after = (b - a for a, b in pairwise(clock))

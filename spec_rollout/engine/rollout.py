@@ -10,16 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spec_rollout.config import SpecConfig
-from spec_rollout.engine.drawing import Drawing
 from spec_rollout.engine.guarded_drafter import GuardedDrafter
-from spec_rollout.engine.gumbel_max import noise_width
+from spec_rollout.engine.gumbel_max import draw, noise_width
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.near_ties import NearTies
-from spec_rollout.engine.planned import PlannedStep, Selection
+from spec_rollout.engine.planned import PlannedStep
 from spec_rollout.engine.precision import broken_policy
 from spec_rollout.engine.prefill import prefill
 from spec_rollout.engine.protocols import Drafter
-from spec_rollout.engine.rejection import numbers
+from spec_rollout.engine.rejection import draw_by_rejection, numbers
 from spec_rollout.engine.results import Results
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.sampling import Sampler
@@ -53,7 +52,7 @@ class Rollout:
         slots = min(config.max_slots, len(requests))
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
         target.confine(longest)
-        capacity = _round_up(longest + config.widest + 1, EXTENT_STEP)
+        capacity = _extent(longest + config.widest + 1)
         room = slots
         if config.compile_passes:  # one slot alone, or rows read to their end, would be compiled apart
             room, capacity = max(2, slots), capacity + 1
@@ -64,25 +63,19 @@ class Rollout:
         self.noise_width = noise_width(target.vocab_size)
         self.sampler = Sampler(params, self.rows, numbers(target.vocab_size) if self.rejection else None)
         self.near_ties = NearTies(target, self.sampler, stats)
-        self.drawing = Drawing(self.sampler, self.near_ties, self.draft, self.rejection)
         self.stops = Stops(params, tokenizer, target.device)
         self.results = Results(len(requests), params.eos_token_ids)
         self.planned: PlannedStep | None = None
-        self.selection: Selection | None = None
-        """Of the latest pass; None where it read as many tokens of each row."""
         self.passes = 0
         self.soiled = np.zeros(0, dtype=bool)  # rows whose guesses led to NaN, which must not stay in the cache
         self.invalid = torch.zeros(slots, dtype=torch.bool, device=target.device)  # rows with guesses that are no ids
+        self.distrusted = self.invalid  # these, and rows with guesses that were not drawn from their proposal
         self.draft.call("begin", self.rows)
 
     @property
     def drafter(self) -> Drafter | None:
         """None once it broke."""
         return self.draft.drafter
-
-    @property
-    def done(self) -> bool:
-        return self.scheduler.done
 
     @property
     def unfinished(self) -> int:
@@ -118,26 +111,23 @@ class Rollout:
         return self.sampler.noise(self.rows, width)
 
     def propose(self, gamma: int, noise: Tensor | None, plan: StepPlan | None = None) -> Tensor:
-        """Guesses [B, γ], as many as `plan` wants where there is one; [B, 0] when none are wanted or the drafter
-        broke."""
+        """Guesses [B, γ], with a `plan` as many as it wants; [B, 0] when none are wanted or the drafter broke."""
         noise = None if noise is None else noise[..., : self.noise_width]
         self.planned = PlannedStep(plan) if plan is not None and gamma else None
         guesses = self.draft.propose(self.rows, gamma, noise, self.sampler.temperature, self.planned)
-        valid = guesses.clamp(0, self.rows.vocab_size - 1)  # an invalid id must not reach the embedding
-        self.invalid = (guesses != valid).any(1)
         if not guesses.shape[1]:
             self.planned = None
+        valid = guesses.clamp(0, self.rows.vocab_size - 1)  # an invalid id must not reach the embedding
+        self.invalid = (guesses != valid).any(1)
+        self.distrusted = self.invalid
         return valid if self.planned is None else self.planned.trim(valid)
 
     def forward(self, guesses: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Logits [B, γ + 1, V] and hidden states after the newest token and each guess, in one ragged pass."""
         self.inputs = torch.cat([self.rows.newest(), guesses], 1)
         width = self.inputs.shape[1]
-        extent = min(_round_up(self.longest + width, EXTENT_STEP), self.rows.capacity)
-        self.selection = self.planned.selection if self.planned is not None and guesses.shape[1] else None
-        kept = None if self.selection is None else self.selection.kept
-        read = (self.inputs, self.rows.positions(width), extent)
-        return self.target.forward(self.cache, (0, self.rows.count), *read, kept=kept)
+        extent = min(_extent(self.longest + width), self.rows.capacity)
+        return self.target.forward(self.cache, (0, self.rows.count), self.inputs, self.rows.positions(width), extent)
 
     def sample_and_verify(
         self, logits: Tensor, noise: Tensor | None, guesses: Tensor
@@ -150,24 +140,26 @@ class Rollout:
         """
         self.passes += 1
         seen = self.sampler.seen_along(self.rows, self.inputs)
-        noise = None if noise is None else noise[:, : self.inputs.shape[1]]
-        invalid = self.invalid[: self.rows.count]
-        drawn = self.drawing.draw(logits, seen, noise, guesses, invalid, self.selection)
-        samples, close, normaliser, self.scores = drawn.samples, drawn.close, drawn.normaliser, drawn.scores
+        z = self.sampler.scale(logits, seen)
+        kept = self.sampler.filter(z)
+        noise = None if noise is None else noise[:, : z.shape[1]]
+        samples, close, normaliser = self._draw(z, kept, noise, guesses)
+        self.scores = kept.gather(-1, samples[..., None])[..., 0].float() - normaliser
         verdict = self._judge(guesses, samples)
         emits = torch.arange(samples.shape[1], device=samples.device) < verdict.emitted[:, None]
         broken = ~normaliser.isfinite()
-        flags = [(close & emits).any(1), invalid, drawn.distrusted]
+        active = slice(0, self.rows.count)
+        flags = [(close & emits).any(1), self.invalid[active], self.distrusted[active]]
         flags += [broken.any(1), (broken & emits).any(1)]
         report = torch.stack([*verdict, *(flag.long() for flag in flags)]).cpu().numpy()  # the host waits here alone
-        settles, unknown, distrusted, self.soiled, fatal = report[4:].astype(bool)
+        settles, invalid, distrusted, self.soiled, fatal = report[4:].astype(bool)
         if fatal.any():
             if not guesses.shape[1]:
                 raise self._broken_policy(int(fatal.argmax()))
-            self.cache.clear_beyond(self.rows.length[: self.rows.count])
+            self.cache.clear_beyond(self.rows.length[active])
             self.planned = None
             return None
-        if unknown.any():
+        if invalid.any():
             error = ValueError(f"it guessed a token id outside the {self.rows.vocab_size} of the vocabulary")
             self.draft.switch_off(error)
         elif distrusted.any():
@@ -180,19 +172,29 @@ class Rollout:
         self.report = Verdict(*report[:4])
         return samples, verdict
 
+    def _draw(self, z: Tensor, kept: Tensor, noise: Tensor | None, guesses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples of softmax(kept), whether they are near-ties, and logsumexp(kept), each [B, γ + 1]."""
+        room = self.sampler.room(kept)
+        if not self.rejection:
+            samples, margin, normaliser = draw(kept, noise, room)
+            return samples, self.near_ties.close(z, kept, noise, samples, margin), normaliser
+        # Without a proposal the guesses are taken as given: the same law.
+        invalid = self.invalid[: self.rows.count]
+        proposal = self.draft.proposal(guesses, invalid, self.rows.vocab_size) if guesses.numel() else None
+        noise = noise[..., self.noise_width :]
+        samples, normaliser, distrusted = draw_by_rejection(kept, noise, guesses, proposal, room)
+        self.distrusted = invalid | distrusted
+        return samples, torch.zeros_like(samples, dtype=torch.bool), normaliser  # another γ draws another one anyway
+
     def _broken_policy(self, slot: int) -> FloatingPointError:
-        rows = self.rows
-        done = int(rows.lengths[slot] + 1 - rows.starts[slot])
-        return broken_policy(
-            self.target.model,
-            f"in decoding step {self.passes}, after {done} tokens of prompt {self.scheduler.active[slot].index}",
-        )
+        done = int(self.rows.lengths[slot] + 1 - self.rows.starts[slot])
+        where = f"in decoding step {self.passes}, after {done} tokens of prompt {self.scheduler.active[slot].index}"
+        return broken_policy(self.target.model, where)
 
     def _judge(self, guesses: Tensor, samples: Tensor) -> Verdict:
         rows = self.rows
         rows.tokens[: rows.count].scatter_(1, rows.positions(samples.shape[1]) + 1, samples)
         stops = self.stops.flags(rows, samples)
-        guesses = guesses if self.selection is None else self.planned.verified(guesses)
         return verify(guesses, samples, rows.limit[: rows.count] - rows.progress(), stops)
 
     def commit(self, samples: Tensor, verdict: Verdict, hidden: tuple[Tensor, ...]) -> None:
@@ -204,7 +206,7 @@ class Rollout:
         self.sampler.commit(rows, samples, verdict.emitted)
         rows.length[:count] += verdict.emitted
         rows.steps[:count] += 1
-        rows.drafted[:count] += samples.shape[1] - 1 if self.selection is None else self.planned.drafted()
+        rows.drafted[:count] += samples.shape[1] - 1
         rows.accepted[:count] += verdict.accepted
         self.rows.lengths[:count] += self.report.emitted
         if self.soiled.any():
@@ -239,5 +241,5 @@ class Rollout:
         self.draft.call("copy", self.rows, src, dst)
 
 
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
+def _extent(entries: int) -> int:
+    return -(-entries // EXTENT_STEP) * EXTENT_STEP

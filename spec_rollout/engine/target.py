@@ -124,7 +124,6 @@ class Target:
         extent: int,
         keep_logits: int = 0,
         lengths: Tensor | None = None,
-        kept: Tensor | None = None,
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Run `ids` [N, T] at `positions` [N, T] of the slots `slots` = (start, stop) and extend their cache.
 
@@ -132,11 +131,10 @@ class Target:
         followed by `SlotCache.commit`, which says how many came true.
 
         Returns the logits [N, T, V] (of the last `keep_logits` tokens, if given) and the hidden states: the residual
-        stream before each layer and the final one after the norm, each [N, T, H]. A lean pass reads only the tokens
-        `kept` [K], ascending indices into N · T, if given: its logits are [1, K, V].
+        stream before each layer and the final one after the norm, each [N, T, H].
         """
         if self._lean is not None and slots[0] == keep_logits == 0 and cache.begun:
-            output = self._lean(cache, ids, positions, extent, kept)
+            output = self._lean(cache, ids, positions, extent)
         elif self._compiled is not None and slots[0] == keep_logits == 0 and cache.begun:
             return self._compiled(ids, positions, extent, cache.keys, cache.values)
         else:

@@ -31,6 +31,9 @@ WIDEST_FIRST_PROBE = 3
 """Most guesses of a probe while γ = 0."""
 STALE_ROWS = 16.0
 """Rows that older acceptance counts for when a probe asks again, or after the draft has changed."""
+MOST_PLANNED = 1
+"""Rows up to which confidence decides how far a step guesses. Among several, sure and doubtful rows come together: one
+depth for all of them gains less than planning takes. See docs/measured.md."""
 
 
 class GammaController:
@@ -93,14 +96,13 @@ class GammaController:
         self._reference = float(goodput[self._gamma]), float(seconds[self._probe_gamma])
         return self._probe_gamma
 
-    def plan(self, batch_size: int, context: int, ragged: bool) -> Plan | None:
-        """For the step that `choose` was just asked about, where the confidence of its guesses can be read: how far
-        each row guesses. None where γ = 0 or a probe holds it. See `Plan` for `ragged`."""
-        if not self._gamma or self._reference is not None:
+    def plan(self, batch_size: int, context: int) -> Plan | None:
+        """For the step that `choose` was just asked about, where the confidence of its guesses can be read: how far to
+        guess. None where γ = 0, where a probe holds it, and for more than MOST_PLANNED rows."""
+        if not self._gamma or self._reference is not None or batch_size > MOST_PLANNED:
             return None
-        rows = max(batch_size, 1)
-        prices = Prices(*self.cost.ragged_seconds(rows, self.max_gamma, context), self._best_goodput)
-        return Plan(self.confidence, self.acceptance.rates(self.max_gamma), prices, rows, ragged)
+        prices = Prices(*self.cost.split_seconds(batch_size, self.max_gamma, context), self._best_goodput)
+        return Plan(self.confidence, self.acceptance.rates(self.max_gamma), prices, batch_size)
 
     def observe(self, stats: StepStats) -> None:
         """What the step really cost and brought."""

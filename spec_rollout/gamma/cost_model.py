@@ -75,7 +75,6 @@ class CostModel:
         self._draft = MonotoneGrid(_cells(draft)) if draft else None
         self._correction = Correction()
         self._tables: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
-        self._ragged: dict[tuple[int, int], tuple[np.ndarray, ...]] = {}
         self._drafting: float | None = None  # seconds of guessing, as a multiple of the calibrated ones
 
     def verify_seconds(self, rows: int, tokens: Sequence[int] | np.ndarray, context: int = 0) -> np.ndarray:
@@ -101,42 +100,29 @@ class CostModel:
         seconds = (np.maximum.accumulate(seconds) + np.minimum.accumulate(seconds[::-1])[::-1]) / 2
         return seconds, _widen(error, max_gamma)
 
-    def ragged_seconds(self, rows: int, max_gamma: int, context: int) -> tuple[np.ndarray, np.ndarray]:
-        """Corrected seconds of a pass that verifies 0, 1 … rows * max_gamma guesses over all rows, never falling, and
-        of guessing 0, 1 … max_gamma tokens for each."""
-        key = rows, max_gamma
-        if key not in self._ragged:
-            tokens = 1 + np.arange(rows * max_gamma + 1) / rows
-            fixed = self.verify_seconds(rows, tokens) + self._host_seconds
-            drafting = self.draft_seconds(rows, np.arange(max_gamma + 1))
-            self._ragged[key] = tokens, fixed, rows * (self._per_row + self._per_token * tokens), drafting
-        tokens, fixed, per_context, drafting = self._ragged[key]
-        factor = np.exp(self._correction.predict(rows)[0])  # [TOKENS]
-        verifying = (fixed + per_context * max(context, 0)) * np.interp(tokens, np.arange(1, TOKENS + 1), factor)
-        slower = factor[min(max_gamma, TOKENS - 1)] if self._drafting is None else self._drafting
+    def split_seconds(self, rows: int, max_gamma: int, context: int) -> tuple[np.ndarray, np.ndarray]:
+        """Corrected seconds of verifying and of making 0 … max_gamma guesses, [max_gamma + 1] both, never falling."""
+        gammas = np.arange(max_gamma + 1)
+        factor = np.exp(_widen(self._correction.predict(rows)[0], max_gamma))
+        drafting = self.draft_seconds(rows, gammas)
+        verifying = (self._calibrated(rows, max_gamma, context) - drafting) * factor
+        slower = factor[-1] if self._drafting is None else self._drafting
         return np.maximum.accumulate(verifying), drafting * slower
 
     def observe(self, stats: StepStats) -> None:
         """Learn from a step; only the sum of its seconds, as on an asynchronous device the split means nothing."""
         if stats.rows < 1 or stats.gamma < 0 or not 0 < stats.seconds < math.inf:
             return
+        calibrated = self._calibrated(stats.rows, stats.gamma, stats.context)[stats.gamma]
         planned = stats.depth is not None
         if planned:
-            tokens = 1 + stats.drafted / stats.rows
-            verifying = self.verify_seconds(stats.rows, [tokens], stats.context)[0] + self._host_seconds
-            drafting = self.draft_seconds(stats.rows, [stats.depth])[0]
-            calibrated = verifying + drafting
+            verified, drafting = self.draft_seconds(stats.rows, [stats.gamma, stats.depth])
+            calibrated += drafting - verified
             if drafting and stats.draft_s:  # a step is planned where the split of its seconds is true
                 ratio = stats.draft_s / drafting
-                self._drafting = (
-                    ratio
-                    if self._drafting is None
-                    else self._drafting + DRAFT_SHARE * (min(ratio, 2 * self._drafting) - self._drafting)
-                )
-        else:
-            tokens = stats.gamma + 1
-            calibrated = self._calibrated(stats.rows, stats.gamma, stats.context)[stats.gamma]
-        self._correction.observe(stats.rows, round(tokens), math.log(stats.seconds / calibrated), planned)
+                known = ratio if self._drafting is None else self._drafting
+                self._drafting = known + DRAFT_SHARE * (min(ratio, 2 * known) - known)
+        self._correction.observe(stats.rows, stats.gamma + 1, math.log(stats.seconds / calibrated), planned)
 
     def remeasured(self, other: CostModel) -> CostModel:
         """The measurements of `other`, with what this model has learned from real steps."""

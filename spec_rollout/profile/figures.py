@@ -110,7 +110,7 @@ def one_rollout(trace: RolloutTrace, costs: Costs) -> dict:
         "seconds": np.cumsum([s.seconds for s in trace.steps]).tolist(),
         "rows": [s.rows for s in trace.steps],
         "gamma": [s.gamma for s in trace.steps],
-        "drafted": [s.drafted for s in trace.steps],
+        "drafted": [s.rows * s.gamma for s in trace.steps],
         "accepted": [sum(s.accepted) for s in trace.steps],
         "saved_s": saved.tolist(),
     }

@@ -39,7 +39,7 @@ def local_sums(
         "draft_acceptance": refresh.acceptance[0] if refresh.acceptance else 0.0,
         "draft_version": version,
         "draft_healthy": float(healthy),
-        **{f"drafted_{i}": sum(step.offered_at(i - 1) for step in speculative) for i in _positions()},
+        **{f"drafted_{i}": sum(step.rows for step in speculative if step.gamma >= i) for i in _positions()},
         **{f"accepted_{i}": sum(sum(step.accepted[i - 1 : i]) for step in speculative) for i in _positions()},
     }
 

@@ -79,30 +79,6 @@ def test_it_is_the_policy_in_float32(name):
             torch.testing.assert_close(mine, own, atol=5e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_some_tokens_of_a_rectangle_are_as_in_all_of_it(name):
-    """Also for what comes after: keys and values lie where the whole pass leaves them."""
-    policy = Target(rough(name))
-    kept, found = torch.tensor([0, 1, 2, 3, 4, 8, 9, 12, 13, 14]), []
-    with policy.rollout():
-        for part in (None, kept):
-            cache = SlotCache()
-            cache.allocate(5, 64, (policy.dtype, policy.device))
-            ids = torch.arange(4 * 40).view(4, 40) * 7 % VOCAB
-            policy.forward(cache, (0, 4), ids[:, :20], torch.arange(20).expand(4, -1), 20, keep_logits=1)
-            place = torch.tensor([[19], [3], [12], [8]]) + torch.arange(4)
-            logits, hidden = policy.forward(cache, (0, 4), ids.gather(1, place), place, 32, kept=part)
-            taken = [x.flatten(0, 1) for x in (logits, *hidden)]
-            after = torch.tensor([[23], [4], [14], [11]])  # behind what every row kept
-            then, _ = policy.forward(cache, (0, 4), ids.gather(1, after), after, 32)
-            found.append((taken[0] if part is not None else taken[0][kept], [x[kept] for x in taken[1:]], then))
-    (whole, streams, after), (some, own_streams, own_after) = found
-    torch.testing.assert_close(some, whole, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(own_after, after, atol=1e-5, rtol=1e-4)
-    for mine, own in zip(streams, own_streams, strict=True):
-        torch.testing.assert_close(mine, own, atol=5e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize(
     "rope",
     [

@@ -87,7 +87,7 @@ def test_control_a_broken_rejection_is_rejected(broken, monkeypatch):
             noise = noise[..., -1:].expand_as(noise)
         return honest(z, noise, guesses, proposal, room)
 
-    monkeypatch.setattr("spec_rollout.engine.drawing.draw_by_rejection", mutated)
+    monkeypatch.setattr("spec_rollout.engine.rollout.draw_by_rejection", mutated)
     with pytest.raises(AssertionError):
         assert fits(draws(LAWS["T=1"], DRAFTERS["two tokens"]), joint_law(LAWS["T=1"])) > FALSE_ALARM
 

@@ -13,11 +13,11 @@ from spec_rollout.records import StepStats
 
 def prices(rows: int, depth: int, guess: float, draft: float = 0.0) -> Prices:
     """Each guess costs the worth of `guess` tokens to verify, each round of drafting that of `draft`."""
-    return Prices(1 + np.arange(rows * depth + 1) * guess, np.arange(depth + 1) * draft, 1.0)
+    return Prices(1 + np.arange(depth + 1) * rows * guess, np.arange(depth + 1) * draft, 1.0)
 
 
-def plan(rows, depth, guess, draft=0.0, ragged=True, confidence=None, rate=0.8):
-    return Plan(confidence or Confidence(), [rate] * depth, prices(rows, depth, guess, draft), rows, ragged)
+def plan(rows, depth, guess, draft=0.0, confidence=None, rate=0.8):
+    return Plan(confidence or Confidence(), [rate] * depth, prices(rows, depth, guess, draft), rows)
 
 
 def learned(chance, steps: int = 60, rows: int = 64) -> Confidence:
@@ -80,24 +80,17 @@ def test_it_is_kept_in_json():
         Confidence.from_json({"judged": [[1.0]], "true": [[1.0]]})
 
 
-def test_sure_rows_go_deep_and_doubtful_ones_stop():
-    made = plan(3, 4, guess=0.3, confidence=learned(lambda i, p: np.where(p > 0.5, 0.95, 0.05)))
-    for said in ([0.99, 0.9, 0.02], [0.99, 0.1, 0.99], [0.99, 0.99, 0.99]):
-        made.further(np.array(said))
-    assert made.budgets().tolist() == [3, 1, 0]
-
-
-def test_alike_they_take_what_is_best_for_all():
-    made = plan(2, 4, guess=0.5, ragged=False, confidence=learned(lambda i, p: p))
+def test_it_verifies_what_is_best_for_all_rows():
+    made = plan(2, 4, guess=0.5, confidence=learned(lambda i, p: p))
     for said in ([0.99, 0.9], [0.99, 0.3], [0.5, 0.05]):
         made.further(np.array(said))
-    assert made.budgets().tolist() == [2, 2]
+    assert made.verified() == 2
 
 
 def test_no_guess_is_verified_that_is_not_worth_it():
     made = plan(2, 3, guess=1.1)
     made.further(np.array([0.99, 0.99]))
-    assert made.budgets().tolist() == [0, 0]
+    assert made.verified() == 0
 
 
 def test_drafting_stops_where_no_next_guess_would_be_worth_it():
@@ -105,7 +98,7 @@ def test_drafting_stops_where_no_next_guess_would_be_worth_it():
     assert sure.further(np.array([0.99, 0.99]))
     doubtful = plan(2, 4, guess=0.3, draft=0.3)
     assert not doubtful.further(np.array([0.02, 0.02]))
-    one_of_two = plan(2, 4, guess=0.3, draft=0.3)
+    one_of_two = plan(2, 4, guess=0.2, draft=0.3)
     assert one_of_two.further(np.array([0.99, 0.02]))
     dear = plan(2, 4, guess=0.3, draft=3.0)
     assert not dear.further(np.array([0.99, 0.99]))
@@ -121,9 +114,8 @@ def test_a_plan_learns_from_the_guess_after_the_last_verified_one():
     made = plan(4, 2, guess=0.1)
     for _ in range(2):
         made.further(np.full(4, 0.5))
-    budgets, true = np.array([2, 2, 0, 1]), np.array([2, 0, 1, 0])
-    judged = made.learn(budgets, true, ended=np.array([False, False, False, True]))
-    assert judged == [(3, 2), (1, 1)]  # the fourth row ended before its guess; the third was judged once, unverified
+    judged = made.learn(1, np.array([2, 0, 1, 0]), ended=np.array([False, False, False, True]))
+    assert judged == [(3, 2), (2, 1)]  # the fourth row ended before its first guess
 
 
 MACHINE = [Measurement("verify", b, t, 0, 0.01 + 1e-4 * b * t) for b in (1, 64) for t in (1, 8)]
@@ -133,39 +125,37 @@ MACHINE += [Measurement("draft", b, t, 0, 1e-3 * t) for b in (1, 64) for t in (1
 def controller() -> GammaController:
     found = GammaController(CostModel(MACHINE), 7)
     for _ in range(40):
-        gamma = found.choose(8, 0)
-        found.observe(
-            StepStats(8, gamma, 0, 8 + 7 * gamma, [7] * gamma, verify_s=0.0108 + 8e-4 * gamma + 1e-3 * gamma)
-        )
+        gamma = found.choose(1, 0)
+        found.observe(StepStats(1, gamma, 0, 1 + gamma, [1] * gamma, verify_s=0.0101 + 11e-4 * gamma))
     return found
 
 
-def test_the_controller_plans_where_it_guesses():
+def test_the_controller_plans_a_single_row_where_it_guesses():
     found = controller()
-    assert found.choose(8, 0) > 0
-    made = found.plan(8, 0, ragged=True)
-    assert made.widest == 7 and len(made.prices.verifying) == 57 and made.prices.worth > 8 / 0.0108
+    assert found.choose(1, 0) > 0
+    made = found.plan(1, 0)
+    assert made.widest == 7 and len(made.prices.verifying) == len(made.prices.drafting) == 8
+    assert made.prices.worth > 1 / 0.0101 and made.prices.verifying[0] == pytest.approx(0.0101, rel=0.05)
     assert (np.diff(made.prices.verifying) >= 0).all() and (np.diff(made.prices.drafting) > 0).all()
+    assert found.choose(8, 0) > 0 and found.plan(8, 0) is None
 
 
 def test_it_plans_nothing_where_it_does_not_guess_or_probes():
     found = controller()
     found.draft_ready = False
-    assert found.choose(8, 0) == 0 and found.plan(8, 0, ragged=True) is None
+    assert found.choose(1, 0) == 0 and found.plan(1, 0) is None
     probing = controller()
-    probing.choose(8, 0)
+    probing.choose(1, 0)
     probing._reference = (1.0, 1.0)
-    assert probing.plan(8, 0, ragged=True) is None
+    assert probing.plan(1, 0) is None
 
 
 def test_planned_steps_teach_costs_and_acceptance():
     found = controller()
-    before = found.cost.ragged_seconds(8, 7, 0)[0][20]
+    before = found.cost.split_seconds(1, 7, 0)[0][3]
     for _ in range(30):
-        found.observe(
-            StepStats(8, 4, 0, 24, [8, 4, 2, 2], 0.006, 0.02, offered=[8, 6, 4, 2], depth=4, judged=[(8, 8)] * 4)
-        )
-    verifying, drafting = found.cost.ragged_seconds(8, 7, 0)
-    assert verifying[20] > 1.3 * before  # 26 ms where 16.8 were calibrated
+        found.observe(StepStats(1, 3, 0, 2, [1, 0, 0], 0.006, 0.02, depth=4, judged=[(1, 1)] * 4))
+    verifying, drafting = found.cost.split_seconds(1, 7, 0)
+    assert verifying[3] > 1.3 * before  # 26 ms where 14.4 were calibrated
     assert drafting[4] == pytest.approx(0.006, rel=0.1)
     assert min(found.acceptance.rates(4)) > 0.95

@@ -20,26 +20,23 @@ class Attentions:
     def __init__(self, heads: tuple[int, int, int], like: Tensor):
         self.heads, self.like = heads, like
         self._tokens = 0
-        self._buffers: list[Tensor] = []
         self._shapes: dict[tuple[int, int], Attention] = {}
 
     def of(self, rows: int, width: int) -> Attention:
         """That of passes over `rows` rows of `width` tokens."""
         found = self._shapes.get((rows, width))
         if found is None:
-            buffers = self.buffers(rows * width)
-            if len(self._shapes) == SHAPES:
+            if rows * width > self._tokens:
+                self._grow(rows * width)
+            elif len(self._shapes) == SHAPES:
                 self._shapes.pop(next(iter(self._shapes)))
-            found = self._shapes[rows, width] = Attention(rows, width, self.heads, buffers)
+            found = self._shapes[rows, width] = Attention(rows, width, self.heads, self._buffers)
         return found
 
-    def buffers(self, tokens: int) -> list[Tensor]:
-        """With room for so many tokens; what was made in smaller ones is void."""
-        if tokens > self._tokens:
-            self._tokens = tokens
-            self._shapes.clear()
-            self._buffers = [self.like.new_empty(tokens * width) for width in buffer_widths(self.heads)]
-        return self._buffers
+    def _grow(self, tokens: int) -> None:
+        self._tokens = tokens
+        self._shapes.clear()
+        self._buffers = [self.like.new_empty(tokens * width) for width in buffer_widths(self.heads)]
 
 
 def buffer_widths(heads: tuple[int, int, int]) -> tuple[int, ...]:

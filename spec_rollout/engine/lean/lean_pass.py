@@ -11,7 +11,6 @@ from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.lean.attention import Attention, Attentions
 from spec_rollout.engine.lean.norms import Norm, read_norm
 from spec_rollout.engine.lean.projections import Projection
-from spec_rollout.engine.lean.ragged import RaggedAttention
 from spec_rollout.engine.lean.recognition import base_model
 from spec_rollout.engine.lean.rope import RopeTables
 from spec_rollout.engine.lean.views import Streams, Views
@@ -45,24 +44,16 @@ class LeanPass:
         self.views = Views()
         self.attentions = Attentions(self.layers[0].heads, like)
 
-    def __call__(
-        self, cache: SlotCache, ids: Tensor, positions: Tensor, extent: int, kept: Tensor | None = None
-    ) -> tuple[Tensor, Sequence]:
+    def __call__(self, cache: SlotCache, ids: Tensor, positions: Tensor, extent: int) -> tuple[Tensor, Sequence]:
         """Run `ids` [B, T] at `positions` [B, T] of the slots from 0 on, extend their cache and attend to its first
-        `extent` entries; returns what `Target.forward` returns. With `kept` [N], ascending indices into B · T, only
-        these tokens are run: the logits are [1, N, V], and hidden states are 0 at the others."""
+        `extent` entries; returns what `Target.forward` returns."""
         rows, width = ids.shape
-        if kept is None:
-            attention = self.attentions.of(rows, width)
-        else:
-            attention = RaggedAttention(rows, width, kept, self.attentions)
+        attention = self.attentions.of(rows, width)
         self.rope.reach(cache.capacity)
-        flat, place, index = ids.flatten(), positions.flatten(), self.views.index(cache, positions)
-        if kept is not None:
-            flat, place, index = flat[kept], place[kept], index[kept]
-        angles = self.rope.at(place)
+        angles = self.rope.at(positions.flatten())
         masks = {kind: attention.mask(positions, extent, window) for kind, window in self.windows.items()}
-        x = self.embed(flat).detach()  # a hook may have asked for gradients
+        index = self.views.index(cache, positions)
+        x = self.embed(ids.flatten()).detach()  # a hook may have asked for gradients
         if self.embed_scale != 1.0:
             x = x * self.embed_scale
         streams = []
@@ -78,8 +69,7 @@ class LeanPass:
             x = _add(x, layer.mlp.down, inner, layer.mlp_out, layer.residual_multiplier)
         x = self.norm(x)
         streams.append(x)
-        shape = (rows, width, -1) if kept is None else (1, len(kept), -1)
-        return self._logits(x).view(shape), Streams(streams, rows, width, kept)
+        return self._logits(x).view(rows, width, -1), Streams(streams, rows, width)
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = self.output(x)

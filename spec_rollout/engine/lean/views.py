@@ -52,18 +52,13 @@ class Views:
 
 
 class Streams(Sequence):
-    """Hidden states [B, T, H] of a flat pass over all B · T tokens or those `kept`, reshaped when they are asked for;
-    0 at the others."""
+    """Hidden states [B, T, H] of a flat pass, reshaped when they are asked for."""
 
-    def __init__(self, flat: list[Tensor], rows: int, width: int, kept: Tensor | None = None):
-        self.flat, self.shape, self.kept = flat, (rows, width, -1), kept
+    def __init__(self, flat: list[Tensor], rows: int, width: int):
+        self.flat, self.shape = flat, (rows, width, -1)
 
     def __len__(self) -> int:
         return len(self.flat)
 
     def __getitem__(self, number):
-        found = self.flat[number]
-        if self.kept is not None:
-            whole = found.new_zeros(self.shape[0] * self.shape[1], found.shape[1])
-            found = whole.index_copy_(0, self.kept, found)
-        return found.view(self.shape)
+        return self.flat[number].view(self.shape)
