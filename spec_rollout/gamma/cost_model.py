@@ -13,10 +13,6 @@ from spec_rollout.gamma.correction import TOKENS, Correction
 from spec_rollout.gamma.grid import MonotoneGrid
 from spec_rollout.records import StepStats
 
-DRAFT_SHARE = 0.05
-"""Weight of a step in what is known of the time that guesses take."""
-
-
 @dataclass(frozen=True)
 class Measurement:
     """Seconds of one target pass over `rows` × `tokens` tokens ("verify"), or of guessing `tokens` for `rows` rows
@@ -75,7 +71,6 @@ class CostModel:
         self._draft = MonotoneGrid(_cells(draft)) if draft else None
         self._correction = Correction()
         self._tables: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
-        self._drafting: float | None = None  # seconds of guessing, as a multiple of the calibrated ones
 
     def verify_seconds(self, rows: int, tokens: Sequence[int] | np.ndarray, context: int = 0) -> np.ndarray:
         """Calibrated seconds [N] of a target pass over `rows` rows with each of `tokens` [N] tokens."""
@@ -101,13 +96,13 @@ class CostModel:
         return seconds, _widen(error, max_gamma)
 
     def split_seconds(self, rows: int, max_gamma: int, context: int) -> tuple[np.ndarray, np.ndarray]:
-        """Corrected seconds of verifying and of making 0 … max_gamma guesses, [max_gamma + 1] both, never falling."""
+        """Corrected seconds of verifying, and calibrated ones of making, 0 … max_gamma guesses; [max_gamma + 1] both,
+        never falling. What real steps take longer for guesses is mostly the same for any number of them."""
         gammas = np.arange(max_gamma + 1)
         factor = np.exp(_widen(self._correction.predict(rows)[0], max_gamma))
         drafting = self.draft_seconds(rows, gammas)
         verifying = (self._calibrated(rows, max_gamma, context) - drafting) * factor
-        slower = factor[-1] if self._drafting is None else self._drafting
-        return np.maximum.accumulate(verifying), drafting * slower
+        return np.maximum.accumulate(verifying), drafting
 
     def observe(self, stats: StepStats) -> None:
         """Learn from a step; only the sum of its seconds, as on an asynchronous device the split means nothing."""
@@ -118,10 +113,6 @@ class CostModel:
         if planned:
             verified, drafting = self.draft_seconds(stats.rows, [stats.gamma, stats.depth])
             calibrated += drafting - verified
-            if drafting and stats.draft_s:  # a step is planned where the split of its seconds is true
-                ratio = stats.draft_s / drafting
-                known = ratio if self._drafting is None else self._drafting
-                self._drafting = known + DRAFT_SHARE * (min(ratio, 2 * known) - known)
         self._correction.observe(stats.rows, stats.gamma + 1, math.log(stats.seconds / calibrated), planned)
 
     def remeasured(self, other: CostModel) -> CostModel:
