@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-import numpy as np
-
 from spec_rollout.config import check_types
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -111,10 +109,6 @@ class StepStats:
     host_s: float = 0.0
     sample_s: float = 0.0
     """The part of `host_s` for the choice of γ, noise, sampling and verifying, in which the host waits for a GPU."""
-    depth: int | None = None
-    """Guesses made for each row, where `gamma` was chosen after them."""
-    judged: list[tuple[int, int]] | None = None
-    """With `depth`: for each of these guesses the rows in which it was judged, and in which it came true."""
 
     @property
     def seconds(self) -> float:
@@ -191,20 +185,3 @@ class Controller(Protocol):
 
     def observe(self, stats: StepStats) -> None:
         """What the step really cost and brought."""
-
-
-class StepPlan(Protocol):
-    """Decides in one step, from the confidence of its guesses, how far it guesses. A controller that has plans offers
-    `plan(batch_size, context)`."""
-
-    widest: int
-    depth: int
-
-    def further(self, probabilities: np.ndarray) -> bool:
-        """Whether to guess on, after a guess for each row to which the draft gave `probabilities` [B]."""
-
-    def verified(self) -> int:
-        """How many guesses of each row to verify, at most `depth`."""
-
-    def learn(self, verified: int, true: np.ndarray, ended: np.ndarray) -> list[tuple[int, int]]:
-        """Told what came of them; for each guess the rows in which it was judged, and in which it came true."""

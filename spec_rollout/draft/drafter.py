@@ -17,7 +17,6 @@ from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.gumbel_max import draw_among
 from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask
-from spec_rollout.engine.protocols import Further
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
 
@@ -31,18 +30,12 @@ prompts, would outgrow the keys and values that it saves from being copied."""
 
 
 class Guess(NamedTuple):
-    """One guess per row: tokens [N, 1] of the target's vocabulary, where they stand [N] in the scores [N, Vd] float32,
-    and the head's hidden state [N, 1, H] that they came from."""
+    """One guess per row: tokens [N, 1] of the target's vocabulary, their scores [N, Vd] float32 among the others, and
+    the head's hidden state [N, 1, H] that they came from."""
 
     tokens: Tensor
-    chosen: Tensor
     scores: Tensor
     hidden: Tensor
-
-    @property
-    def probabilities(self) -> Tensor:
-        """What the head gave the guesses, [N]."""
-        return self.scores.softmax(1).gather(1, self.chosen[:, None])[:, 0]
 
 
 class EagleDrafter:
@@ -57,8 +50,6 @@ class EagleDrafter:
         buffer: takes the features of finished rows; None collects nothing.
         compiled: run what is repeated in every step through torch's compiler.
     """
-
-    tells_confidence = True
 
     def __init__(self, head: EagleHead, view: PolicyView, buffer: FeatureBuffer | None = None, compiled: bool = False):
         self.head, self.view, self.buffer = head, view, buffer
@@ -109,9 +100,7 @@ class EagleDrafter:
         if self.ready:
             self._read_until(rows, *slots, 0)
 
-    def propose(
-        self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float, further: Further | None = None
-    ) -> Tensor:
+    def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
         count = rows.count
         width = self._read_until(rows, 0, count, max(1, CATCH_UP_TOKENS // count))
         known = torch.from_numpy(self.known[:count]).to(rows.device)
@@ -119,9 +108,9 @@ class EagleDrafter:
         state = (rows.tokens, self.features, rows.length)
         guesses = [self.first(known, *state, lanes[0], temperature, width, self._extent(rows, 0), *self._cache())]
         self.known[:count] = rows.lengths[:count]
-        while (further is None or further(guesses[-1].probabilities)) and len(guesses) < gamma:
-            last, i = guesses[-1], len(guesses)
+        for i in range(1, gamma):
             place = rows.length[:count, None] + (i - 1)
+            last = guesses[-1]
             extent = self._extent(rows, i)
             guesses.append(self.next(last.tokens, last.hidden, place, lanes[i], temperature, extent, *self._cache()))
         self._scores = [guess.scores for guess in guesses]
@@ -221,7 +210,7 @@ class EagleDrafter:
         """The head's own Gumbel-max sample under the target's `noise` [B, N]."""
         scores = F.linear(self.head.norm(hidden[:, 0]), self.output_rows).float() / temperature
         chosen = draw_among(scores, noise, self.view.draft_ids, self.view.config.vocab_size)
-        return Guess(self.view.to_target(chosen)[:, None], chosen, scores, hidden)
+        return Guess(self.view.to_target(chosen)[:, None], scores, hidden)
 
     def _extent(self, rows: Rows, ahead: int) -> int:
         longest = int(rows.lengths[: rows.count].max()) + ahead

@@ -9,15 +9,13 @@ from torch import Tensor
 
 from spec_rollout.draft.ngrams import CANDIDATES, LONGEST, ORDERS, History, guess
 from spec_rollout.draft.running import RunningTable
-from spec_rollout.engine.protocols import Drafter, Further
+from spec_rollout.engine.protocols import Drafter
 from spec_rollout.engine.rows import Rows
 
 
 class NgramDrafter:
     """Guesses from what this rollout has drawn so far and from the table of `history`, while `collector`, the head's
     drafter, goes on gathering features."""
-
-    tells_confidence = True
 
     def __init__(self, history: History, collector: Drafter):
         self.history, self.collector = history, collector
@@ -29,16 +27,14 @@ class NgramDrafter:
         self.back = torch.arange(1 - LONGEST, 1, device=rows.device)
         self.collector.begin(rows)
 
-    def propose(
-        self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float, further: Further | None = None
-    ) -> Tensor:
+    def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
         self.running.follow(rows)
         tables = self.earlier if self.running.table is None else [self.running.table, *self.earlier]
         if not tables:
             return rows.tokens[: rows.count, :0]
         place = rows.length[: rows.count, None] + self.back
         recent = rows.tokens[: rows.count].gather(1, place.clamp(min=0))
-        return guess(tables, torch.where(place < 0, -1, recent), gamma, noise, rows.vocab_size, further)
+        return guess(tables, torch.where(place < 0, -1, recent), gamma, noise, rows.vocab_size)
 
     def proposal(self) -> None:
         """The few followers that are known are no distribution worth a ratio: guesses are taken as they are."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from spec_rollout.engine.gumbel_max import draw_among
-from spec_rollout.engine.protocols import Further
 
 ORDERS = (1, 2, 3, 4, 6, 8)
 """Lengths of the runs that are looked up."""
@@ -99,17 +98,12 @@ class NgramTable:
         return self.lookup(before[start:])[0][:, 0] == sequence[start:]
 
 
-def guess(
-    tables: Sequence[NgramTable],
-    recent: Tensor,
-    gamma: int,
-    noise: Tensor | None,
-    vocab_size: int,
-    further: Further | None = None,
-) -> Tensor:
-    """Guesses [B, gamma] after `recent` [B, LONGEST], from the first of `tables` that knows the longest run: samples
-    of the counts by the target's noise [B, >= gamma, noise_width(vocab_size)], without it the most frequent follower.
-    Fewer if `further` ends it; it is told the share of a follower, with one more that was none of those known."""
+def guess(tables: Sequence[NgramTable], recent: Tensor, gamma: int, noise: Tensor | None, vocab_size: int) -> Tensor:
+    """Guesses [B, gamma] after `recent` [B, LONGEST], from the first of `tables` that knows the longest run.
+
+    They are samples of the counts by the target's noise [B, >= gamma, noise_width(vocab_size)], without noise the most
+    frequent follower.
+    """
     guesses = []
     while len(guesses) < gamma:
         tokens, scores, rank = tables[0].lookup(recent)
@@ -120,10 +114,6 @@ def guess(
             rank = torch.maximum(rank, their_rank)
         chosen = draw_among(scores, None if noise is None else noise[:, len(guesses)], tokens, vocab_size)
         guesses.append(tokens.gather(1, chosen[:, None]))
-        if further is not None:
-            counts = scores.exp()
-            if not further(counts.gather(1, chosen[:, None])[:, 0] / (counts.sum(1) + 1) * (rank > 0)):
-                break
         recent = torch.cat([recent[:, 1:], guesses[-1]], 1)
     return torch.cat(guesses, 1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 from spec_rollout.draft.eagle import EagleHead
-from spec_rollout.records import Controller, StepPlan, StepStats
+from spec_rollout.records import Controller, StepStats
 
 WATCHED = 256
 """First guesses that are judged together: four steps of 64 rows."""
@@ -46,17 +46,12 @@ class Watchman:
     def choose(self, batch_size: int, context: int) -> int:
         return 0 if self.alarm else self.controller.choose(batch_size, context)
 
-    def plan(self, batch_size: int, context: int) -> StepPlan | None:
-        make_plan = getattr(self.controller, "plan", None)
-        return None if self.alarm or make_plan is None else make_plan(batch_size, context)
-
     def observe(self, stats: StepStats) -> None:
         self.controller.observe(stats)
         if not stats.gamma or self.alarm:
             return
-        judged, true = stats.judged[0] if stats.judged else (stats.rows, stats.accepted[0])
-        self._guesses += judged
-        self._accepted += true
+        self._guesses += stats.rows
+        self._accepted += stats.accepted[0]
         if self._guesses >= WATCHED:
             rate, self._guesses, self._accepted = self._accepted / self._guesses, 0, 0
             if rate < (CHANCE if self.expected is None else FALLEN * self.expected):

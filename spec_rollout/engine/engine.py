@@ -14,7 +14,7 @@ from spec_rollout.engine.protocols import Drafter, Recorder
 from spec_rollout.engine.requests import make_requests
 from spec_rollout.engine.rollout import Rollout
 from spec_rollout.engine.virtual_tokens import make_target
-from spec_rollout.records import Completion, Controller, Request, RolloutStats, SamplingParams, StepPlan, StepStats
+from spec_rollout.records import Completion, Controller, Request, RolloutStats, SamplingParams, StepStats
 
 
 class RolloutEngine:
@@ -115,13 +115,13 @@ class RolloutEngine:
         )
 
     def _decode(self, rollout: Rollout) -> None:
-        while rollout.unfinished:
+        while not rollout.done:
             self.stats.prefill_s += rollout.admit()
             clock = [time.perf_counter()]
-            gamma, plan = self._choose(rollout)
+            gamma = self._choose(rollout)
             noise = rollout.noise(gamma + 1)
             clock.append(time.perf_counter())
-            guesses = rollout.propose(gamma, noise, plan)
+            guesses = rollout.propose(gamma, noise)
             clock.append(time.perf_counter())
             logits, hidden = rollout.forward(guesses)
             clock.append(time.perf_counter())
@@ -141,30 +141,18 @@ class RolloutEngine:
             if self.progress is not None:
                 self.progress(rollout.unfinished, step.emitted)
 
-    def _choose(self, rollout: Rollout) -> tuple[int, StepPlan | None]:
-        """The most tokens to guess, and what decides how many of them, if the controller leaves that to confidence."""
+    def _choose(self, rollout: Rollout) -> int:
         if rollout.drafter is None:
-            return 0, None
+            return 0
         if self.controller is None:
-            return self.config.num_speculative_tokens or 0, None
+            return self.config.num_speculative_tokens or 0
         gamma = self.controller.choose(rollout.rows.count, rollout.longest)
         if not 0 <= gamma <= self.config.widest:
             raise ValueError(
                 f"The controller chose num_speculative_tokens={gamma}; the slots have room for 0 to "
                 f"{self.config.widest}: bound it, or raise max_num_speculative_tokens."
             )
-        plan = self._plan(rollout) if gamma else None
-        return (gamma, None) if plan is None else (plan.widest, plan)
-
-    def _plan(self, rollout: Rollout) -> StepPlan | None:
-        """The controller's for a step, where the law of samples does not depend on what becomes of guesses, and where
-        reading how sure the draft is of them is no wait for a device."""
-        make_plan = getattr(self.controller, "plan", None)
-        if make_plan is None or not rollout.draft.tells_confidence:
-            return None
-        if rollout.rejection or self.target.device.type != "cpu":
-            return None
-        return make_plan(rollout.rows.count, rollout.longest)
+        return gamma
 
     def _account(self, step: StepStats, clock: list[float]) -> None:
         before, step.draft_s, step.verify_s, sampling, after = (b - a for a, b in pairwise(clock))

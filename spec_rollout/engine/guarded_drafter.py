@@ -7,7 +7,6 @@ import warnings
 import torch
 from torch import Tensor
 
-from spec_rollout.engine.planned import PlannedStep
 from spec_rollout.engine.protocols import Drafter
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
@@ -36,31 +35,15 @@ class GuardedDrafter:
             self.switch_off(error)
             return None
 
-    @property
-    def tells_confidence(self) -> bool:
-        """Whether the drafter says after each guess how sure it is."""
-        return getattr(self.drafter, "tells_confidence", False)
-
-    def propose(
-        self,
-        rows: Rows,
-        gamma: int,
-        noise: Tensor | None,
-        temperature: float,
-        planned: PlannedStep | None = None,
-    ) -> Tensor:
-        """Guesses [B, γ] int64, perhaps fewer, and with `planned` as many as it lets be made; [B, 0] when none are
-        wanted or the drafter is off or breaks."""
+    def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
+        """Guesses [B, γ] int64, perhaps fewer; [B, 0] when none are wanted or the drafter is off or breaks."""
         none = rows.tokens[: rows.count, :0]
         if not gamma or self.drafter is None:
             return none
-        further = () if planned is None else (planned.further,)
-        guesses = self.call("propose", rows, gamma, noise, temperature, *further, news=0)
+        guesses = self.call("propose", rows, gamma, noise, temperature, news=0)
         if self.drafter is None:
             return none
         fault = _fault_of_guesses(guesses, rows, gamma)
-        if not fault and planned is not None and planned.plan.depth != guesses.shape[1]:
-            fault = f"it guessed {guesses.shape[1]} tokens and told its confidence in {planned.plan.depth}"
         if fault:
             self.switch_off(ValueError(fault))
             return none

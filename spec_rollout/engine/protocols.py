@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,9 +11,6 @@ from torch import Tensor
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
 from spec_rollout.records import Completion, Request, RolloutStats
-
-Further = Callable[[Tensor], bool]
-"""Whether to guess on, after a guess for each row to which its drafter gave probabilities [B] float32."""
 
 
 class Drafter(Protocol):
@@ -28,9 +25,6 @@ class Drafter(Protocol):
         `noise` [B, gamma + 1, N] is the Gumbel noise of the positions to be guessed (None when greedy); a drafter that
         draws from its own scores with it, as the target will (`gumbel_max.draw`), makes the guesses that the target is
         most likely to draw. `temperature` is the rollout's (1 when greedy).
-
-        A drafter whose attribute `tells_confidence` is true takes a fifth argument, `further` or None. It calls that
-        after each guess with the probabilities [B] float32 that it gave the guesses, and guesses on while it is true.
         """
 
     def proposal(self) -> Proposal | None:

@@ -14,7 +14,6 @@ from spec_rollout.engine.guarded_drafter import GuardedDrafter
 from spec_rollout.engine.gumbel_max import draw, noise_width
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.near_ties import NearTies
-from spec_rollout.engine.planned import PlannedStep
 from spec_rollout.engine.precision import broken_policy
 from spec_rollout.engine.prefill import prefill
 from spec_rollout.engine.protocols import Drafter
@@ -26,7 +25,7 @@ from spec_rollout.engine.scheduler import Scheduler
 from spec_rollout.engine.stops import Stops
 from spec_rollout.engine.target import Target
 from spec_rollout.engine.verify import Verdict, verify
-from spec_rollout.records import Request, RolloutStats, SamplingParams, StepPlan, StepStats
+from spec_rollout.records import Request, RolloutStats, SamplingParams, StepStats
 
 EXTENT_STEP = 32
 """Attention reads a multiple of this many entries, so that few shapes occur."""
@@ -52,7 +51,7 @@ class Rollout:
         slots = min(config.max_slots, len(requests))
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
         target.confine(longest)
-        capacity = _extent(longest + config.widest + 1)
+        capacity = _round_up(longest + config.widest + 1, EXTENT_STEP)
         room = slots
         if config.compile_passes:  # one slot alone, or rows read to their end, would be compiled apart
             room, capacity = max(2, slots), capacity + 1
@@ -65,7 +64,6 @@ class Rollout:
         self.near_ties = NearTies(target, self.sampler, stats)
         self.stops = Stops(params, tokenizer, target.device)
         self.results = Results(len(requests), params.eos_token_ids)
-        self.planned: PlannedStep | None = None
         self.passes = 0
         self.soiled = np.zeros(0, dtype=bool)  # rows whose guesses led to NaN, which must not stay in the cache
         self.invalid = torch.zeros(slots, dtype=torch.bool, device=target.device)  # rows with guesses that are no ids
@@ -76,6 +74,10 @@ class Rollout:
     def drafter(self) -> Drafter | None:
         """None once it broke."""
         return self.draft.drafter
+
+    @property
+    def done(self) -> bool:
+        return self.scheduler.done
 
     @property
     def unfinished(self) -> int:
@@ -110,23 +112,20 @@ class Rollout:
         """Gumbel noise [B, width, N] of the next `width` samples of each row; drawn once for draft and target."""
         return self.sampler.noise(self.rows, width)
 
-    def propose(self, gamma: int, noise: Tensor | None, plan: StepPlan | None = None) -> Tensor:
-        """Guesses [B, γ], with a `plan` as many as it wants; [B, 0] when none are wanted or the drafter broke."""
+    def propose(self, gamma: int, noise: Tensor | None) -> Tensor:
+        """Guesses [B, γ]; [B, 0] when none are wanted or the drafter broke."""
         noise = None if noise is None else noise[..., : self.noise_width]
-        self.planned = PlannedStep(plan) if plan is not None and gamma else None
-        guesses = self.draft.propose(self.rows, gamma, noise, self.sampler.temperature, self.planned)
-        if not guesses.shape[1]:
-            self.planned = None
+        guesses = self.draft.propose(self.rows, gamma, noise, self.sampler.temperature)
         valid = guesses.clamp(0, self.rows.vocab_size - 1)  # an invalid id must not reach the embedding
         self.invalid = (guesses != valid).any(1)
         self.distrusted = self.invalid
-        return valid if self.planned is None else self.planned.trim(valid)
+        return valid
 
     def forward(self, guesses: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Logits [B, γ + 1, V] and hidden states after the newest token and each guess, in one ragged pass."""
         self.inputs = torch.cat([self.rows.newest(), guesses], 1)
         width = self.inputs.shape[1]
-        extent = min(_extent(self.longest + width), self.rows.capacity)
+        extent = min(_round_up(self.longest + width, EXTENT_STEP), self.rows.capacity)
         return self.target.forward(self.cache, (0, self.rows.count), self.inputs, self.rows.positions(width), extent)
 
     def sample_and_verify(
@@ -157,7 +156,6 @@ class Rollout:
             if not guesses.shape[1]:
                 raise self._broken_policy(int(fatal.argmax()))
             self.cache.clear_beyond(self.rows.length[active])
-            self.planned = None
             return None
         if invalid.any():
             error = ValueError(f"it guessed a token id outside the {self.rows.vocab_size} of the vocabulary")
@@ -187,9 +185,12 @@ class Rollout:
         return samples, torch.zeros_like(samples, dtype=torch.bool), normaliser  # another γ draws another one anyway
 
     def _broken_policy(self, slot: int) -> FloatingPointError:
-        done = int(self.rows.lengths[slot] + 1 - self.rows.starts[slot])
-        where = f"in decoding step {self.passes}, after {done} tokens of prompt {self.scheduler.active[slot].index}"
-        return broken_policy(self.target.model, where)
+        rows = self.rows
+        done = int(rows.lengths[slot] + 1 - rows.starts[slot])
+        return broken_policy(
+            self.target.model,
+            f"in decoding step {self.passes}, after {done} tokens of prompt {self.scheduler.active[slot].index}",
+        )
 
     def _judge(self, guesses: Tensor, samples: Tensor) -> Verdict:
         rows = self.rows
@@ -212,7 +213,6 @@ class Rollout:
         if self.soiled.any():
             self.cache.clear_beyond(rows.length[:count])
         self.draft.call("observe", rows, (0, count), start, hidden, news=samples.shape[1])
-        self.samples = samples
 
     def finish_step(self, gamma: int) -> StepStats:
         """Release the rows that ended and close the gaps they leave."""
@@ -228,8 +228,7 @@ class Rollout:
                 self._copy(source, target, move=True)
             self.rows.count = len(self.scheduler.active)
         reached = (accepted[:, None] > np.arange(gamma)).sum(0).tolist()
-        step = StepStats(count, gamma, context, int(emitted.sum()), reached)
-        return step if self.planned is None else self.planned.account(self.samples, self.report, step)
+        return StepStats(count, gamma, context, int(emitted.sum()), reached)
 
     def _copy(self, source: list[int], target: list[int], move: bool = False) -> None:
         """Copy slots; a sibling takes over what the cache holds only, a moved row everything."""
@@ -241,5 +240,5 @@ class Rollout:
         self.draft.call("copy", self.rows, src, dst)
 
 
-def _extent(entries: int) -> int:
-    return -(-entries // EXTENT_STEP) * EXTENT_STEP
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

@@ -4,8 +4,7 @@ Plain Python and NumPy, no torch.
 """
 
 from spec_rollout.gamma.acceptance import AcceptanceModel
-from spec_rollout.gamma.controller import GammaController
+from spec_rollout.gamma.controller import FixedGamma, GammaController
 from spec_rollout.gamma.cost_model import CostModel, Measurement
-from spec_rollout.gamma.fixed import FixedGamma
 
 __all__ = ["AcceptanceModel", "CostModel", "FixedGamma", "GammaController", "Measurement"]

@@ -42,16 +42,18 @@ class AcceptanceModel:
 
     def observe(self, stats: StepStats) -> None:
         """Count the outcomes of a step; steps without guesses say nothing."""
-        outcomes = _chain(stats) if stats.judged is None else stats.judged
-        if stats.rows < 1 or not outcomes:
+        if stats.rows < 1 or stats.gamma < 1:
             return
         keep = math.exp(-math.sqrt(stats.rows) / MEMORY)
-        missing = len(outcomes) - len(self._reached)
-        self._reached = [keep * n for n in self._reached] + [0.0] * missing
-        self._accepted = [keep * n for n in self._accepted] + [0.0] * missing
-        for i, (reached, accepted) in enumerate(outcomes):
-            self._reached[i] += reached
-            self._accepted[i] += accepted
+        missing = stats.gamma - len(self._reached)
+        reached = [keep * n for n in self._reached] + [0.0] * missing
+        accepted = [keep * n for n in self._accepted] + [0.0] * missing
+        rows = stats.rows
+        for i, count in enumerate(stats.accepted[: stats.gamma]):
+            reached[i] += rows
+            rows = min(max(count, 0), rows)
+            accepted[i] += rows
+        self._reached, self._accepted = reached, accepted
 
     def rates(self, gamma: int) -> list[float]:
         """The conditional acceptance rates of positions 1 … gamma."""
@@ -79,20 +81,10 @@ class AcceptanceModel:
             self._accepted[i] *= scale
 
     def to_json(self) -> dict:
-        return {"reached": list(self._reached), "accepted": list(self._accepted), "prior": self.prior}
+        return {"reached": list(self._reached), "accepted": list(self._accepted)}
 
     @classmethod
     def from_json(cls, state: dict) -> AcceptanceModel:
-        model = cls(state["prior"])
+        model = cls()
         model._reached, model._accepted = list(state["reached"]), list(state["accepted"])
         return model
-
-
-def _chain(stats: StepStats) -> list[tuple[int, int]]:
-    """For each guess of a step in which all rows guessed equally far, the rows that reached and that accepted it."""
-    counts, rows = [], stats.rows
-    for count in stats.accepted[: max(stats.gamma, 0)]:
-        accepted = min(max(count, 0), rows)
-        counts.append((rows, accepted))
-        rows = accepted
-    return counts

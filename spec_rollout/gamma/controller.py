@@ -8,9 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from spec_rollout.gamma.acceptance import AcceptanceModel
-from spec_rollout.gamma.confidence import Confidence
 from spec_rollout.gamma.cost_model import CostModel
-from spec_rollout.gamma.plan import Plan, Prices
 from spec_rollout.records import StepStats
 
 MARGIN = 0.01
@@ -31,9 +29,6 @@ WIDEST_FIRST_PROBE = 3
 """Most guesses of a probe while γ = 0."""
 STALE_ROWS = 16.0
 """Rows that older acceptance counts for when a probe asks again, or after the draft has changed."""
-MOST_PLANNED = 1
-"""Rows up to which confidence decides how far a step guesses. Among several, sure and doubtful rows come together: one
-depth for all of them gains less than planning takes. See docs/measured.md."""
 
 
 class GammaController:
@@ -59,11 +54,9 @@ class GammaController:
             raise ValueError(f"max_gamma={max_gamma} is negative: give 0 for plain decoding or a positive bound.")
         self.cost = cost
         self.acceptance = acceptance or AcceptanceModel()
-        self.confidence = Confidence()
         self.max_gamma = max_gamma
         self.draft_ready = True
         self._gamma: int | None = None
-        self._best_goodput = 0.0  # tokens per second that the best γ promises
         self._batch_size = 0  # at which γ was last chosen afresh
         self._tokens: np.ndarray | None = None  # expected per row, [max_gamma + 1]; None after an observation
         self._allowance: float | None = None  # seconds that probes may lose; None before the first step
@@ -82,7 +75,6 @@ class GammaController:
         rows = max(batch_size, 1)
         seconds, goodput, error = self._predict(rows, context)
         self._settle(rows, goodput)
-        self._best_goodput = float(goodput.max())
         if self._allowance is None:
             self._allowance = PURSE * float(seconds[self._gamma])
         if not self._probe_left:
@@ -95,14 +87,6 @@ class GammaController:
         self._probe_left -= 1
         self._reference = float(goodput[self._gamma]), float(seconds[self._probe_gamma])
         return self._probe_gamma
-
-    def plan(self, batch_size: int, context: int) -> Plan | None:
-        """For the step that `choose` was just asked about, where the confidence of its guesses can be read: how far to
-        guess. None where γ = 0, where a probe holds it, and for more than MOST_PLANNED rows."""
-        if not self._gamma or self._reference is not None or batch_size > MOST_PLANNED:
-            return None
-        prices = Prices(*self.cost.split_seconds(batch_size, self.max_gamma, context), self._best_goodput)
-        return Plan(self.confidence, self.acceptance.rates(self.max_gamma), prices, batch_size)
 
     def observe(self, stats: StepStats) -> None:
         """What the step really cost and brought."""
@@ -121,7 +105,6 @@ class GammaController:
     def draft_changed(self) -> None:
         """The draft was refreshed: it may be better or worse, so what is known of it counts less."""
         self.acceptance.reset(STALE_ROWS)
-        self.confidence.reset(STALE_ROWS)
         self._tokens = None
         self._draft_is_new = True
 
@@ -150,7 +133,6 @@ class GammaController:
         return {
             "cost": self.cost.to_json(),
             "acceptance": self.acceptance.to_json(),
-            "confidence": self.confidence.to_json(),
             "draft_ready": self.draft_ready,
             "gamma": self._gamma,
             "batch_size": self._batch_size,
@@ -171,7 +153,6 @@ class GammaController:
         try:
             self.cost = CostModel.from_json(state["cost"])
             self.acceptance = AcceptanceModel.from_json(state["acceptance"])
-            self.confidence = Confidence.from_json(state["confidence"])
             self.draft_ready = state["draft_ready"]
             self._gamma = None if state["gamma"] is None else min(state["gamma"], self.max_gamma)
             self._batch_size, self._allowance = state["batch_size"], state["allowance"]
@@ -225,3 +206,32 @@ class GammaController:
         others = [n for n in (0, self._gamma - 1, self._gamma + 1) if n <= self.max_gamma]
         hopes = [goodput[n] * math.exp(2 * error[n]) for n in others]
         return others[int(np.argmax(hopes))] if max(hopes) > goodput[self._gamma] else None
+
+
+class FixedGamma:
+    """Always the same γ; plain decoding while `draft_ready` is False."""
+
+    def __init__(self, gamma: int):
+        if gamma < 0:
+            raise ValueError(f"gamma={gamma} is negative: give 0 for plain decoding or a positive number.")
+        self.gamma = gamma
+        self.draft_ready = True
+
+    def choose(self, batch_size: int, context: int) -> int:
+        return self.gamma if self.draft_ready else 0
+
+    def observe(self, stats: StepStats) -> None:
+        """Nothing to learn."""
+
+    def draft_changed(self) -> None:
+        """Nothing depends on the draft."""
+
+    def schedule(self, max_batch_size: int, context: int) -> list[tuple[int, int, int]]:
+        """As `GammaController.schedule`: one range."""
+        return [(1, max_batch_size, self.choose(max_batch_size, context))]
+
+    def state_dict(self) -> dict:
+        return {"draft_ready": self.draft_ready}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.draft_ready = state["draft_ready"]

@@ -66,12 +66,10 @@ class Correction:
         self._predictions[bucket] = factor, np.sqrt(self._variance[bucket] / (1 + weight))
         return self._predictions[bucket]
 
-    def observe(self, rows: int, tokens: int, log_ratio: float, planned: bool = False) -> None:
-        """A step of `rows` rows and `tokens` tokens each took exp(`log_ratio`) times the calibrated seconds. `planned`
-        steps have another number of tokens each time and are filtered as one kind."""
-        kind = 0 if planned else tokens
-        if kind != self._recent_tokens:
-            self._recent, self._recent_tokens = [], kind
+    def observe(self, rows: int, tokens: int, log_ratio: float) -> None:
+        """A step of `rows` rows and `tokens` tokens each took exp(`log_ratio`) times the calibrated seconds."""
+        if tokens != self._recent_tokens:
+            self._recent, self._recent_tokens = [], tokens
         self._recent = [*self._recent[-4:], log_ratio]
         if len(self._recent) < 2:
             return

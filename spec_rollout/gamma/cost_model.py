@@ -13,6 +13,7 @@ from spec_rollout.gamma.correction import TOKENS, Correction
 from spec_rollout.gamma.grid import MonotoneGrid
 from spec_rollout.records import StepStats
 
+
 @dataclass(frozen=True)
 class Measurement:
     """Seconds of one target pass over `rows` × `tokens` tokens ("verify"), or of guessing `tokens` for `rows` rows
@@ -95,25 +96,12 @@ class CostModel:
         seconds = (np.maximum.accumulate(seconds) + np.minimum.accumulate(seconds[::-1])[::-1]) / 2
         return seconds, _widen(error, max_gamma)
 
-    def split_seconds(self, rows: int, max_gamma: int, context: int) -> tuple[np.ndarray, np.ndarray]:
-        """Corrected seconds of verifying, and calibrated ones of making, 0 … max_gamma guesses; [max_gamma + 1] both,
-        never falling. What real steps take longer for guesses is mostly the same for any number of them."""
-        gammas = np.arange(max_gamma + 1)
-        factor = np.exp(_widen(self._correction.predict(rows)[0], max_gamma))
-        drafting = self.draft_seconds(rows, gammas)
-        verifying = (self._calibrated(rows, max_gamma, context) - drafting) * factor
-        return np.maximum.accumulate(verifying), drafting
-
     def observe(self, stats: StepStats) -> None:
         """Learn from a step; only the sum of its seconds, as on an asynchronous device the split means nothing."""
         if stats.rows < 1 or stats.gamma < 0 or not 0 < stats.seconds < math.inf:
             return
         calibrated = self._calibrated(stats.rows, stats.gamma, stats.context)[stats.gamma]
-        planned = stats.depth is not None
-        if planned:
-            verified, drafting = self.draft_seconds(stats.rows, [stats.gamma, stats.depth])
-            calibrated += drafting - verified
-        self._correction.observe(stats.rows, stats.gamma + 1, math.log(stats.seconds / calibrated), planned)
+        self._correction.observe(stats.rows, stats.gamma + 1, math.log(stats.seconds / calibrated))
 
     def remeasured(self, other: CostModel) -> CostModel:
         """The measurements of `other`, with what this model has learned from real steps."""

@@ -96,7 +96,7 @@ def test_verbs_one_by_one():
         step = rollout.finish_step(4)
         assert step.rows == 2 and step.gamma == 4 and step.emitted == int(verdict.emitted.sum())
         assert step.context == max(rollout.rows.lengths)
-        assert rollout.unfinished
+        assert not rollout.done
 
 
 class CacheMachine(RuleBasedStateMachine):
