@@ -166,9 +166,11 @@ def test_a_rollout_in_progress_is_counted_anew_as_it_grows():
     running.follow(rows)
     assert running.table is None  # 12 tokens are few
     rows.tokens[:, 4:30] = torch.arange(26) % 5 + 5
+    rows.tokens[:, 28:30] = torch.tensor([0, 1])
     rows.lengths[:] = 29
     running.follow(rows)
     first = running.table
+    assert ngrams.guess([first], recent([0]), 1, None, 10).tolist() == [[1]]  # the newest token
     assert ngrams.guess([first], recent([2, 3]), 3, None, 10).tolist() == [[4, 5, 6]]
     rows.lengths[:] = 31
     running.follow(rows)
