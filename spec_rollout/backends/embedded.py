@@ -17,7 +17,7 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.learner import DraftLearner
 from spec_rollout.draft.mtp import MtpDrafter, MtpHead, add_to_policy
-from spec_rollout.draft.ngram_drafter import NgramDrafter
+from spec_rollout.draft.ngram_drafter import FEWEST, FIRST_RATE, NgramDrafter
 from spec_rollout.draft.ngrams import History
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.watchman import Watchman
@@ -28,8 +28,6 @@ from spec_rollout.records import Completion, RefreshStats, RolloutStats, Samplin
 
 COLDEST = 0.01
 """Temperature at which a distribution is as good as its best token."""
-FIRST_NGRAMS = 0.3
-"""Acceptance rate that guesses from a rollout's own beginning are taken to have, until they were judged."""
 
 
 class EmbeddedBackend:
@@ -58,7 +56,7 @@ class EmbeddedBackend:
         self.engine = RolloutEngine(model, self.config, tokenizer=tokenizer)
         self.learner: DraftLearner | None = None
         self.history = History(self.engine.target.device)
-        self.head, self.ngrams = Source(self.config), Source(self.config, FIRST_NGRAMS)
+        self.head, self.ngrams = Source(self.config), Source(self.config, FIRST_RATE)
         self._slots = 1
         """Rows that the rollouts had so far."""
         self._last_trace: list[StepStats] = []
@@ -128,7 +126,7 @@ class EmbeddedBackend:
             self.drafter.buffer = self.learner.buffer if collect and self.config.draft_refresh else None
             power = 1 << (len(prompts) - 1).bit_length()  # a few prompts more or less are nothing new to measure
             self._slots = max(self._slots, min(self.config.max_slots, power))
-            self._choose_source()
+            self._choose_source(len(prompts))
         before = len(self.stats.steps)
         completions = self.engine.generate(prompts, params, seed=seed, max_new_tokens=max_new_tokens)
         steps = self.stats.steps[before:]
@@ -216,13 +214,14 @@ class EmbeddedBackend:
         expected = self.learner.acceptance[0] if self.learner.acceptance else None
         self.head.watched = Watchman(self.controller, self.drafter.head, expected, self.config.draft_refresh)
 
-    def _choose_source(self) -> None:
+    def _choose_source(self, completions: int) -> None:
         """Guess from rollouts, this one and earlier ones, or with the head, whichever is predicted to take less time;
-        without either, the head's drafter still collects."""
+        where neither can, the head's drafter still collects."""
         if self.drafter.ready:
             self._calibrate_head()
         head = self._head_seconds()
-        ngrams = self.config.draft_ngrams and (math.isinf(head) or self._ngram_seconds() < head)
+        first = math.isinf(head) and completions >= FEWEST  # or all there is to guess from
+        ngrams = self.config.draft_ngrams and (first or self._ngram_seconds() < head)
         if ngrams:
             self.ngrams.calibrate(self.engine, self._slots)
         source = self.ngrams if ngrams else self.head

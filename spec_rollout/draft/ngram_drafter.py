@@ -12,6 +12,11 @@ from spec_rollout.draft.running import RunningTable
 from spec_rollout.engine.protocols import Drafter
 from spec_rollout.engine.rows import Rows
 
+FIRST_RATE = 0.3
+"""Acceptance rate that guesses from a rollout's own beginning are taken to have, until they were judged."""
+FEWEST = 8
+"""Completions from which on a first rollout guesses from itself: one alone repeats too little to pay for looking."""
+
 
 class NgramDrafter:
     """Guesses from what this rollout has drawn so far and from the table of `history`, while `collector`, the head's

@@ -130,14 +130,16 @@ def test_the_faster_source_guesses(tmp_path):
     backend.history.acceptance = [0.5, 0.5, 0.5]
     for head, chosen in (([0.9] * 3, backend.head), ([0.1] * 3, backend.ngrams), ([0.6, 0.6, 0.1], backend.head)):
         backend.learner.proven = head
-        backend._choose_source()
+        backend._choose_source(28)
         assert backend.engine.drafter is chosen.drafter
     backend.history = History(CPU)
-    backend._choose_source()
+    backend._choose_source(28)
     assert backend.engine.drafter is backend.drafter
     backend.drafter.ready = False  # then the rollout's own beginning is all there is
-    backend._choose_source()
+    backend._choose_source(28)
     assert backend.engine.drafter is backend.ngrams.drafter
+    backend._choose_source(1)  # which repeats too little
+    assert backend.engine.drafter is backend.drafter
 
 
 def test_nothing_is_kept_when_it_is_off_or_only_evaluated(tmp_path):
@@ -200,8 +202,8 @@ def test_a_young_head_waits_until_it_is_seen_to_guess_better(tmp_path):
     backend.history.acceptance = [0.5] * 3
     backend.learner.acceptance, backend.learner.proven = [0.9] * 3, [0.2] * 3
     backend.drafter.ready = backend.head.watched.controller.draft_ready = True
-    backend._choose_source()
+    backend._choose_source(28)
     assert backend.engine.drafter is backend.ngrams.drafter
     backend.learner.proven = [0.7] * 3
-    backend._choose_source()
+    backend._choose_source(28)
     assert backend.engine.drafter is backend.drafter
