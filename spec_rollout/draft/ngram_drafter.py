@@ -14,8 +14,8 @@ from spec_rollout.engine.rows import Rows
 
 FIRST_RATE = 0.3
 """Acceptance rate that guesses from a rollout's own beginning are taken to have, until they were judged."""
-FEWEST = 8
-"""Completions from which on a first rollout guesses from itself: one alone repeats too little to pay for looking."""
+FEWEST = 32
+"""Completions from which on a first rollout guesses from itself: fewer repeat too little to pay for looking."""
 
 
 class NgramDrafter:

@@ -113,8 +113,8 @@ def test_a_rollout_guesses_from_its_beginning_and_from_earlier_ones_and_no_token
         if turn == 0 and gamma is None:  # whether it pays is the machine's business
             backend.ngrams.calibrate(backend.engine, slots)
             backend.ngrams.controller.choose = lambda rows, context: 1 + rows % 4
-        expected = plain.generate(PROMPTS * 4, PARAMS, seed=(turn,))
-        assert_same(backend.generate(PROMPTS * 4, PARAMS, seed=(turn,)), expected)
+        expected = plain.generate(PROMPTS * 5, PARAMS, seed=(turn,))
+        assert_same(backend.generate(PROMPTS * 5, PARAMS, seed=(turn,)), expected)
         lengths.append(backend.stats.mean_acceptance_length)
         assert backend.stats.ngram_drafted == backend.stats.drafted
         backend.refresh(0.0)
@@ -130,13 +130,13 @@ def test_the_faster_source_guesses(tmp_path):
     backend.history.acceptance = [0.5, 0.5, 0.5]
     for head, chosen in (([0.9] * 3, backend.head), ([0.1] * 3, backend.ngrams), ([0.6, 0.6, 0.1], backend.head)):
         backend.learner.proven = head
-        backend._choose_source(28)
+        backend._choose_source(32)
         assert backend.engine.drafter is chosen.drafter
     backend.history = History(CPU)
-    backend._choose_source(28)
+    backend._choose_source(32)
     assert backend.engine.drafter is backend.drafter
     backend.drafter.ready = False  # then the rollout's own beginning is all there is
-    backend._choose_source(28)
+    backend._choose_source(32)
     assert backend.engine.drafter is backend.ngrams.drafter
     backend._choose_source(1)  # which repeats too little
     assert backend.engine.drafter is backend.drafter
@@ -202,8 +202,8 @@ def test_a_young_head_waits_until_it_is_seen_to_guess_better(tmp_path):
     backend.history.acceptance = [0.5] * 3
     backend.learner.acceptance, backend.learner.proven = [0.9] * 3, [0.2] * 3
     backend.drafter.ready = backend.head.watched.controller.draft_ready = True
-    backend._choose_source(28)
+    backend._choose_source(32)
     assert backend.engine.drafter is backend.ngrams.drafter
     backend.learner.proven = [0.7] * 3
-    backend._choose_source(28)
+    backend._choose_source(32)
     assert backend.engine.drafter is backend.drafter
