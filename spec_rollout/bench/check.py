@@ -25,7 +25,8 @@ from spec_rollout.bench.workload import (
     write_json,
 )
 from spec_rollout.config import SpecConfig
-from spec_rollout.draft.ngrams import History, NgramDrafter
+from spec_rollout.draft.ngram_drafter import NgramDrafter
+from spec_rollout.draft.ngrams import History
 from spec_rollout.draft.references import OracleDrafter, RandomDrafter
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.protocols import Drafter

@@ -45,6 +45,7 @@ class DraftLearner:
         fitted: whether the features' magnitude has been measured.
         temperature: of the rollouts; acceptance depends on it.
         acceptance: rates of the first, second … guess on unseen rollouts at the last training; empty if not known.
+        proven: the same before that training, on the rollouts of prompts that were new to the head.
         healthy: False from a training that failed until the next one that did not.
     """
 
@@ -71,6 +72,7 @@ class DraftLearner:
         self.trained = self.fitted = isinstance(head, MtpHead)
         self.healthy = True
         self.acceptance: list[float] = []
+        self.proven: list[float] = []
         if self.trained:
             self.trainer.steps = SETTLED_STEPS  # it is not new
 
@@ -120,7 +122,7 @@ class DraftLearner:
             self._agree()
             self.version += 1
             self.trained = self.healthy = True
-            self.acceptance = stats.acceptance
+            self.acceptance, self.proven = stats.acceptance, stats.acceptance_before
         stats.draft_version = self.version
         return stats
 
@@ -229,6 +231,7 @@ class DraftLearner:
         self.view.draft_ids = None if draft_ids is None else draft_ids.to(self.device)
         self.version, self.trained = extra.get("draft_version", 0), extra.get("trained", True)
         self.fitted, self.acceptance = extra.get("fitted", False), extra.get("acceptance", [])
+        self.proven = self.acceptance
         if self.trained and not optimizer:
             self.trainer.steps = SETTLED_STEPS  # how many it has been through is not told, but it is not new
         if resume and "budget" in extra:
