@@ -19,6 +19,7 @@ from spec_rollout.engine.gumbel_max import draw_among
 from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
+from spec_rollout.engine.transfers import Slots, upload
 
 CATCH_UP_TOKENS = 8192
 """Most tokens, over all rows, of one catch-up pass."""
@@ -103,7 +104,7 @@ class EagleDrafter:
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
         count = rows.count
         width = self._read_until(rows, 0, count, max(1, CATCH_UP_TOKENS // count))
-        known = torch.from_numpy(self.known[:count]).to(rows.device)
+        known = upload(self.known[:count], rows.device)
         lanes = [None] * gamma if noise is None else noise[:, :gamma].unbind(1)
         state = (rows.tokens, self.features, rows.length)
         guesses = [self.first(known, *state, lanes[0], temperature, width, self._extent(rows, 0), *self._cache())]
@@ -135,7 +136,7 @@ class EagleDrafter:
         np.clip(known, 0, end, out=known)
         width = max(1, CATCH_UP_TOKENS // (stop - start))
         while (behind := int((lengths - known).max())) > most:
-            first = torch.from_numpy(known).to(rows.device)
+            first = upload(known, rows.device)
             here = (rows.tokens[start:stop], self.features[start:stop])
             tokens, fused, place = self._entries(first, *here, min(width, behind))
             self._layer(tokens, fused, place, self._extent(rows, 0), *self._cache(), start)
@@ -216,16 +217,15 @@ class EagleDrafter:
         longest = int(rows.lengths[: rows.count].max()) + ahead
         return min(-(-max(longest, 1) // EXTENT_STEP) * EXTENT_STEP, rows.capacity)
 
-    def copy(self, rows: Rows, source: Tensor, target: Tensor) -> None:
-        extent = int(rows.lengths[target.cpu().numpy()].max())
-        self.features[target, :extent] = self.features[source, :extent]
-        self.cache.copy(source, target, extent)
-        src, dst = source.cpu().numpy(), target.cpu().numpy()
-        self.known[dst] = np.minimum(self.known[src], rows.lengths[dst])
+    def copy(self, rows: Rows, source: Slots, target: Slots) -> None:
+        extent = int(rows.lengths[target.host].max())
+        self.features[target.device, :extent] = self.features[source.device, :extent]
+        self.cache.copy(source.device, target.device, extent)
+        self.known[target.host] = np.minimum(self.known[source.host], rows.lengths[target.host])
 
-    def finish(self, rows: Rows, slots: Tensor) -> None:
+    def finish(self, rows: Rows, slots: Slots) -> None:
         if self.buffer is None:
             return
-        for slot in slots.tolist():
+        for slot in slots.host.tolist():
             length, start = int(rows.lengths[slot]), int(rows.starts[slot])
             self.buffer.add(rows.tokens[slot, : length + 1].clone(), self.features[slot, :length].clone(), start)

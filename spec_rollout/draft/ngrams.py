@@ -11,6 +11,7 @@ from torch import Tensor
 from spec_rollout.engine.gumbel_max import draw_among
 from spec_rollout.engine.protocols import Drafter
 from spec_rollout.engine.rows import Rows
+from spec_rollout.engine.transfers import Slots
 
 ORDERS = (1, 2, 3, 4, 6, 8)
 """Lengths of the runs that are looked up."""
@@ -187,10 +188,10 @@ class NgramDrafter:
     def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
         """Nothing to prepare."""
 
-    def copy(self, rows: Rows, source: Tensor, target: Tensor) -> None:
+    def copy(self, rows: Rows, source: Slots, target: Slots) -> None:
         self.collector.copy(rows, source, target)
 
-    def finish(self, rows: Rows, slots: Tensor) -> None:
+    def finish(self, rows: Rows, slots: Slots) -> None:
         self.collector.finish(rows, slots)
 
 

@@ -24,6 +24,7 @@ from spec_rollout.engine.sampling import Sampler
 from spec_rollout.engine.scheduler import Scheduler
 from spec_rollout.engine.stops import Stops
 from spec_rollout.engine.target import Target
+from spec_rollout.engine.transfers import on_both_sides, upload
 from spec_rollout.engine.verify import Verdict, verify
 from spec_rollout.records import Request, RolloutStats, SamplingParams, StepStats
 
@@ -163,7 +164,7 @@ class Rollout:
         elif distrusted.any():
             self.draft.switch_off(ValueError("its proposal is NaN, out of order, or does not hold what it guessed"))
         if settles.any():
-            settled = close & torch.from_numpy(settles).to(close.device)[:, None]
+            settled = close & upload(settles, close.device)[:, None]
             self.near_ties.settle(self.rows, self.inputs, samples, self.scores, noise, seen, settled)
             verdict = self._judge(guesses, samples)
             report = torch.stack(verdict).cpu().numpy()
@@ -232,11 +233,11 @@ class Rollout:
 
     def _copy(self, source: list[int], target: list[int], move: bool = False) -> None:
         """Copy slots; a sibling takes over what the cache holds only, a moved row everything."""
-        src, dst = (torch.tensor(slots, device=self.rows.device) for slots in (source, target))
+        src, dst = (on_both_sides(slots, self.rows.device) for slots in (source, target))
         if move:
             self.rows.copy(src, dst)
             self.sampler.copy(src, dst)
-        self.cache.copy(src, dst, int(self.rows.lengths[target].max()))
+        self.cache.copy(src.device, dst.device, int(self.rows.lengths[target].max()))
         self.draft.call("copy", self.rows, src, dst)
 
 
