@@ -50,7 +50,7 @@ class RolloutEngine:
                 "A drafter without a controller needs num_speculative_tokens in `config`, which is None: give the "
                 "number of tokens to guess, 0 for plain decoding, or a controller that chooses it."
             )
-        self.target = make_target(model, self.config.compile_passes)
+        self.target = make_target(model, self.config.compile_passes, self.config.calibration_cache)
         self.drafter, self.controller, self.tokenizer = drafter, controller, tokenizer
         self.recorder: Recorder | None = None
         self.cache = self.target.make_cache()

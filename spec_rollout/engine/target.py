@@ -22,16 +22,20 @@ from spec_rollout.engine.support import ATTENTION, has_recurrent_layers, refuse_
 
 
 class Target:
-    """The policy as the decode loop sees it; with `compiled` its decoding passes run through torch's compiler.
+    """The policy as the decode loop sees it; with `compiled` its decoding passes run through torch's compiler: the lean
+    pass, whose compiled halves of layers are kept in `folder`, or where there is none the whole model.
 
     Raises:
         UnsupportedModelError: the architecture keeps a state that cannot be rolled back or masked per row.
         ValueError: the weights are not here (a ZeRO-3 policy that is not gathered), or torch cannot compile the model.
     """
 
-    def __init__(self, model: nn.Module, compiled: bool = False):
-        self.model = model
-        self._compiled = Compiled(self._read, type(model).__name__) if compiled else None
+    def __init__(self, model: nn.Module, compiled: bool = False, folder: str | None = None):
+        self.model, self.folder = model, folder
+        self._whole = Compiled(self._read, type(model).__name__) if compiled else None
+        self._compiled: Compiled | None = None
+        """What decodes in this rollout, if it is the whole model compiled."""
+        self._whole_proven: set[tuple] = set()
         self.config = model.config.get_text_config(decoder=True)
         self._recurrences = Recurrences(model)
         self.recurrent = has_recurrent_layers(model, self.config)
@@ -41,8 +45,9 @@ class Target:
         self.vocab_size = self.config.vocab_size
         lengths = (getattr(self.config, name, None) for name in ("max_position_embeddings", "n_positions"))
         self.context: int | None = next(filter(None, lengths), None)
-        self.path = "transformers" if self._compiled is None else "compiled"
-        """What decodes: "lean", "compiled" or "transformers", as of the last rollout."""
+        self.path = "transformers"
+        """What decodes: "lean", "lean compiled", "compiled" (the whole model) or "transformers", as of the last
+        rollout."""
         self._choice = LeanChoice(model)
         self._lean: LeanPass | None = None
         self.switches = rope_switches(self.config)
@@ -88,12 +93,10 @@ class Target:
                 if proven not in self._proven:
                     self._proven[proven] = self._probe(list(configs), own)
                 attend(configs, self._proven[proven])
-                if self._compiled is None:
-                    self._lean = self._choice.make(self.forward, self.vocab_size, (self.dtype, self.device))
-                    self.path = "transformers" if self._lean is None else "lean"
+                self._choose(proven)
                 yield
         finally:
-            self._lean = None
+            self._lean = self._compiled = None
             attend(configs, own)
             for module in training:
                 module.training = True
@@ -101,15 +104,22 @@ class Target:
     def _probe(self, configs: list, own: list[str]) -> list[str]:
         """The attention for each of `configs` under which this target decodes what the policy reads with its `own`, as
         the trainer runs it: the first of those it may take that is proven."""
-        compiled = self._compiled
-        self._compiled = None
-        try:
-            taken = first_proven(self, configs, own)
-        finally:
-            self._compiled = compiled
-        if compiled is not None:
+        return first_proven(self, configs, own)
+
+    def _choose(self, state: tuple) -> None:
+        """Take the pass that decodes; `state` is what its proof depends on besides the weights."""
+        given = self.forward, self.vocab_size, (self.dtype, self.device)
+        if self._whole is None:
+            self._lean = self._choice.make(*given)
+        else:
+            self._lean = self._choice.make_compiled(*given, self.folder)
+        if self._lean is not None or self._whole is None:
+            self.path = "transformers" if self._lean is None else self._lean.path
+            return
+        self._compiled, self.path = self._whole, "compiled"
+        if state not in self._whole_proven:
             prove(self, [Probe(self, stride).expected() for stride in STRIDES])
-        return taken
+            self._whole_proven.add(state)
 
     def confine(self, longest: int) -> None:
         """The rows to come have at most `longest` tokens."""

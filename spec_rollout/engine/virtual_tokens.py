@@ -30,9 +30,9 @@ def virtual_tokens(model: nn.Module) -> int:
     return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
 
 
-def make_target(model: nn.Module, compiled: bool = False) -> Target:
+def make_target(model: nn.Module, compiled: bool = False, folder: str | None = None) -> Target:
     """The policy as the decode loop sees it, with virtual tokens or without."""
-    return PrefixedTarget(model, compiled) if virtual_tokens(model) else Target(model, compiled)
+    return PrefixedTarget(model, compiled) if virtual_tokens(model) else Target(model, compiled, folder)
 
 
 class PrefixedTarget(Target):
