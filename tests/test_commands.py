@@ -6,7 +6,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from spec_rollout import cli
 from spec_rollout.bench import bench, check, memory, workload

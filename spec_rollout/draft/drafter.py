@@ -12,13 +12,11 @@ from torch import Tensor
 
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.features import FeatureBuffer
-from spec_rollout.draft.lean_head import CompiledHead, LeanHead, disagreement, halves_of
+from spec_rollout.draft.lean_head import LeanHead, compiled_head, programs_of
 from spec_rollout.draft.policy_view import PolicyView
-from spec_rollout.engine.compiled import Compiled, NotCompilableError
+from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.gumbel_max import draw_among
 from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask
-from spec_rollout.engine.lean.halves import Form
-from spec_rollout.engine.lean.programs import PROGRAMS, CannotCompileError, Program
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import Slots, upload
@@ -27,8 +25,6 @@ CATCH_UP_TOKENS = 8192
 """Most tokens, over all rows, of one catch-up pass."""
 
 EXTENT_STEP = 32
-BOUND = 1e-4
-"""Most that compiled passes of the head may differ from others, in standard deviations of the output."""
 LEAN_WIDTH = 16
 """Most tokens of a row in a lean pass of the head: what a step leaves behind. The mask of a wider one, as over
 prompts, would outgrow the keys and values that it saves from being copied."""
@@ -53,8 +49,7 @@ class EagleDrafter:
         head: the draft head, in the policy's dtype.
         view: the policy's embedding and output head.
         buffer: takes the features of finished rows; None collects nothing.
-        compiled: run what is repeated in every step through torch's compiler: the layer's halves, which are kept in
-            `folder`, or where they cannot be compiled so, whole functions.
+        compiled: run the layer through torch's compiler, by halves kept in `folder`, or whole functions.
     """
 
     def __init__(
@@ -76,8 +71,7 @@ class EagleDrafter:
         self.compiled, self.folder = compiled, folder
         self.lean: LeanHead | None = None
         self.first, self.next = self._first, self._next
-        self._proven = False
-        if compiled and not self._programs(wait=False):  # begins to compile where it can be done by halves
+        if compiled and not programs_of(head, view, folder, wait=False):  # a program is on its way, or impossible
             self.first, self.next = (Compiled(f, "the draft head") for f in (self._first, self._next))
 
     @property
@@ -101,30 +95,13 @@ class EagleDrafter:
         self.output_rows = (self.view.output_rows() if own is None else own.detach()).to(dtype)
         self.lean = self._lean(rows.capacity)
 
-    def _programs(self, wait: bool) -> bool | dict[Form, Program]:
-        """The compiled halves of the head's layer; False where it cannot be compiled so, True while it is."""
-        halves = halves_of(self.head) if isinstance(self.head, EagleHead) else None
-        if halves is None or self.view.embedding.dtype != torch.float32:
-            return False
-        try:
-            return PROGRAMS.get({half.form for half in halves}, self.folder, wait) or True
-        except CannotCompileError as error:
-            raise NotCompilableError.of("the draft head", str(error)) from error
-
     def _lean(self, capacity: int) -> LeanHead | None:
-        """The lean pass on the weights of now, or None."""
+        """The lean pass on the weights of now; None where whole functions run, compiled or not."""
         if not isinstance(self.head, EagleHead) or isinstance(self.first, Compiled):
             return None
-        lean = LeanHead(self.head, self.view, capacity)
-        if not self.compiled:
-            return lean
-        found = CompiledHead(self.head, self.view, capacity, self._programs(wait=True))
-        if not self._proven:
-            off = disagreement(lean, found)
-            if not off <= BOUND:
-                raise NotCompilableError.of("the draft head", f"it is off by {off:.2g} standard deviations")
-            self._proven = True
-        return found
+        if self.compiled:
+            return compiled_head(self.head, self.view, capacity, self.folder)
+        return LeanHead(self.head, self.view, capacity)
 
     def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
         kept = torch.cat([*(hidden[i] for i in self.head.config.aux_layers), hidden[-1]], -1)  # [N, T, F]

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from spec_rollout.draft.eagle import EagleHead, turns
 from spec_rollout.draft.policy_view import PolicyView
+from spec_rollout.engine.compiled import NotCompilableError
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.lean.attention import Attentions
 from spec_rollout.engine.lean.compiled_pass import CompiledLayer, mask_of
 from spec_rollout.engine.lean.halves import Form
-from spec_rollout.engine.lean.layer_tensors import HalfWeights, halves_of_head
+from spec_rollout.engine.lean.layer_tensors import Halves, halves_of_head
 from spec_rollout.engine.lean.norms import read_norm
-from spec_rollout.engine.lean.programs import Program
+from spec_rollout.engine.lean.programs import PROGRAMS, CannotCompileError, Program
 from spec_rollout.engine.lean.projections import GatedMLP, Projection
 from spec_rollout.engine.lean.rope import angles, table
 from spec_rollout.engine.lean.views import Views
+
+BOUND = 1e-4
+"""Most that compiled passes of the head may differ from others, in standard deviations of the output."""
 
 
 class LeanHead:
@@ -84,14 +88,39 @@ class CompiledHead(LeanHead):
         return self.compiled.after([residual, attended, *self.compiled.weights_after])[0].view(rows, width, -1)
 
 
-def halves_of(head: EagleHead) -> tuple[HalfWeights, HalfWeights] | None:
+def halves_of(head: EagleHead) -> Halves | None:
     """What of `head` is compiled; None where it cannot be."""
     config = head.config
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     return halves_of_head(head.midlayer, heads, config.hidden_size)
 
 
-def disagreement(lean: LeanHead, compiled: CompiledHead) -> float:
+def programs_of(head: nn.Module, view: PolicyView, folder: str | None, wait: bool) -> bool | dict[Form, Program]:
+    """The compiled halves of the layer of `head`, which are kept in `folder`; True while they are being made, False
+    where it cannot be compiled so.
+
+    Raises:
+        NotCompilableError: torch or the C++ compiler that it runs fails.
+    """
+    halves = halves_of(head) if isinstance(head, EagleHead) else None
+    if halves is None or view.embedding.dtype != torch.float32:
+        return False
+    try:
+        return PROGRAMS.get({half.form for half in halves}, folder, wait) or True
+    except CannotCompileError as error:
+        raise NotCompilableError.of("the draft head", str(error)) from error
+
+
+def compiled_head(head: EagleHead, view: PolicyView, capacity: int, folder: str | None) -> CompiledHead:
+    """The compiled pass, once it is there and has been shown to compute what the other one does."""
+    found = CompiledHead(head, view, capacity, programs_of(head, view, folder, wait=True))
+    off = _disagreement(LeanHead(head, view, capacity), found)
+    if not off <= BOUND:
+        raise NotCompilableError.of("the draft head", f"compiled it is off by {off:.2g} standard deviations")
+    return found
+
+
+def _disagreement(lean: LeanHead, compiled: CompiledHead) -> float:
     """How far two passes over made-up entries differ, in standard deviations of their output."""
     rows, width, config = 3, 4, lean.config
     generator = torch.Generator().manual_seed(0)

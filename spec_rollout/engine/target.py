@@ -22,8 +22,8 @@ from spec_rollout.engine.support import ATTENTION, has_recurrent_layers, refuse_
 
 
 class Target:
-    """The policy as the decode loop sees it; with `compiled` its decoding passes run through torch's compiler: the lean
-    pass, whose compiled halves of layers are kept in `folder`, or where there is none the whole model.
+    """The policy as the decode loop sees it; with `compiled` its decoding passes run through torch's compiler: halves
+    of the lean pass's layers, which are kept in `folder`, or where there is no such pass the whole model.
 
     Raises:
         UnsupportedModelError: the architecture keeps a state that cannot be rolled back or masked per row.
@@ -115,7 +115,11 @@ class Target:
             self._lean = self._choice.make_compiled(*given, self.folder)
         if self._lean is not None or self._whole is None:
             self.path = "transformers" if self._lean is None else self._lean.path
-            return
+        else:
+            self._take_whole(state)
+
+    def _take_whole(self, state: tuple) -> None:
+        """Decode through the whole model, compiled."""
         self._compiled, self.path = self._whole, "compiled"
         if state not in self._whole_proven:
             prove(self, [Probe(self, stride).expected() for stride in STRIDES])

@@ -74,8 +74,8 @@ class LeanChoice:
             self._proven[key] = off <= 1
             if off > 1:
                 warnings.warn(
-                    f"The {make(self.model, family).path} decode pass differs from {type(self.model).__name__}'s own forward by {off:.3g} times "
-                    "what is allowed; this policy is decoded through its own forward, which is slower.",
+                    f"The {make(self.model, family).path} decode pass differs from {type(self.model).__name__}'s own "
+                    f"forward by {off:.3g} times what is allowed; this policy is not decoded through it, and slower.",
                     RuntimeWarning,
                     stacklevel=2,
                 )

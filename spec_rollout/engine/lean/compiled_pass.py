@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spec_rollout.engine.kv_cache import SlotCache, causal_mask
 from spec_rollout.engine.lean.halves import Form
-from spec_rollout.engine.lean.layer_tensors import HalfWeights, halves_of
+from spec_rollout.engine.lean.layer_tensors import Halves, halves_of
 from spec_rollout.engine.lean.lean_pass import LeanPass
 from spec_rollout.engine.lean.programs import Program
 from spec_rollout.engine.lean.recognition import base_model
@@ -21,7 +21,7 @@ from spec_rollout.engine.lean.weights import Family
 class CompiledLayer:
     """One layer's programs and the weights that they read, where they lie."""
 
-    def __init__(self, halves: tuple[HalfWeights, HalfWeights], programs: dict[Form, Program], scaling: float):
+    def __init__(self, halves: Halves, programs: dict[Form, Program], scaling: float):
         self.before, self.after = (programs[half.form] for half in halves)
         self.weights_before, self.weights_after = (half.weights for half in halves)
         self.scaling = scaling
@@ -61,9 +61,7 @@ class CompiledPass(LeanPass):
         queries, shared, _ = self.layers[0].heads
         self.rope.reach(cache.capacity)
         turns = self.rope.rows(positions.flatten())
-        masks = {
-            kind: mask_of(positions, extent, window, queries // shared) for kind, window in self.windows.items()
-        }
+        masks = {kind: mask_of(positions, extent, window, queries // shared) for kind, window in self.windows.items()}
         index = self.views.index(cache, positions)
         x = self._embedded(ids)
         streams = []
@@ -78,7 +76,7 @@ class CompiledPass(LeanPass):
         return self._logits(x).view(rows, width, -1), Streams(streams, rows, width)
 
 
-def halves_of_model(model: nn.Module, family: Family, lean: LeanPass) -> list[tuple[HalfWeights, HalfWeights]] | None:
+def halves_of_model(model: nn.Module, family: Family, lean: LeanPass) -> list[Halves] | None:
     """Both halves of every layer, as they are now; None where a layer cannot be compiled."""
     act = lean.config.hidden_act if hasattr(lean.config, "hidden_act") else lean.config.hidden_activation
     layers = list(base_model(model).get_decoder().layers)[: len(lean.layers)]
