@@ -107,8 +107,10 @@ def build(described: str, path: str) -> None:
 
 
 def _load(path: Path) -> Program:
-    loaded = torch._inductor.aoti_load_package(str(path))
-    return loaded.loader.boxed_run
+    try:
+        return torch._inductor.aoti_load_package(str(path)).loader.boxed_run
+    except RuntimeError as error:
+        raise CannotCompileError(f"what was compiled earlier cannot be loaded, remove {path}: {error}") from error
 
 
 def _path(form: Form, folder: str | None) -> Path:
