@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.features import FeatureBuffer
-from spec_rollout.draft.lean_head import LeanHead, compiled_head, programs_of
+from spec_rollout.draft.lean_head import LeanHead, lean_head, programs_of
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.gumbel_max import draw_among
@@ -49,7 +49,7 @@ class EagleDrafter:
         head: the draft head, in the policy's dtype.
         view: the policy's embedding and output head.
         buffer: takes the features of finished rows; None collects nothing.
-        compiled: run the layer through torch's compiler, by halves kept in `folder`, or whole functions.
+        compiled: as `compile_passes`; by halves of the layer, kept in `folder`, or whole functions.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class EagleDrafter:
         head: EagleHead,
         view: PolicyView,
         buffer: FeatureBuffer | None = None,
-        compiled: bool = False,
+        compiled: str = "false",
         folder: str | None = None,
     ):
         self.head, self.view, self.buffer = head, view, buffer
@@ -71,7 +71,7 @@ class EagleDrafter:
         self.compiled, self.folder = compiled, folder
         self.lean: LeanHead | None = None
         self.first, self.next = self._first, self._next
-        if compiled and not programs_of(head, view, folder, wait=False):  # a program is on its way, or impossible
+        if compiled == "true" and not programs_of(head, view, folder, wait=False):
             self.first, self.next = (Compiled(f, "the draft head") for f in (self._first, self._next))
 
     @property
@@ -99,9 +99,7 @@ class EagleDrafter:
         """The lean pass on the weights of now; None where whole functions run, compiled or not."""
         if not isinstance(self.head, EagleHead) or isinstance(self.first, Compiled):
             return None
-        if self.compiled:
-            return compiled_head(self.head, self.view, capacity, self.folder)
-        return LeanHead(self.head, self.view, capacity)
+        return lean_head(self.head, self.view, capacity, self.compiled, self.folder)
 
     def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
         kept = torch.cat([*(hidden[i] for i in self.head.config.aux_layers), hidden[-1]], -1)  # [N, T, F]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,9 +97,23 @@ def halves_of(head: EagleHead) -> Halves | None:
     return halves_of_head(head.midlayer, heads, config.hidden_size)
 
 
-def programs_of(head: nn.Module, view: PolicyView, folder: str | None, wait: bool) -> bool | dict[Form, Program]:
-    """The compiled halves of the layer of `head`, which are kept in `folder`; True while they are being made, False
-    where it cannot be compiled so.
+def lean_head(head: EagleHead, view: PolicyView, capacity: int, compiles: str, folder: str | None) -> LeanHead:
+    """The pass on the weights of now. With `compiles` "true" it is the compiled one, with "auto" if that is there."""
+    if compiles == "true":
+        return compiled_head(head, view, capacity, folder)
+    try:
+        if compiles == "auto" and isinstance(programs_of(head, view, folder, wait=False, begin=PROGRAMS.begun), dict):
+            return compiled_head(head, view, capacity, folder)
+    except NotCompilableError as error:
+        warnings.warn(f"{error} With 'auto' it is decoded without.", RuntimeWarning, stacklevel=2)
+    return LeanHead(head, view, capacity)
+
+
+def programs_of(
+    head: nn.Module, view: PolicyView, folder: str | None, wait: bool, begin: bool = True
+) -> bool | dict[Form, Program]:
+    """The compiled halves of the layer of `head`, which are kept in `folder`; see `Programs.get` for the rest. True
+    while they are not there, False where it cannot be compiled so.
 
     Raises:
         NotCompilableError: torch or the C++ compiler that it runs fails.
@@ -106,7 +122,7 @@ def programs_of(head: nn.Module, view: PolicyView, folder: str | None, wait: boo
     if halves is None or view.embedding.dtype != torch.float32:
         return False
     try:
-        return PROGRAMS.get({half.form for half in halves}, folder, wait) or True
+        return PROGRAMS.get({half.form for half in halves}, folder, wait, begin) or True
     except CannotCompileError as error:
         raise NotCompilableError.of("the draft head", str(error)) from error
 

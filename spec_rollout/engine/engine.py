@@ -96,6 +96,8 @@ class RolloutEngine:
             raise
         seconds = time.perf_counter() - began
         self.stats.seconds += seconds
+        self.stats.lean_steps += (len(self.stats.steps) - before) * ("lean" in target.path)
+        self.stats.compiled_steps += (len(self.stats.steps) - before) * ("compiled" in target.path)
         if self.recorder is not None:
             own = RolloutStats(self.stats.steps[before:], seconds, self.stats.prefill_s - prefill_s)
             self.recorder.rollout(requests, completions, own)

@@ -54,7 +54,7 @@ class Rollout:
         target.confine(longest)
         capacity = _round_up(longest + config.widest + 1, EXTENT_STEP)
         room = slots
-        if config.compile_passes:  # one slot alone, or rows read to their end, would be compiled apart
+        if config.compile_passes == "true":  # one slot alone, or rows read to their end, would be compiled apart
             room, capacity = max(2, slots), capacity + 1
         self.cache.allocate(room, capacity, (target.dtype, target.device))
         self.rows = Rows(room, capacity, target.vocab_size, target.device)

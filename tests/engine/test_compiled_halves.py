@@ -34,7 +34,7 @@ class Uncompiled(Programs):
         super().__init__()
         self.made = []
 
-    def get(self, forms, folder, wait):
+    def get(self, forms, folder, wait, begin=True):
         self.made += [form for form in forms if form not in self._loaded]
         for form in forms:
             self._loaded.setdefault(form, self.flat(form))
@@ -107,11 +107,11 @@ def head_of(model, **options) -> EagleDrafter:
 def test_the_head_guesses_the_same(uncompiled):
     model = rough("qwen3")
     found = []
-    for compiled in (False, True):
+    for compiled in ("false", "true"):
         drafter = head_of(model, compiled=compiled)
         engine = RolloutEngine(model, SpecConfig(max_slots=3), drafter=drafter, controller=Scripted(3, 0, 7, 1))
         found.append(engine.generate(PROMPTS, PARAMS))
-        assert isinstance(drafter.lean, CompiledHead) == compiled and not engine.stats.drafter_failures
+        assert isinstance(drafter.lean, CompiledHead) == (compiled == "true") and not engine.stats.drafter_failures
     assert [c.num_accepted for c in found[0]] == [c.num_accepted for c in found[1]]
     assert_same(*found)
 
@@ -158,6 +158,52 @@ def test_no_compiler(name, monkeypatch, tmp_path):
     for _ in range(2):  # the second time it is known
         with pytest.raises(NotCompilableError, match="cannot compile .*no compiler here.* C\\+\\+ compiler"):
             engine.generate(PROMPTS[:1], PARAMS)
+
+
+class Slow(Uncompiled):
+    """Is asked `after` times before it is done."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after, self.asked = after, []
+
+    def get(self, forms, folder, wait, begin=True):
+        assert not wait
+        self.asked.append(begin)
+        return super().get(forms, folder, wait) if begin and self.asked.count(True) > self.after else None
+
+
+def test_auto_waits_for_nothing(monkeypatch):
+    """It begins once rollouts have taken their time, and is taken when it is there: policy and head."""
+    made = Slow(2)
+    for place in ("spec_rollout.engine.lean.choice", "spec_rollout.draft.lean_head"):
+        monkeypatch.setattr(f"{place}.PROGRAMS", made)
+    monkeypatch.setattr("spec_rollout.engine.target.REPAYS_S", 1e9)
+    model, paths = rough("qwen3"), []
+    expected = reference(model, PROMPTS, PARAMS)
+    drafter = head_of(model, compiled="auto")
+    config = SpecConfig(max_slots=3, compile_passes="auto")
+    engine = RolloutEngine(model, config, drafter=drafter, controller=Scripted(3, 0, 7, 1))
+    for seconds in (1e9, 1e9, 0.0, 0.0, 0.0, 0.0):
+        monkeypatch.setattr("spec_rollout.engine.target.REPAYS_S", seconds)
+        assert_same(engine.generate(PROMPTS, PARAMS), expected)
+        paths.append((engine.target.path, type(drafter.lean).__name__))
+    assert paths[:4] == [("lean", "LeanHead")] * 4 and paths[-1] == ("lean compiled", "CompiledHead")
+    assert not any(made.asked[:2]) and not engine.stats.drafter_failures
+
+
+def test_auto_without_a_compiler(monkeypatch):
+    class Failing(Programs):
+        def get(self, forms, folder, wait, begin=True):
+            raise programs.CannotCompileError("no compiler here")
+
+    monkeypatch.setattr("spec_rollout.engine.lean.choice.PROGRAMS", Failing())
+    model = rough("qwen3")
+    engine = RolloutEngine(model, SpecConfig(compile_passes="auto"))
+    with pytest.warns(RuntimeWarning, match="no compiler here.*decoded without") as told:
+        for _ in range(3):
+            engine.generate(PROMPTS, PARAMS)
+    assert len(told) == 1 and engine.target.path == "lean"
 
 
 def test_by_the_compiler(tmp_path):

@@ -24,6 +24,7 @@ class LeanChoice:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self._failed = False
         self._proven: dict[tuple, bool] = {}
         """By what the outcome depends on: the family, how the policy computes, and whether it is compiled."""
 
@@ -34,10 +35,16 @@ class LeanChoice:
         return None if family is None else self._proven_pass((family, *kind), LeanPass, own, vocab_size)
 
     def make_compiled(
-        self, own: Forward, vocab_size: int, kind: tuple[torch.dtype, torch.device], folder: str | None
+        self,
+        own: Forward,
+        vocab_size: int,
+        kind: tuple[torch.dtype, torch.device],
+        folder: str | None,
+        wait: bool = True,
+        begin: bool = True,
     ) -> CompiledPass | None:
-        """The same with compiled halves of layers, which are kept in `folder`; it waits until they are compiled. None
-        also where the policy has layers that are not compiled so.
+        """The same with compiled halves of layers, which are kept in `folder`; see `Programs.get` for the rest. None
+        also where they are not there yet, or the policy has layers that are not compiled so.
 
         Raises:
             NotCompilableError: torch or the C++ compiler that it runs fails.
@@ -48,14 +55,34 @@ class LeanChoice:
             return None
         forms = {half.form for pair in halves for half in pair}
         try:
-            programs = PROGRAMS.get(forms, folder, wait=True)
+            programs = PROGRAMS.get(forms, folder, wait, begin)
         except CannotCompileError as error:
             raise NotCompilableError.of(type(self.model).__name__, str(error)) from error
+        if programs is None:
+            return None
 
         def compiled(model: nn.Module, family: Family) -> CompiledPass:
             return CompiledPass(model, family, programs)
 
         return self._proven_pass((family, *kind, frozenset(forms)), compiled, own, vocab_size)
+
+    def make_compiled_by_now(
+        self,
+        own: Forward,
+        vocab_size: int,
+        kind: tuple[torch.dtype, torch.device],
+        folder: str | None,
+        begin: bool,
+    ) -> CompiledPass | None:
+        """The same without a wait, and what fails is told once and not tried again."""
+        if self._failed:
+            return None
+        try:
+            return self.make_compiled(own, vocab_size, kind, folder, wait=False, begin=begin)
+        except NotCompilableError as error:
+            self._failed = True
+            warnings.warn(f"{error} With 'auto' it is decoded without from here on.", RuntimeWarning, stacklevel=2)
+            return None
 
     def _family(self, kind: tuple[torch.dtype, torch.device]) -> Family | None:
         if torch.is_autocast_enabled(kind[1].type):

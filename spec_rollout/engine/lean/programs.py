@@ -40,9 +40,14 @@ class Programs:
         self._running: dict[Form, tuple[subprocess.Popen, Path]] = {}
         self._failed: dict[Form, str] = {}
 
-    def get(self, forms: set[Form], folder: str | None, wait: bool) -> dict[Form, Program] | None:
-        """Those of `forms`; None while some are being compiled, which this begins. With `wait` it lasts until they are
-        there.
+    @property
+    def begun(self) -> bool:
+        """Whether anything was compiled or found on the disk so far."""
+        return bool(self._running or self._loaded)
+
+    def get(self, forms: set[Form], folder: str | None, wait: bool, begin: bool = True) -> dict[Form, Program] | None:
+        """Those of `forms`; None while some are not there. With `begin` it begins to compile these, and with `wait` it
+        lasts until they are.
 
         Raises:
             CannotCompileError: one of them cannot be compiled; it is not tried again in this process.
@@ -52,6 +57,8 @@ class Programs:
             if form in self._failed:
                 raise CannotCompileError(self._failed[form])
             if form not in self._running and not _path(form, folder).exists():
+                if not begin:
+                    return None
                 self._running[form] = _start(form, _path(form, folder))
         for form in missing:
             if form in self._running:
