@@ -6,6 +6,7 @@ import atexit
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -124,7 +125,8 @@ def _path(form: Form, folder: str | None) -> Path:
     """Where the program of `form` lies: by all that it was compiled from and for."""
     source = Path(halves.__file__).read_text(encoding="utf-8")
     cpuinfo = Path("/proc/cpuinfo")
-    flags = [line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
+    flags = [line for line in lines if line.startswith(("flags", "Features"))][:1] or lines[:1]
     key = [asdict(form), source, torch.__version__, torch.backends.cpu.get_cpu_capability(), flags, sys.platform]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     base = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "spec_rollout"
