@@ -100,10 +100,11 @@ def halves_of(head: EagleHead) -> Halves | None:
 def lean_head(head: EagleHead, view: PolicyView, capacity: int, compiles: str, folder: str | None) -> LeanHead:
     """The pass on the weights of now. With `compiles` "true" it is the compiled one, with "auto" if that is there."""
     if compiles == "true":
-        return compiled_head(head, view, capacity, folder)
+        return compiled_head(head, view, capacity, programs_of(head, view, folder, wait=True))
     try:
-        if compiles == "auto" and isinstance(programs_of(head, view, folder, wait=False, begin=PROGRAMS.begun), dict):
-            return compiled_head(head, view, capacity, folder)
+        programs = compiles == "auto" and programs_of(head, view, folder, wait=False, begin=PROGRAMS.begun)
+        if isinstance(programs, dict):
+            return compiled_head(head, view, capacity, programs)
     except NotCompilableError as error:
         warnings.warn(f"{error} With 'auto' it is decoded without.", RuntimeWarning, stacklevel=2)
     return LeanHead(head, view, capacity)
@@ -127,9 +128,9 @@ def programs_of(
         raise NotCompilableError.of("the draft head", str(error)) from error
 
 
-def compiled_head(head: EagleHead, view: PolicyView, capacity: int, folder: str | None) -> CompiledHead:
-    """The compiled pass, once it is there and has been shown to compute what the other one does."""
-    found = CompiledHead(head, view, capacity, programs_of(head, view, folder, wait=True))
+def compiled_head(head: EagleHead, view: PolicyView, capacity: int, programs: dict[Form, Program]) -> CompiledHead:
+    """The compiled pass, which is shown to compute what the other one does."""
+    found = CompiledHead(head, view, capacity, programs)
     off = _disagreement(LeanHead(head, view, capacity), found)
     if not off <= BOUND:
         raise NotCompilableError.of("the draft head", f"compiled it is off by {off:.2g} standard deviations")
