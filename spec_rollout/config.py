@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import type_validator
 VERIFICATIONS = ["coupled", "rejection"]
 BACKENDS = ("embedded", "vllm")
 HEADS = ("auto", "eagle3", "mtp")
+COMPILE = ("auto", "true", "false")
 
 
 def check_types(record: object, kind: type) -> None:
@@ -109,11 +110,13 @@ class SpecConfig:
         default=None,
         metadata={"help": "Folder that keeps measured pass times between runs. `None` is `~/.cache/spec_rollout`."},
     )
-    compile_passes: bool = field(
-        default=False,
+    compile_passes: str = field(
+        default="false",
         metadata={
-            "help": "Run the embedded engine's passes through torch's compiler: faster steps after a start that takes "
-            "minutes in every process. On a CPU it needs a C++ compiler."
+            "help": "Run the embedded engine's passes through torch's compiler: `true` from the first rollout on, "
+            "which waits for it, `auto` once it should pay, without a wait, or `false`. On a CPU it needs a "
+            "C++ compiler.",
+            "choices": list(COMPILE),
         },
     )
     profile_rollouts: bool = field(
@@ -125,6 +128,8 @@ class SpecConfig:
     )
 
     def __post_init__(self):
+        if isinstance(self.compile_passes, bool):
+            self.compile_passes = str(self.compile_passes).lower()
         check_types(self, SpecConfig)
         gamma = self.num_speculative_tokens
         if gamma is not None and gamma < 0:
@@ -143,15 +148,16 @@ class SpecConfig:
                 f"verification={self.verification!r} is unknown: give 'coupled' (the same tokens as plain decoding) "
                 "or 'rejection' (the same law)."
             )
-        if self.draft_head == "mtp" and (self.rollout_backend == "vllm" or self.compile_passes):
+        if self.draft_head == "mtp" and (self.rollout_backend == "vllm" or self.compile_passes == "true"):
             other = "rollout_backend='vllm'" if self.rollout_backend == "vllm" else "compile_passes=True"
             raise ValueError(f"draft_head='mtp' does not go with {other}: leave one of the two at its default.")
-        if self.compile_passes and self.rollout_backend == "vllm":
+        if self.compile_passes == "true" and self.rollout_backend == "vllm":
             raise ValueError("compile_passes=True needs rollout_backend='embedded': vLLM compiles its own passes.")
         if self.profile_rollouts and self.rollout_backend == "vllm":
             raise ValueError("profile_rollouts=True needs rollout_backend='embedded': vLLM's steps are not recorded.")
         bounds = (
             ("rollout_backend", self.rollout_backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
+            ("compile_passes", self.compile_passes in COMPILE, f"one of {', '.join(COMPILE)}"),
             ("draft_head", self.draft_head in HEADS, f"one of {', '.join(HEADS)}"),
             ("max_num_speculative_tokens", self.max_num_speculative_tokens >= 1, "at least 1"),
             ("max_slots", self.max_slots >= 1, "at least 1"),

@@ -129,6 +129,10 @@ class RolloutStats:
     """Of `drafted`, the guesses that came from earlier rollouts."""
     drafter_failures: int = 0
     """Calls in which the drafter broke, and which went on with plain decoding."""
+    lean_steps: int = 0
+    """Steps in calls that decoded through the lean pass, compiled or not."""
+    compiled_steps: int = 0
+    """Steps in calls that decoded through a compiled pass, of whichever kind."""
 
     @property
     def emitted(self) -> int:

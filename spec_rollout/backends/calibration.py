@@ -67,7 +67,7 @@ def measure(engine: RolloutEngine, rows: Iterable[int], widest: int, measure_row
     began, found = time.perf_counter(), []
     speed = 0.0  # seconds of measuring per row, so far
     with apart.target.rollout():
-        if engine.config.compile_passes:
+        if engine.config.compile_passes == "true":
             _compile(apart, widest, measure_rows)
         for count in _coarse_first(rows):
             left = BUDGET_S - (time.perf_counter() - began)

@@ -191,7 +191,8 @@ class EmbeddedBackend:
         target, head = self.engine.target, self.learner.head
         running = copy.deepcopy(head).to(target.device, target.dtype)
         kind = MtpDrafter if isinstance(head, MtpHead) else EagleDrafter
-        self.head.drafter = kind(running, self.learner.view, self.learner.buffer, self.config.compile_passes)
+        compiled = self.config.compile_passes, self.config.calibration_cache
+        self.head.drafter = kind(running, self.learner.view, self.learner.buffer, *compiled)
         self.ngrams.drafter = NgramDrafter(self.history, self.head.drafter)
         self._publish()
 

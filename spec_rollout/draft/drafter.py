@@ -12,13 +12,14 @@ from torch import Tensor
 
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.features import FeatureBuffer
-from spec_rollout.draft.lean_head import LeanHead
+from spec_rollout.draft.lean_head import LeanHead, lean_head, programs_of
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.gumbel_max import draw_among
 from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
+from spec_rollout.engine.transfers import Slots, upload
 
 CATCH_UP_TOKENS = 8192
 """Most tokens, over all rows, of one catch-up pass."""
@@ -48,10 +49,17 @@ class EagleDrafter:
         head: the draft head, in the policy's dtype.
         view: the policy's embedding and output head.
         buffer: takes the features of finished rows; None collects nothing.
-        compiled: run what is repeated in every step through torch's compiler.
+        compiled: as `compile_passes`; by halves of the layer, kept in `folder`, or whole functions.
     """
 
-    def __init__(self, head: EagleHead, view: PolicyView, buffer: FeatureBuffer | None = None, compiled: bool = False):
+    def __init__(
+        self,
+        head: EagleHead,
+        view: PolicyView,
+        buffer: FeatureBuffer | None = None,
+        compiled: str = "false",
+        folder: str | None = None,
+    ):
         self.head, self.view, self.buffer = head, view, buffer
         self.ready = False
         """False until the head has been trained or loaded: it then only collects."""
@@ -60,10 +68,10 @@ class EagleDrafter:
         self._scores: list[Tensor] = []
         """Of the last guesses, [B, Vd] each."""
         self.fused_width = head.fused_width
-        self.compiled = compiled
+        self.compiled, self.folder = compiled, folder
         self.lean: LeanHead | None = None
         self.first, self.next = self._first, self._next
-        if compiled:
+        if compiled == "true" and not programs_of(head, view, folder, wait=False):
             self.first, self.next = (Compiled(f, "the draft head") for f in (self._first, self._next))
 
     @property
@@ -85,8 +93,13 @@ class EagleDrafter:
         self.known = np.zeros(rows.slots, dtype=np.int64)
         own = self.head.own_output
         self.output_rows = (self.view.output_rows() if own is None else own.detach()).to(dtype)
-        lean = isinstance(self.head, EagleHead) and not self.compiled
-        self.lean = LeanHead(self.head, self.view, rows.capacity) if lean else None
+        self.lean = self._lean(rows.capacity)
+
+    def _lean(self, capacity: int) -> LeanHead | None:
+        """The lean pass on the weights of now; None where whole functions run, compiled or not."""
+        if not isinstance(self.head, EagleHead) or isinstance(self.first, Compiled):
+            return None
+        return lean_head(self.head, self.view, capacity, self.compiled, self.folder)
 
     def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
         kept = torch.cat([*(hidden[i] for i in self.head.config.aux_layers), hidden[-1]], -1)  # [N, T, F]
@@ -103,7 +116,7 @@ class EagleDrafter:
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
         count = rows.count
         width = self._read_until(rows, 0, count, max(1, CATCH_UP_TOKENS // count))
-        known = torch.from_numpy(self.known[:count]).to(rows.device)
+        known = upload(self.known[:count], rows.device)
         lanes = [None] * gamma if noise is None else noise[:, :gamma].unbind(1)
         state = (rows.tokens, self.features, rows.length)
         guesses = [self.first(known, *state, lanes[0], temperature, width, self._extent(rows, 0), *self._cache())]
@@ -135,7 +148,7 @@ class EagleDrafter:
         np.clip(known, 0, end, out=known)
         width = max(1, CATCH_UP_TOKENS // (stop - start))
         while (behind := int((lengths - known).max())) > most:
-            first = torch.from_numpy(known).to(rows.device)
+            first = upload(known, rows.device)
             here = (rows.tokens[start:stop], self.features[start:stop])
             tokens, fused, place = self._entries(first, *here, min(width, behind))
             self._layer(tokens, fused, place, self._extent(rows, 0), *self._cache(), start)
@@ -216,16 +229,15 @@ class EagleDrafter:
         longest = int(rows.lengths[: rows.count].max()) + ahead
         return min(-(-max(longest, 1) // EXTENT_STEP) * EXTENT_STEP, rows.capacity)
 
-    def copy(self, rows: Rows, source: Tensor, target: Tensor) -> None:
-        extent = int(rows.lengths[target.cpu().numpy()].max())
-        self.features[target, :extent] = self.features[source, :extent]
-        self.cache.copy(source, target, extent)
-        src, dst = source.cpu().numpy(), target.cpu().numpy()
-        self.known[dst] = np.minimum(self.known[src], rows.lengths[dst])
+    def copy(self, rows: Rows, source: Slots, target: Slots) -> None:
+        extent = int(rows.lengths[target.host].max())
+        self.features[target.device, :extent] = self.features[source.device, :extent]
+        self.cache.copy(source.device, target.device, extent)
+        self.known[target.host] = np.minimum(self.known[source.host], rows.lengths[target.host])
 
-    def finish(self, rows: Rows, slots: Tensor) -> None:
+    def finish(self, rows: Rows, slots: Slots) -> None:
         if self.buffer is None:
             return
-        for slot in slots.tolist():
+        for slot in slots.host.tolist():
             length, start = int(rows.lengths[slot]), int(rows.starts[slot])
             self.buffer.add(rows.tokens[slot, : length + 1].clone(), self.features[slot, :length].clone(), start)

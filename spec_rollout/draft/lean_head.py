@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from spec_rollout.draft.eagle import EagleHead, turns
 from spec_rollout.draft.policy_view import PolicyView
+from spec_rollout.engine.compiled import NotCompilableError
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.lean.attention import Attentions
+from spec_rollout.engine.lean.compiled_pass import CompiledLayer, mask_of
+from spec_rollout.engine.lean.halves import Form
+from spec_rollout.engine.lean.layer_tensors import Halves, halves_of_head
 from spec_rollout.engine.lean.norms import read_norm
+from spec_rollout.engine.lean.programs import PROGRAMS, CannotCompileError, Program
 from spec_rollout.engine.lean.projections import GatedMLP, Projection
 from spec_rollout.engine.lean.rope import angles, table
 from spec_rollout.engine.lean.views import Views
+
+BOUND = 1e-4
+"""Most that compiled passes of the head may differ from others, in standard deviations of the output."""
 
 
 class LeanHead:
@@ -51,10 +61,97 @@ class LeanHead:
         normed = self.hidden_norm(x, read[:, size:])
         for projection, part in zip(self.qkv, attention.parts, strict=True):
             projection(read, part)
-        turn = angles(self.table, place.flatten())
+        turn = angles(self.table[place.flatten()])
         mask = attention.mask(place, extent, None)
         (buffers,) = self.views.of(cache, rows, extent)
         index = self.views.index(cache, place)
         attended = attention.attend(turn, mask, index, buffers, self.config.head_dim**-0.5)
         x = self.o_proj.onto(normed if self.config.norm_before_residual else x, attended)
         return self.mlp.down.onto(x, self.mlp.inner(self.mlp_norm(x))).view(rows, width, size)
+
+
+class CompiledHead(LeanHead):
+    """Computes what `LeanHead` computes, with compiled halves of its layer."""
+
+    def __init__(self, head: EagleHead, view: PolicyView, capacity: int, programs: dict[Form, Program]):
+        super().__init__(head, view, capacity)
+        self.compiled = CompiledLayer(halves_of(head), programs, self.config.head_dim**-0.5)
+
+    def __call__(self, ids: Tensor, hidden: Tensor, place: Tensor, extent: int, cache: SlotCache) -> Tensor:
+        rows, width = ids.shape
+        queries, shared, _ = self.heads
+        x = hidden.reshape(rows * width, -1).contiguous()
+        (kept,) = self.views.of(cache, rows, extent)
+        given = [self.table[place.flatten()], self.views.index(cache, place), *kept[:2]]
+        embeds = self.view.embed(ids.flatten())
+        query, normed = self.compiled.before([embeds, x, *given, *self.compiled.weights_before])
+        attended = self.compiled.attend(query, kept, mask_of(place, extent, None, queries // shared), (rows, width))
+        residual = normed if self.config.norm_before_residual else x
+        return self.compiled.after([residual, attended, *self.compiled.weights_after])[0].view(rows, width, -1)
+
+
+def halves_of(head: EagleHead) -> Halves | None:
+    """What of `head` is compiled; None where it cannot be."""
+    config = head.config
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    return halves_of_head(head.midlayer, heads, config.hidden_size)
+
+
+def lean_head(head: EagleHead, view: PolicyView, capacity: int, compiles: str, folder: str | None) -> LeanHead:
+    """The pass on the weights of now. With `compiles` "true" it is the compiled one, with "auto" if that is there."""
+    if compiles == "false":
+        return LeanHead(head, view, capacity)
+    wait = compiles == "true"
+    try:
+        programs = programs_of(head, view, folder, wait, begin=wait or PROGRAMS.begun)
+        if isinstance(programs, dict):
+            return compiled_head(head, view, capacity, programs)
+    except NotCompilableError as error:
+        if wait:
+            raise
+        warnings.warn(f"{error} With 'auto' it is decoded without.", RuntimeWarning, stacklevel=2)
+    return LeanHead(head, view, capacity)
+
+
+def programs_of(
+    head: nn.Module, view: PolicyView, folder: str | None, wait: bool, begin: bool = True
+) -> bool | dict[Form, Program]:
+    """The compiled halves of the layer of `head`, which are kept in `folder`; see `Programs.get` for the rest. True
+    while they are not there, False where it cannot be compiled so.
+
+    Raises:
+        NotCompilableError: torch or the C++ compiler that it runs fails.
+    """
+    halves = halves_of(head) if isinstance(head, EagleHead) else None
+    if halves is None or view.embedding.dtype != torch.float32:
+        return False
+    try:
+        return PROGRAMS.get({half.form for half in halves}, folder, wait, begin) or True
+    except CannotCompileError as error:
+        raise NotCompilableError.of("the draft head", str(error)) from error
+
+
+def compiled_head(head: EagleHead, view: PolicyView, capacity: int, programs: dict[Form, Program]) -> CompiledHead:
+    """The compiled pass, which is shown to compute what the other one does."""
+    found = CompiledHead(head, view, capacity, programs)
+    off = _disagreement(LeanHead(head, view, capacity), found)
+    if not off <= BOUND:
+        raise NotCompilableError.of("the draft head", f"compiled it is off by {off:.2g} standard deviations")
+    return found
+
+
+def _disagreement(lean: LeanHead, compiled: CompiledHead) -> float:
+    """How far two passes over made-up entries differ, in standard deviations of their output."""
+    rows, width, config = 3, 4, lean.config
+    generator = torch.Generator().manual_seed(0)
+    place = torch.tensor([[5], [0], [9]]) + torch.arange(width)
+    ids = torch.arange(rows * width).view(rows, width) * 7 % len(lean.view.embedding)
+    hidden = torch.randn(rows, width, config.hidden_size, generator=generator)
+    kept = [torch.randn(rows, 16, *lean.heads[1:], generator=generator) for _ in range(2)]
+    found = []
+    for head in (lean, compiled):
+        cache = SlotCache()
+        cache.allocate(rows, 16)
+        cache.keys, cache.values = ([buffer.clone()] for buffer in kept)
+        found += [torch.cat([head(ids, hidden, place, 16, cache), head(ids, hidden, place, 16, cache)])]
+    return float((found[0] - found[1]).abs().max() / found[0].std())

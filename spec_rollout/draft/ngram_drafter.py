@@ -11,6 +11,7 @@ from spec_rollout.draft.ngrams import CANDIDATES, LONGEST, ORDERS, History, gues
 from spec_rollout.draft.running import RunningTable
 from spec_rollout.engine.protocols import Drafter
 from spec_rollout.engine.rows import Rows
+from spec_rollout.engine.transfers import Slots
 
 FIRST_RATE = 0.3
 """Acceptance rate that guesses from a rollout's own beginning are taken to have, until they were judged."""
@@ -50,9 +51,9 @@ class NgramDrafter:
     def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
         """Nothing to prepare."""
 
-    def copy(self, rows: Rows, source: Tensor, target: Tensor) -> None:
+    def copy(self, rows: Rows, source: Slots, target: Slots) -> None:
         self.collector.copy(rows, source, target)
 
-    def finish(self, rows: Rows, slots: Tensor) -> None:
-        self.running.finish(rows, slots.cpu().numpy())
+    def finish(self, rows: Rows, slots: Slots) -> None:
+        self.running.finish(rows, slots.host)
         self.collector.finish(rows, slots)

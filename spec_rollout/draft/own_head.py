@@ -16,7 +16,7 @@ def checkpoints_own(model: nn.Module, config: SpecConfig) -> dict[str, Tensor]:
     Raises:
         ValueError: `draft_head="mtp"`, and the policy's checkpoint has none or one that cannot be run.
     """
-    elsewhere = config.rollout_backend == "vllm" or config.compile_passes or config.draft_model_path
+    elsewhere = config.rollout_backend == "vllm" or config.compile_passes == "true" or config.draft_model_path
     if config.draft_head == "eagle3" or (config.draft_head == "auto" and elsewhere):
         return {}
     folder = getattr(model.config, "_name_or_path", None)

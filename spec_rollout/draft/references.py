@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from spec_rollout.engine.rows import Rows
+from spec_rollout.engine.transfers import Slots
 from spec_rollout.records import Completion
 
 
@@ -33,10 +34,10 @@ class RandomDrafter:
     def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
         pass
 
-    def copy(self, rows: Rows, source: Tensor, target: Tensor) -> None:
+    def copy(self, rows: Rows, source: Slots, target: Slots) -> None:
         pass
 
-    def finish(self, rows: Rows, slots: Tensor) -> None:
+    def finish(self, rows: Rows, slots: Slots) -> None:
         pass
 
 

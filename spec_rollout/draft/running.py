@@ -8,6 +8,7 @@ from torch import Tensor
 
 from spec_rollout.draft.ngrams import NgramTable
 from spec_rollout.engine.rows import Rows
+from spec_rollout.engine.transfers import upload
 
 GROWTH = 1.25
 """The table is made anew when there are so many times the tokens that are in it: all in all that takes five times what
@@ -51,5 +52,5 @@ def _taken(rows: Rows, slots: np.ndarray) -> tuple[Tensor, Tensor]:
     """The known tokens of the rows in `slots`, one behind the other, and the place of each in its row; [n] both."""
     sizes = rows.lengths[slots] + 1
     within = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
-    place = torch.from_numpy(np.stack([np.repeat(slots, sizes), within])).to(rows.device)
+    place = upload(np.stack([np.repeat(slots, sizes), within]), rows.device)
     return rows.tokens[place[0], place[1]], place[1]

@@ -16,6 +16,14 @@ layout comes to equal another by chance."""
 class NotCompilableError(ValueError):
     """torch's compiler fails on the policy or the draft."""
 
+    @classmethod
+    def of(cls, name: str, reason: str) -> NotCompilableError:
+        """`name` is what cannot be compiled."""
+        return cls(
+            f"compile_passes=True: torch cannot compile {name} ({reason}). Decode without it, or install what is "
+            "missing; on a CPU torch needs a C++ compiler."
+        )
+
 
 class Compiled:
     """Compiles `function`, a part of `name`, at its first call and keeps what was compiled for every size of its
@@ -36,7 +44,4 @@ class Compiled:
                 return self._function(*args)
         except TorchDynamoException as error:
             reason = " ".join(str(error).split("\n\n")[0].split())
-            raise NotCompilableError(
-                f"compile_passes=True: torch cannot compile {self.name} ({reason}). Decode without it, or install "
-                "what is missing; on a CPU torch needs a C++ compiler."
-            ) from error
+            raise NotCompilableError.of(self.name, reason) from error

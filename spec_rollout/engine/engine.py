@@ -50,7 +50,7 @@ class RolloutEngine:
                 "A drafter without a controller needs num_speculative_tokens in `config`, which is None: give the "
                 "number of tokens to guess, 0 for plain decoding, or a controller that chooses it."
             )
-        self.target = make_target(model, self.config.compile_passes)
+        self.target = make_target(model, self.config.compile_passes, self.config.calibration_cache)
         self.drafter, self.controller, self.tokenizer = drafter, controller, tokenizer
         self.recorder: Recorder | None = None
         self.cache = self.target.make_cache()
@@ -96,6 +96,8 @@ class RolloutEngine:
             raise
         seconds = time.perf_counter() - began
         self.stats.seconds += seconds
+        self.stats.lean_steps += (len(self.stats.steps) - before) * ("lean" in target.path)
+        self.stats.compiled_steps += (len(self.stats.steps) - before) * ("compiled" in target.path)
         if self.recorder is not None:
             own = RolloutStats(self.stats.steps[before:], seconds, self.stats.prefill_s - prefill_s)
             self.recorder.rollout(requests, completions, own)

@@ -10,6 +10,7 @@ from torch import Tensor
 from spec_rollout.engine.protocols import Drafter
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
+from spec_rollout.engine.transfers import Slots
 from spec_rollout.records import RolloutStats
 
 
@@ -28,7 +29,7 @@ class GuardedDrafter:
         the last `news` known tokens of each row may be others than at the call before; any of them if None."""
         if self.drafter is None:
             return None
-        copies = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]  # hidden states nobody reads again
+        copies = [_copied(arg) for arg in args]
         try:
             return getattr(self.drafter, verb)(self._show(rows, news), *copies)
         except Exception as error:  # whatever it is, the rollout goes on
@@ -84,6 +85,13 @@ class GuardedDrafter:
         if self._shown is None:
             self._shown = Rows(rows.slots, rows.capacity, rows.vocab_size, rows.device)
         return rows.show(self._shown, news)
+
+
+def _copied(arg: object) -> object:
+    """`arg`, or a copy of it; hidden states nobody reads again."""
+    if isinstance(arg, Slots):
+        return Slots(arg.host.copy(), arg.device.clone())
+    return arg.clone() if isinstance(arg, Tensor) else arg
 
 
 def _fault_of_guesses(guesses: object, rows: Rows, gamma: int) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spec_rollout.engine.rows import Rows
+from spec_rollout.engine.transfers import Slots, upload
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
@@ -73,7 +74,10 @@ class NoiseWindow:
     def __init__(self, rows: Rows, numbers: int):
         self.numbers = numbers
         self.ahead = min(AHEAD, AHEAD_NUMBERS // (rows.slots * self.numbers))
-        self.first = np.full(rows.slots, -(2**31))  # completion position of each slot's first column
+        self.first = np.full(rows.slots, -(2**31))
+        """Completion position of each slot's first column, as the host knows it."""
+        self.start = torch.zeros(rows.slots, dtype=torch.int64, device=rows.device)
+        """The same, as the device does."""
         self.window = torch.zeros(rows.slots, self.ahead, self.numbers, device=rows.device)
 
     def take(self, rows: Rows, width: int) -> Tensor:
@@ -85,20 +89,23 @@ class NoiseWindow:
         offset = progress - self.first[active]
         if (offset + width > self.ahead).any():
             spent = np.flatnonzero(offset + width > self.ahead // 2)  # and those that soon would be, in one go
-            slots = torch.from_numpy(spent).to(rows.device)
+            slots = upload(spent, rows.device)
             self.window[slots] = self._draw(rows, self.ahead, slots)
-            self.first[spent], offset[spent] = progress[spent], 0
+            self.start[slots] = rows.progress()[slots]
+            self.first[spent] = progress[spent]
         row = torch.arange(rows.count, device=rows.device)[:, None]
-        column = torch.from_numpy(offset).to(rows.device)[:, None] + torch.arange(width, device=rows.device)
+        offset = rows.progress() - self.start[active]
+        column = offset[:, None] + torch.arange(width, device=rows.device)
         return self.window[row, column]
 
     def admit(self, first: int, last: int) -> None:
         """Slots first..last-1 have new requests."""
         self.first[first:last] = -(2**31)
 
-    def copy(self, source: Tensor, target: Tensor) -> None:
-        self.window[target] = self.window[source]
-        self.first[target.cpu().numpy()] = self.first[source.cpu().numpy()]
+    def copy(self, source: Slots, target: Slots) -> None:
+        for state in (self.window, self.start):
+            state[target.device] = state[source.device]
+        self.first[target.host] = self.first[source.host]
 
     def _draw(self, rows: Rows, width: int, slots: Tensor | slice) -> Tensor:
         steps = rows.progress()[slots, None] + torch.arange(width, device=rows.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
+from spec_rollout.engine.transfers import Slots
 from spec_rollout.records import Completion, Request, RolloutStats
 
 
@@ -38,10 +39,10 @@ class Drafter(Protocol):
     def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
         """New rows sit in slots[0]..slots[1]-1; their prompts, but for the last token, have been observed."""
 
-    def copy(self, rows: Rows, source: Tensor, target: Tensor) -> None:
+    def copy(self, rows: Rows, source: Slots, target: Slots) -> None:
         """Slots `target` [N] become copies of slots `source` [N] (siblings of a group; a row moved to a free slot)."""
 
-    def finish(self, rows: Rows, slots: Tensor) -> None:
+    def finish(self, rows: Rows, slots: Slots) -> None:
         """The rows in `slots` [N] are complete and about to leave."""
 
 

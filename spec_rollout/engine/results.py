@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from spec_rollout.engine.rows import Rows
+from spec_rollout.engine.transfers import Slots, on_both_sides, upload
 from spec_rollout.records import Completion, FinishReason
 
 
@@ -25,22 +26,22 @@ class Results:
         self._logprobs: list[Tensor] = []
         self._counts: list[Tensor] = []
 
-    def take(self, rows: Rows, slots: np.ndarray, indices: list[int], ended: np.ndarray) -> Tensor:
+    def take(self, rows: Rows, slots: np.ndarray, indices: list[int], ended: np.ndarray) -> Slots:
         """The rows in `slots` [N] are complete: they answer the requests `indices` [N]; `ended` [N] are those that
-        stopped by themselves. Returns `slots` on the device."""
+        stopped by themselves. Returns `slots`, told to the device."""
         sizes = rows.lengths[slots] + 1 - rows.starts[slots]
         owner = np.repeat(np.arange(len(slots)), sizes)
         within = np.arange(len(owner)) - np.repeat(sizes.cumsum() - sizes, sizes)
         places = np.stack([slots[owner], rows.starts[slots][owner] + within])
-        row, place = torch.from_numpy(places).to(rows.device).unbind(0)
+        row, place = upload(places, rows.device).unbind(0)
         self._tokens.append(rows.tokens[row, place])
         self._logprobs.append(rows.logprobs[row, place])
-        device_slots = torch.from_numpy(slots).to(rows.device)
-        self._counts.append(torch.stack([c[device_slots] for c in (rows.steps, rows.drafted, rows.accepted)], 1))
+        left = on_both_sides(slots, rows.device)
+        self._counts.append(torch.stack([c[left.device] for c in (rows.steps, rows.drafted, rows.accepted)], 1))
         self._indices += indices
         self._sizes += sizes.tolist()
         self._ended += ended.astype(bool).tolist()
-        return device_slots
+        return left
 
     def completions(self) -> list[Completion]:
         """The completions in the order of the requests, once all have left."""

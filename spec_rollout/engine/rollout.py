@@ -25,6 +25,7 @@ from spec_rollout.engine.sampling import Sampler
 from spec_rollout.engine.scheduler import Scheduler
 from spec_rollout.engine.stops import Stops
 from spec_rollout.engine.target import Target
+from spec_rollout.engine.transfers import on_both_sides, upload
 from spec_rollout.engine.verify import Verdict, verify
 from spec_rollout.records import Request, RolloutStats, SamplingParams, StepStats
 
@@ -51,7 +52,7 @@ class Rollout:
         target.confine(longest)
         capacity = rounded_up(longest + config.widest + 1)
         room = slots
-        if config.compile_passes:  # one slot alone, or rows read to their end, would be compiled apart
+        if config.compile_passes == "true":  # one slot alone, or rows read to their end, would be compiled apart
             room, capacity = max(2, slots), capacity + 1
         self.cache.allocate(room, capacity, (target.dtype, target.device))
         self.rows = Rows(room, capacity, target.vocab_size, target.device)
@@ -65,7 +66,7 @@ class Rollout:
         self.passes = 0
         self.soiled = np.zeros(0, dtype=bool)  # rows whose guesses led to NaN, which must not stay in the cache
         self.invalid = torch.zeros(slots, dtype=torch.bool, device=target.device)  # rows with guesses that are no ids
-        self.distrusted = self.invalid  # these, and rows with guesses that were not drawn from their proposal
+        self.distrusted = self.invalid  # and those with guesses that were not drawn from their proposal
         self.draft.call("begin", self.rows)
 
     @property
@@ -122,8 +123,7 @@ class Rollout:
     def forward(self, guesses: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """Logits [B, γ + 1, V] and hidden states after the newest token and each guess, in one ragged pass."""
         self.inputs = torch.cat([self.rows.newest(), guesses], 1)
-        width = self.inputs.shape[1]
-        extent = self.cache.extent(self.longest + width)
+        extent = self.cache.extent(self.longest + self.inputs.shape[1])
         if self.inputs.numel() > 1 or not self.target.reads_pairs:
             return self._forward(self.inputs, extent)
         logits, hidden = self._forward(self.inputs.expand(1, 2), extent)
@@ -168,7 +168,7 @@ class Rollout:
         elif distrusted.any():
             self.draft.switch_off(ValueError("its proposal is NaN, out of order, or does not hold what it guessed"))
         if settles.any():
-            settled = close & torch.from_numpy(settles).to(close.device)[:, None]
+            settled = close & upload(settles, close.device)[:, None]
             self.near_ties.settle(self.rows, self.inputs, samples, self.scores, noise, seen, settled)
             verdict = self._judge(guesses, samples)
             report = torch.stack(verdict).cpu().numpy()
@@ -237,9 +237,9 @@ class Rollout:
 
     def _copy(self, source: list[int], target: list[int], move: bool = False) -> None:
         """Copy slots; a sibling takes over what the cache holds only, a moved row everything."""
-        src, dst = (torch.tensor(slots, device=self.rows.device) for slots in (source, target))
+        src, dst = (on_both_sides(slots, self.rows.device) for slots in (source, target))
         if move:
             self.rows.copy(src, dst)
             self.sampler.copy(src, dst)
-        self.cache.copy(src, dst, int(self.rows.lengths[target].max()))
+        self.cache.copy(src.device, dst.device, int(self.rows.lengths[target].max()))
         self.draft.call("copy", self.rows, src, dst)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spec_rollout.engine.transfers import Slots, upload
 from spec_rollout.records import Request
 
 
@@ -52,10 +53,10 @@ class Rows:
         slots = slice(first, first + len(requests))
         width = max(len(r.prompt) for r in requests)
         # Padding repeats a token of the row itself: another one's embedding might be NaN, which no mask takes away.
-        tokens = torch.tensor([[*r.prompt, *[r.prompt[-1]] * (width - len(r.prompt))] for r in requests])
-        self.tokens[slots, :width] = tokens.to(self.device)
-        columns = [(len(r.prompt), r.max_new_tokens, r.index, *r.key) for r in requests]
-        start, limit, request, key0, key1 = torch.tensor(columns, device=self.device).unbind(1)
+        tokens = np.array([[*r.prompt, *[r.prompt[-1]] * (width - len(r.prompt))] for r in requests])
+        self.tokens[slots, :width] = upload(tokens, self.device)
+        columns = np.array([(len(r.prompt), r.max_new_tokens, r.index, *r.key) for r in requests])
+        start, limit, request, key0, key1 = upload(columns, self.device).unbind(1)
         self.start[slots], self.limit[slots], self.request[slots] = start, limit, request
         self.length[slots] = start - 1
         self.starts[slots] = [len(r.prompt) for r in requests]
@@ -64,13 +65,13 @@ class Rows:
         for counter in (self.drafted, self.accepted, self.steps):
             counter[slots] = 0
 
-    def copy(self, source: Tensor, target: Tensor) -> None:
+    def copy(self, source: Slots, target: Slots) -> None:
         """Slots `target` [N] become copies of slots `source` [N]."""
         for name in self.MOVED:
             state = getattr(self, name)
-            state[target] = state[source]
-        src, dst = source.cpu().numpy(), target.cpu().numpy()
-        self.lengths[dst], self.starts[dst] = self.lengths[src], self.starts[src]
+            state[target.device] = state[source.device]
+        for known in (self.lengths, self.starts):
+            known[target.host] = known[source.host]
 
     def show(self, onlooker: Rows, news: int | None = None) -> Rows:
         """`onlooker`, as large as this, brought up to what its reader may know of the active rows: all but their

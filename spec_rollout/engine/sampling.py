@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -15,6 +16,7 @@ from transformers import (
 from spec_rollout.engine.gumbel_max import noise_width
 from spec_rollout.engine.noise import NoiseWindow
 from spec_rollout.engine.rows import Rows
+from spec_rollout.engine.transfers import Slots, upload
 from spec_rollout.records import SamplingParams
 
 
@@ -77,7 +79,7 @@ class Sampler:
             return
         for slot, prompt in enumerate(prompts, start=first):
             self.seen[slot] = False
-            self.seen[slot, torch.as_tensor(prompt, device=rows.device)] = True
+            self.seen[slot].index_fill_(0, upload(np.array(prompt), rows.device), True)
 
     def seen_along(self, rows: Rows, inputs: Tensor) -> Tensor | None:
         """Tokens seen [B, T, V] before each sample, when the rows' next inputs are the newest token and the guesses
@@ -95,11 +97,11 @@ class Sampler:
         kept = torch.arange(samples.shape[1], device=rows.device) < emitted[:, None]
         self.seen[: rows.count].scatter_(1, torch.where(kept, samples, samples[:, :1]), True)
 
-    def copy(self, source: Tensor, target: Tensor) -> None:
+    def copy(self, source: Slots, target: Slots) -> None:
         if self.window is not None:
             self.window.copy(source, target)
         if self.seen is not None:
-            self.seen[target] = self.seen[source]
+            self.seen[target.device] = self.seen[source.device]
 
 
 def _temperature(params: SamplingParams) -> TemperatureLogitsWarper | None:

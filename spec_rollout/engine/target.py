@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -20,29 +21,41 @@ from spec_rollout.engine.probe import STRIDES, Probe, prove
 from spec_rollout.engine.recurrences import Recurrences, running
 from spec_rollout.engine.support import ATTENTION, has_recurrent_layers, refuse_unsupported, rope_switches
 
+REPAYS_S = 90.0
+"""Seconds of rollouts after which compiling is expected to pay: as much again is then expected to come."""
+
 
 class Target:
-    """The policy as the decode loop sees it; with `compiled` its decoding passes run through torch's compiler.
+    """The policy as the decode loop sees it.
+
+    With `compiled` "true" its decoding passes run through torch's compiler: halves of the lean pass's layers, which
+    are kept in `folder`, or where there is no such pass the whole model. With "auto" only the halves do, from the
+    rollout on that finds them there; they are compiled beside other rollouts, once these have taken REPAYS_S.
 
     Raises:
         UnsupportedModelError: the architecture keeps a state that cannot be rolled back or masked per row.
         ValueError: the weights are not here (a ZeRO-3 policy that is not gathered), or torch cannot compile the model.
     """
 
-    def __init__(self, model: nn.Module, compiled: bool = False):
-        self.model = model
-        self._compiled = Compiled(self._read, type(model).__name__) if compiled else None
+    def __init__(self, model: nn.Module, compiled: str = "false", folder: str | None = None):
+        self.model, self.compiles, self.folder = model, compiled, folder
+        self._whole = Compiled(self._read, type(model).__name__) if compiled == "true" else None
+        self._seconds = 0.0
+        """Of the rollouts so far."""
+        self._compiled: Compiled | None = None
+        """What decodes in this rollout, if it is the whole model compiled."""
+        self._whole_proven: set[tuple] = set()
         self.config = model.config.get_text_config(decoder=True)
         self._recurrences = Recurrences(model)
         self.recurrent = has_recurrent_layers(model, self.config)
         """Whether a slot holds states beside keys and values; they move on with the row and cannot be taken back."""
-        refuse_unsupported(model, self.config, self._recurrences.found, compiled)
+        refuse_unsupported(model, self.config, self._recurrences.found, compiled == "true")
         self._cache_argument = cache_argument(model)
         self.vocab_size = self.config.vocab_size
         lengths = (getattr(self.config, name, None) for name in ("max_position_embeddings", "n_positions"))
         self.context: int | None = next(filter(None, lengths), None)
-        self.path = "transformers" if self._compiled is None else "compiled"
-        """What decodes: "lean", "compiled" or "transformers", as of the last rollout."""
+        self.path = "transformers"
+        """What decoded the last rollout: "lean", "lean compiled", "compiled" (the whole model) or "transformers"."""
         self._choice = LeanChoice(model)
         self._lean: LeanPass | None = None
         self.switches = rope_switches(self.config)
@@ -86,6 +99,7 @@ class Target:
         training = [module for module in self.model.modules() if module.training]
         configs = {id(m.config): m.config for m in self.model.modules() if hasattr(m, "_supports_sdpa")}.values()
         own = [config._attn_implementation for config in configs]
+        began = time.perf_counter()
         try:
             self.model.eval()
             with torch.no_grad(), self._recurrences.installed():
@@ -94,12 +108,11 @@ class Target:
                 if proven not in self._proven:
                     self._proven[proven] = self._probe(list(configs), own)
                 attend(configs, self._proven[proven])
-                if self._compiled is None:
-                    self._lean = self._choice.make(self.forward, self.vocab_size, (self.dtype, self.device))
-                    self.path = "transformers" if self._lean is None else "lean"
+                self._choose(proven)
                 yield
         finally:
-            self._lean = None
+            self._seconds += time.perf_counter() - began
+            self._lean = self._compiled = None
             attend(configs, own)
             for module in training:
                 module.training = True
@@ -107,15 +120,28 @@ class Target:
     def _probe(self, configs: list, own: list[str]) -> list[str]:
         """The attention for each of `configs` under which this target decodes what the policy reads with its `own`, as
         the trainer runs it: the first of those it may take that is proven."""
-        compiled = self._compiled
-        self._compiled = None
-        try:
-            taken = first_proven(self, configs, own)
-        finally:
-            self._compiled = compiled
-        if compiled is not None:
+        return first_proven(self, configs, own)
+
+    def _choose(self, state: tuple) -> None:
+        """Take the pass that decodes; `state` is what its proof depends on besides the weights."""
+        given = self.forward, self.vocab_size, (self.dtype, self.device)
+        if self.compiles == "auto":
+            self._lean = self._choice.make_compiled_by_now(*given, self.folder, self._seconds >= REPAYS_S)
+        elif self.compiles == "true":
+            self._lean = self._choice.make_compiled(*given, self.folder)
+        if self._lean is None and self._whole is None:
+            self._lean = self._choice.make(*given)
+        if self._lean is not None or self._whole is None:
+            self.path = "transformers" if self._lean is None else self._lean.path
+        else:
+            self._take_whole(state)
+
+    def _take_whole(self, state: tuple) -> None:
+        """Decode through the whole model, compiled."""
+        self._compiled, self.path = self._whole, "compiled"
+        if state not in self._whole_proven:
             prove(self, [Probe(self, stride).expected() for stride in STRIDES])
-        return taken
+            self._whole_proven.add(state)
 
     def confine(self, longest: int) -> None:
         """The rows to come have at most `longest` tokens."""

@@ -30,9 +30,9 @@ def virtual_tokens(model: nn.Module) -> int:
     return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
 
 
-def make_target(model: nn.Module, compiled: bool = False) -> Target:
+def make_target(model: nn.Module, compiled: str = "false", folder: str | None = None) -> Target:
     """The policy as the decode loop sees it, with virtual tokens or without."""
-    return PrefixedTarget(model, compiled) if virtual_tokens(model) else Target(model, compiled)
+    return PrefixedTarget(model, compiled) if virtual_tokens(model) else Target(model, compiled, folder)
 
 
 class PrefixedTarget(Target):
@@ -40,17 +40,17 @@ class PrefixedTarget(Target):
 
     Raises:
         UnsupportedModelError: a kind of prompt learning that needs more than a prefix.
-        ValueError: `compiled`, which is for policies without virtual tokens.
+        ValueError: `compiled` is "true", which is for policies without virtual tokens.
     """
 
-    def __init__(self, model: nn.Module, compiled: bool = False):
+    def __init__(self, model: nn.Module, compiled: str = "false"):
         kind = str(getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type))
         if kind not in (KEYS_AND_VALUES, *EMBEDDINGS):
             raise UnsupportedModelError(
                 f"PEFT's {kind} cannot be decoded on ragged rows; {KEYS_AND_VALUES}, {', '.join(EMBEDDINGS)} and "
                 "adapters such as LoRA can. Use one of them, or sample it with TRL's own trainer."
             )
-        if compiled:
+        if compiled == "true":
             raise ValueError(f"compile_passes=True cannot be honoured for PEFT's {kind}: set it to False.")
         super().__init__(model.get_base_model())
         if self.recurrent or self.switches:

@@ -26,6 +26,8 @@ def local_sums(
         "drafted": stats.drafted,
         "accepted": stats.accepted,
         "ngram_drafted": stats.ngram_drafted,
+        "lean_steps": stats.lean_steps,
+        "compiled_steps": stats.compiled_steps,
         "speculative_rows": sum(step.rows for step in speculative),
         "speculative_emitted": sum(step.emitted for step in speculative),
         "seconds": seconds,
@@ -64,6 +66,8 @@ def metrics(sums: dict[str, float]) -> dict[str, float]:
         "refresh_seconds": sums["refresh_s"] / ranks,
         "draft_version": sums["draft_version"] / ranks,
         "draft_healthy": sums["draft_healthy"] / ranks,
+        "lean_share": sums["lean_steps"] / max(1, sums["steps"]),
+        "compiled_share": sums["compiled_steps"] / max(1, sums["steps"]),
     }
     figures |= {f"time_{part}": sums[f"{part}_s"] / ranks for part in ("prefill", "draft", "verify", "host")}
     if sums["drafted"]:

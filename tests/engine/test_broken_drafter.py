@@ -120,10 +120,10 @@ class Meddler(OracleDrafter):
         self.meddle()
 
     def copy(self, rows, source, target):
-        self.meddle(source, target)
+        self.meddle(*map(torch.as_tensor, (*source, *target)))
 
     def finish(self, rows, slots):
-        self.meddle(slots)
+        self.meddle(*map(torch.as_tensor, slots))
 
 
 @pytest.mark.parametrize("params", [PARAMS, SamplingParams(max_new_tokens=16, temperature=0)])

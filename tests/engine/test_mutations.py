@@ -18,6 +18,7 @@ from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.sampling import Sampler
 from spec_rollout.engine.stops import Stops
 from spec_rollout.engine.target import Target
+from spec_rollout.engine.transfers import on_both_sides
 from spec_rollout.engine.verify import Verdict
 from spec_rollout.records import SamplingParams
 from tests.tiny import PROMPTS, VOCAB, Scripted, assert_same, cut, policy, reference, unprobed
@@ -63,9 +64,9 @@ def stale_cache_after_a_move(patch):
     def copy(honest, self, source, target, move=False):
         if not move:
             return honest(self, source, target)
-        rows, sampler = torch.tensor(source), torch.tensor(target)
-        self.rows.copy(rows, sampler)
-        self.sampler.copy(rows, sampler)
+        src, dst = (on_both_sides(slots, self.rows.device) for slots in (source, target))
+        self.rows.copy(src, dst)
+        self.sampler.copy(src, dst)
 
     wrap(patch, Rollout, "_copy", copy)
 

@@ -8,6 +8,7 @@ import torch
 
 from spec_rollout.engine.noise import NoiseWindow, gumbel, request_keys, threefry
 from spec_rollout.engine.rows import Rows
+from spec_rollout.engine.transfers import on_both_sides
 from spec_rollout.records import Request
 
 KNOWN_ANSWERS = [  # of threefry2x32-20, from Random123's kat_vectors: counter, key, result
@@ -155,7 +156,7 @@ def test_window(ahead, monkeypatch):
             taken += 1
         gone = int(generator.integers(0, rows.count))  # the last row moves into the slot of one that ends
         if gone != rows.count - 1:
-            source, target = torch.tensor([rows.count - 1]), torch.tensor([gone])
+            source, target = (on_both_sides([slot], rows.device) for slot in (rows.count - 1, gone))
             rows.copy(source, target)
             window.copy(source, target)
         rows.count -= 1

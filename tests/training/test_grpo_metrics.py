@@ -9,7 +9,7 @@ from spec_rollout.training.metrics import local_sums, metrics
 
 
 def rank(*steps: StepStats, seconds: float, refresh: RefreshStats | None = None) -> dict[str, float]:
-    stats = RolloutStats(steps=list(steps), seconds=99.0, prefill_s=0.5, ngram_drafted=2)
+    stats = RolloutStats(steps=list(steps), seconds=99.0, prefill_s=0.5, ngram_drafted=2, lean_steps=1)
     return local_sums(stats, refresh or RefreshStats(), seconds, version=3, healthy=True)
 
 
@@ -39,6 +39,8 @@ def test_ratios_are_taken_of_sums():
             "speculative/draft_acceptance": 0.6,
             "speculative/draft_version": 3,
             "speculative/draft_healthy": 1,
+            "speculative/lean_share": 2 / 3,
+            "speculative/compiled_share": 0,
             "speculative/rollout_seconds": 3,
             "speculative/refresh_seconds": 1,
             "speculative/time_prefill": 0.5,

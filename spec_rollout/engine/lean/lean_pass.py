@@ -25,6 +25,9 @@ class LeanPass:
     Nothing large is copied. Weights of norms are, and the tables of rope.
     """
 
+    path = "lean"
+    """What `Target.path` calls it."""
+
     def __init__(self, model: nn.Module, family: Family):
         base = base_model(model)
         decoder, self.config = base.get_decoder(), base.config
@@ -53,9 +56,7 @@ class LeanPass:
         angles = self.rope.at(positions.flatten())
         masks = {kind: attention.mask(positions, extent, window) for kind, window in self.windows.items()}
         index = self.views.index(cache, positions)
-        x = self.embed(ids.flatten()).detach()  # a hook may have asked for gradients
-        if self.embed_scale != 1.0:
-            x = x * self.embed_scale
+        x = self._embedded(ids)
         streams = []
         for layer, buffers in zip(self.layers, self.views.of(cache, rows, extent), strict=True):
             streams.append(x)
@@ -70,6 +71,10 @@ class LeanPass:
         x = self.norm(x)
         streams.append(x)
         return self._logits(x).view(rows, width, -1), Streams(streams, rows, width)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids.flatten()).detach()  # a hook may have asked for gradients
+        return x if self.embed_scale == 1.0 else x * self.embed_scale
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = self.output(x)

@@ -34,8 +34,12 @@ class RopeTables:
 
     def at(self, positions: Tensor) -> dict[str, Angles]:
         """Those at `positions` [N], for each kind of layer."""
+        return {kind: angles(row) for kind, row in self.rows(positions).items()}
+
+    def rows(self, positions: Tensor) -> dict[str, Tensor]:
+        """The rows [N, 2 D] of the tables at `positions` [N], for each kind of layer."""
         place = positions if self.context is None else positions.clamp(max=self.size - 1)
-        return {kind: angles(found, place) for kind, found in self._tables.items()}
+        return {kind: found[place] for kind, found in self._tables.items()}
 
 
 def table(cos: Tensor, sin: Tensor) -> Tensor:
@@ -44,8 +48,7 @@ def table(cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([cos, -sin[:, :half], sin[:, half:]], -1)
 
 
-def angles(found: Tensor, place: Tensor) -> Angles:
-    """The angles at `place` [N] of a `table`."""
-    row = found[place][:, None]
+def angles(row: Tensor) -> Angles:
+    """The angles in rows [N, 2 D] of a `table`."""
     size = row.shape[-1] // 2
-    return row.split([size, size // 2, size // 2], -1)
+    return row[:, None].split([size, size // 2, size // 2], -1)
