@@ -85,8 +85,8 @@ class SpecConfig:
     draft_ngrams: bool = field(
         default=True,
         metadata={
-            "help": "Guess from what followed the same tokens in this rollout and in earlier ones, until the draft "
-            "head is predicted to be faster (by the embedded engine only)."
+            "help": "Guess from what followed the same tokens in earlier rollouts, until the draft head is predicted "
+            "to be faster (by the embedded engine only)."
         },
     )
     draft_refresh: bool = field(

@@ -17,7 +17,7 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.learner import DraftLearner
 from spec_rollout.draft.mtp import MtpDrafter, MtpHead, add_to_policy
-from spec_rollout.draft.ngram_drafter import FEWEST, FIRST_RATE, NgramDrafter
+from spec_rollout.draft.ngram_drafter import NgramDrafter
 from spec_rollout.draft.ngrams import History
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.watchman import Watchman
@@ -56,7 +56,7 @@ class EmbeddedBackend:
         self.engine = RolloutEngine(model, self.config, tokenizer=tokenizer)
         self.learner: DraftLearner | None = None
         self.history = History(self.engine.target.device)
-        self.head, self.ngrams = Source(self.config), Source(self.config, FIRST_RATE)
+        self.head, self.ngrams = Source(self.config), Source(self.config)
         self._slots = 1
         """Rows that the rollouts had so far."""
         self._last_trace: list[StepStats] = []
@@ -126,7 +126,7 @@ class EmbeddedBackend:
             self.drafter.buffer = self.learner.buffer if collect and self.config.draft_refresh else None
             power = 1 << (len(prompts) - 1).bit_length()  # a few prompts more or less are nothing new to measure
             self._slots = max(self._slots, min(self.config.max_slots, power))
-            self._choose_source(len(prompts))
+            self._choose_source()
         before = len(self.stats.steps)
         completions = self.engine.generate(prompts, params, seed=seed, max_new_tokens=max_new_tokens)
         steps = self.stats.steps[before:]
@@ -215,17 +215,12 @@ class EmbeddedBackend:
         expected = self.learner.acceptance[0] if self.learner.acceptance else None
         self.head.watched = Watchman(self.controller, self.drafter.head, expected, self.config.draft_refresh)
 
-    def _choose_source(self, completions: int) -> None:
-        """Guess from rollouts, this one and earlier ones, or with the head, whichever is predicted to take less time;
-        where neither can, the head's drafter still collects."""
+    def _choose_source(self) -> None:
+        """Guess from earlier rollouts or with the head, whichever is predicted to take less time; where neither can,
+        the head's drafter still collects."""
         if self.drafter.ready:
             self._calibrate_head()
-        head = self._head_seconds()
-        first = math.isinf(head) and completions >= FEWEST  # or all there is to guess from
-        ngrams = self.config.draft_ngrams and (first or self._ngram_seconds() < head)
-        if ngrams:
-            self.ngrams.calibrate(self.engine, self._slots)
-        source = self.ngrams if ngrams else self.head
+        source = self.ngrams if self._ngram_seconds() < self._head_seconds() else self.head
         self.engine.drafter, self.engine.controller = source.drafter, source.watched
         if self.engine.recorder is not None:
             self.engine.recorder.source = NGRAMS if source is self.ngrams else HEAD

@@ -9,7 +9,7 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.protocols import Drafter
 from spec_rollout.gamma import FixedGamma, GammaController
-from spec_rollout.gamma.acceptance import PRIOR_RATE, AcceptanceModel, expected_curve
+from spec_rollout.gamma.acceptance import PRIOR_RATE, expected_curve
 from spec_rollout.gamma.saving import RolloutValue
 from spec_rollout.records import Controller, StepStats
 
@@ -19,12 +19,11 @@ class Source:
 
     Attributes:
         controller: None until `calibrate`, unless the number of guesses is fixed.
-        rate: acceptance rate to begin with.
         watched: the controller, or who stands before it: what the engine asks.
     """
 
-    def __init__(self, config: SpecConfig, rate: float = PRIOR_RATE):
-        self.config, self.rate = config, rate
+    def __init__(self, config: SpecConfig):
+        self.config = config
         fixed = config.num_speculative_tokens
         self.controller: GammaController | FixedGamma | None = FixedGamma(fixed) if fixed else None
         self.watched: Controller | None = self.controller
@@ -45,7 +44,7 @@ class Source:
         if self.controller is not None:
             self.controller.cost = self.controller.cost.remeasured(cost)
             return
-        self.controller = self.watched = GammaController(cost, self.config.widest, AcceptanceModel(self.rate))
+        self.controller = self.watched = GammaController(cost, self.config.widest)
         if "cost" in (self._state or {}):
             self.controller.load_state_dict(self._state)
 

@@ -1,4 +1,4 @@
-"""Guesses without a head: what followed the same tokens before, in this rollout and in earlier ones."""
+"""Guesses without a head: what followed the same tokens in earlier rollouts."""
 
 from __future__ import annotations
 
@@ -7,40 +7,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spec_rollout.draft.ngrams import CANDIDATES, LONGEST, ORDERS, History, guess
-from spec_rollout.draft.running import RunningTable
+from spec_rollout.draft.ngrams import CANDIDATES, LONGEST, ORDERS, History
 from spec_rollout.engine.protocols import Drafter
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import Slots
 
-FIRST_RATE = 0.3
-"""Acceptance rate that guesses from a rollout's own beginning are taken to have, until they were judged."""
-FEWEST = 32
-"""Completions from which on a first rollout guesses from itself: fewer repeat too little to pay for looking."""
-
 
 class NgramDrafter:
-    """Guesses from what this rollout has drawn so far and from the table of `history`, while `collector`, the head's
-    drafter, goes on gathering features."""
+    """Guesses from the table of `history`, while `collector`, the head's drafter, goes on gathering features."""
 
     def __init__(self, history: History, collector: Drafter):
         self.history, self.collector = history, collector
-        self.shape = {"ngrams": ORDERS, "candidates": CANDIDATES, "running": True}
+        self.shape = {"ngrams": ORDERS, "candidates": CANDIDATES}
 
     def begin(self, rows: Rows) -> None:
-        self.running = RunningTable(rows.device)
-        self.earlier = [self.history.table] if self.history else []
+        self.table = self.history.table
         self.back = torch.arange(1 - LONGEST, 1, device=rows.device)
         self.collector.begin(rows)
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
-        self.running.follow(rows)
-        tables = self.earlier if self.running.table is None else [self.running.table, *self.earlier]
-        if not tables:
-            return rows.tokens[: rows.count, :0]
         place = rows.length[: rows.count, None] + self.back
         recent = rows.tokens[: rows.count].gather(1, place.clamp(min=0))
-        return guess(tables, torch.where(place < 0, -1, recent), gamma, noise, rows.vocab_size)
+        return self.table.guess(torch.where(place < 0, -1, recent), gamma, noise, rows.vocab_size)
 
     def proposal(self) -> None:
         """The few followers that are known are no distribution worth a ratio: guesses are taken as they are."""
@@ -55,5 +43,4 @@ class NgramDrafter:
         self.collector.copy(rows, source, target)
 
     def finish(self, rows: Rows, slots: Slots) -> None:
-        self.running.finish(rows, slots.host)
         self.collector.finish(rows, slots)

@@ -34,28 +34,20 @@ class NgramTable:
     """
 
     def __init__(self, sequences: Sequence[Tensor], device: torch.device):
-        tokens = torch.cat([s.to(device) for s in sequences])
-        self._make(tokens, torch.cat([torch.arange(len(s), device=device) for s in sequences]))
-
-    @classmethod
-    def of(cls, tokens: Tensor, place: Tensor) -> NgramTable:
-        """Of sequences that lie one behind the other in `tokens` [n], each at its `place` [n] in its own."""
-        table = cls.__new__(cls)
-        table._make(tokens, place)
-        return table
-
-    def _make(self, tokens: Tensor, place: Tensor) -> None:
-        device = tokens.device
         generator = torch.Generator().manual_seed(0)
         random = torch.randint(-(2**62), 2**62, (2, LONGEST), generator=generator).to(device) | 1
         self.factors, self.salts = random[0], random[1, : len(ORDERS)]
         self.order = torch.tensor(ORDERS, device=device) - 1
         self.rank = torch.arange(1, len(ORDERS) + 1, device=device)
-        self._count(*self._runs(tokens, place))
+        self._count(*self._runs(sequences))
 
-    def _runs(self, tokens: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    def _runs(self, sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The hash of each run and the token after it, [E] both."""
-        hashes, keys, followers = torch.zeros_like(tokens), [], []
+        device = self.factors.device
+        empty = torch.zeros(0, dtype=torch.int64, device=device)
+        tokens = torch.cat([empty, *(s.to(device) for s in sequences)])
+        place = torch.cat([empty, *(torch.arange(len(s), device=device) for s in sequences)])
+        hashes, keys, followers = torch.zeros_like(tokens), [empty], [empty]
         for back in range(1, LONGEST + 1):
             hashes = hashes + (tokens.roll(back) + 1) * self.factors[back - 1]
             if back in ORDERS:
@@ -83,39 +75,30 @@ class NgramTable:
         self.tokens[run[kept], place[kept]] = followers[kept]
         self.scores[run[kept], place[kept]] = counts[kept].float().log()
 
-    def lookup(self, recent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def lookup(self, recent: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and scores [B, CANDIDATES] after the longest known run that ends `recent` [B, LONGEST], the newest
-        token last, -1 before the first; and the rank [B] of its length, 0 where no run is known: anything follows."""
+        token last, -1 before the first; anything where no run is known."""
         hashes = ((recent.flip(1) + 1) * self.factors).cumsum(1)[:, self.order] + self.salts  # [B, orders]
         at = torch.searchsorted(self.keys, hashes).clamp(max=len(self.keys) - 1)
-        rank, order = ((self.keys[at] == hashes) * self.rank).max(1, keepdim=True)
-        found = at.gather(1, order)[:, 0]
-        return self.tokens[found], self.scores[found], rank[:, 0]
+        longest = ((self.keys[at] == hashes) * self.rank).argmax(1, keepdim=True)
+        found = at.gather(1, longest)[:, 0]
+        return self.tokens[found], self.scores[found]
+
+    def guess(self, recent: Tensor, gamma: int, noise: Tensor | None, vocab_size: int) -> Tensor:
+        """Guesses [B, gamma] after `recent`: Gumbel-max samples of the counts under the target's noise
+        [B, >= gamma, noise_width(vocab_size)], the most frequent follower without noise."""
+        guesses = []
+        for i in range(gamma):
+            tokens, scores = self.lookup(recent)
+            chosen = draw_among(scores, None if noise is None else noise[:, i], tokens, vocab_size)
+            guesses.append(tokens.gather(1, chosen[:, None]))
+            recent = torch.cat([recent[:, 1:], guesses[-1]], 1)
+        return torch.cat(guesses, 1)
 
     def hits(self, sequence: Tensor, start: int) -> Tensor:
         """For each token of `sequence` from `start` on, whether it follows most often on those before it."""
         before = torch.cat([sequence.new_full((LONGEST,), -1), sequence[:-1]]).unfold(0, LONGEST, 1)
         return self.lookup(before[start:])[0][:, 0] == sequence[start:]
-
-
-def guess(tables: Sequence[NgramTable], recent: Tensor, gamma: int, noise: Tensor | None, vocab_size: int) -> Tensor:
-    """Guesses [B, gamma] after `recent` [B, LONGEST], from the first of `tables` that knows the longest run.
-
-    They are samples of the counts by the target's noise [B, >= gamma, noise_width(vocab_size)], without noise the most
-    frequent follower.
-    """
-    guesses = []
-    while len(guesses) < gamma:
-        tokens, scores, rank = tables[0].lookup(recent)
-        for table in tables[1:]:
-            others, their_scores, their_rank = table.lookup(recent)
-            better = (their_rank > rank)[:, None]
-            tokens, scores = torch.where(better, others, tokens), torch.where(better, their_scores, scores)
-            rank = torch.maximum(rank, their_rank)
-        chosen = draw_among(scores, None if noise is None else noise[:, len(guesses)], tokens, vocab_size)
-        guesses.append(tokens.gather(1, chosen[:, None]))
-        recent = torch.cat([recent[:, 1:], guesses[-1]], 1)
-    return torch.cat(guesses, 1)
 
 
 class History:

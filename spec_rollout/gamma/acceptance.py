@@ -34,9 +34,7 @@ class AcceptanceModel:
     each step better and allow following it faster.
     """
 
-    def __init__(self, prior: float = PRIOR_RATE):
-        self.prior = prior
-        """Rate of the first guess, before anything was observed."""
+    def __init__(self):
         self._reached: list[float] = []
         self._accepted: list[float] = []
 
@@ -57,7 +55,7 @@ class AcceptanceModel:
 
     def rates(self, gamma: int) -> list[float]:
         """The conditional acceptance rates of positions 1 … gamma."""
-        rates, rate = [], self.prior / DECAY
+        rates, rate = [], PRIOR_RATE / DECAY
         for i in range(gamma):
             rate *= DECAY
             if i < len(self._reached):

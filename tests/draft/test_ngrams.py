@@ -2,7 +2,6 @@
 
 from collections import Counter, defaultdict
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -12,11 +11,9 @@ from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft import ngrams
 from spec_rollout.draft.ngrams import CANDIDATES, LONGEST, ORDERS, History, NgramTable
-from spec_rollout.draft.running import RunningTable
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.gumbel_max import draw, noise_width
-from spec_rollout.engine.rows import Rows
-from spec_rollout.records import Request, SamplingParams
+from spec_rollout.records import SamplingParams
 from tests.tiny import PROMPTS, assert_same, policy
 
 CPU = torch.device("cpu")
@@ -48,7 +45,7 @@ def test_the_longest_known_run_counts(sequences, ending):
     runs = [tuple(ending[-order:]) for order in ORDERS if order <= len(ending)]
     known = [run for run in runs if run in by_hand]
     assume(known)
-    tokens, scores, _ = (x[0].tolist() for x in table.lookup(recent(ending)))
+    tokens, scores = (x[0].tolist() for x in table.lookup(recent(ending)))
     counts = by_hand[known[-1]]
     kept = sorted(counts.values(), reverse=True)[:CANDIDATES]
     assert [round(float(torch.tensor(s).exp())) for s in scores] == kept + [0] * (CANDIDATES - len(kept))
@@ -57,7 +54,7 @@ def test_the_longest_known_run_counts(sequences, ending):
 
 def test_guesses_go_on_from_guesses():
     table = NgramTable([torch.tensor([5, 6, 7, 8, 9])], CPU)
-    assert ngrams.guess([table], recent([1, 5]), 4, None, 10).tolist() == [[6, 7, 8, 9]]
+    assert table.guess(recent([1, 5]), 4, None, 10).tolist() == [[6, 7, 8, 9]]
 
 
 def test_guesses_share_the_noise_of_the_target():
@@ -67,7 +64,7 @@ def test_guesses_share_the_noise_of_the_target():
     noise = -(-uniform.log()).log()
     z = torch.tensor([-torch.inf, -torch.inf, 0.0, 0.0, -torch.inf, -torch.inf])
     drawn = draw(z.expand(500, -1), noise[:, 0])[0]
-    assert (ngrams.guess([table], recent([1]).expand(500, -1), 1, noise, 6)[:, 0] == drawn).all()
+    assert (table.guess(recent([1]).expand(500, -1), 1, noise, 6)[:, 0] == drawn).all()
     assert 0.4 < (drawn == 2).float().mean() < 0.6
 
 
@@ -84,7 +81,7 @@ def test_the_first_phase_is_judged_by_its_first_half():
     history = History(CPU)
     history.add([([1], [2, 3, 4]), ([1], [2, 3, 9])])
     assert history.acceptance == pytest.approx([2 / 3, 1 / 2, 0.0])
-    assert len(history.sequences) == 2 and ngrams.guess([history.table], recent([3]), 1, None, 10).item() in (4, 9)
+    assert len(history.sequences) == 2 and history.table.guess(recent([3]), 1, None, 10).item() in (4, 9)
 
 
 def test_the_oldest_rollouts_give_way(monkeypatch):
@@ -104,21 +101,19 @@ def backend_for(tmp_path, gamma, **options):
 
 @pytest.mark.parametrize("gamma", [3, None])
 @pytest.mark.parametrize("slots", [2, 64])
-def test_a_rollout_guesses_from_its_beginning_and_from_earlier_ones_and_no_token_changes(gamma, slots, tmp_path):
+def test_the_second_rollout_guesses_from_the_first_and_no_token_changes(gamma, slots, tmp_path):
     backend = backend_for(tmp_path, gamma, max_slots=slots)
     plain = RolloutEngine(policy("llama"))
-    lengths = []
     for turn in range(3):
         backend.take_stats()
-        if turn == 0 and gamma is None:  # whether it pays is the machine's business
+        if turn == 1 and gamma is None:  # whether it pays is the machine's business
             backend.ngrams.calibrate(backend.engine, slots)
             backend.ngrams.controller.choose = lambda rows, context: 1 + rows % 4
-        expected = plain.generate(PROMPTS * 5, PARAMS, seed=(turn,))
-        assert_same(backend.generate(PROMPTS * 5, PARAMS, seed=(turn,)), expected)
-        lengths.append(backend.stats.mean_acceptance_length)
+        expected = plain.generate(PROMPTS * 4, PARAMS, seed=(turn,))
+        assert_same(backend.generate(PROMPTS * 4, PARAMS, seed=(turn,)), expected)
+        assert (backend.stats.mean_acceptance_length > 1) == (turn > 0)
         assert backend.stats.ngram_drafted == backend.stats.drafted
         backend.refresh(0.0)
-    assert 1.05 < lengths[0] < min(lengths[1:])
     assert backend.learner.buffer.tokens  # features are gathered all the same
 
 
@@ -130,15 +125,10 @@ def test_the_faster_source_guesses(tmp_path):
     backend.history.acceptance = [0.5, 0.5, 0.5]
     for head, chosen in (([0.9] * 3, backend.head), ([0.1] * 3, backend.ngrams), ([0.6, 0.6, 0.1], backend.head)):
         backend.learner.proven = head
-        backend._choose_source(32)
+        backend._choose_source()
         assert backend.engine.drafter is chosen.drafter
     backend.history = History(CPU)
-    backend._choose_source(32)
-    assert backend.engine.drafter is backend.drafter
-    backend.drafter.ready = False  # then the rollout's own beginning is all there is
-    backend._choose_source(32)
-    assert backend.engine.drafter is backend.ngrams.drafter
-    backend._choose_source(1)  # which repeats too little
+    backend._choose_source()
     assert backend.engine.drafter is backend.drafter
 
 
@@ -160,50 +150,16 @@ def test_it_serves_without_a_head_that_learns(tmp_path):
     assert not backend.learner.buffer.samples
 
 
-def test_a_rollout_in_progress_is_counted_anew_as_it_grows():
-    rows = Rows(3, 64, 10, CPU)
-    rows.fill(0, [Request(i, [1, 2, 3, 4], (i, 0), 50) for i in range(3)])
-    rows.count = 3
-    running = RunningTable(CPU)
-    running.follow(rows)
-    assert running.table is None  # 12 tokens are few
-    rows.tokens[:, 4:30] = torch.arange(26) % 5 + 5
-    rows.tokens[:, 28:30] = torch.tensor([0, 1])
-    rows.lengths[:] = 29
-    running.follow(rows)
-    first = running.table
-    assert ngrams.guess([first], recent([0]), 1, None, 10).tolist() == [[1]]  # the newest token
-    assert ngrams.guess([first], recent([2, 3]), 3, None, 10).tolist() == [[4, 5, 6]]
-    rows.lengths[:] = 31
-    running.follow(rows)
-    assert running.table is first  # it has hardly grown
-    rows.tokens[0, 30:40] = 0
-    rows.lengths[0] = 39
-    running.finish(rows, np.array([0]))
-    rows.count = 2
-    rows.copy(torch.tensor([2]), torch.tensor([0]))
-    rows.tokens[:2, 32:60], rows.lengths[:2] = 7, 59
-    running.follow(rows)
-    assert running.table is not first
-    assert ngrams.guess([running.table], recent([9, 0, 0]), 1, None, 10).item() == 0  # of the row that has left
-
-
-def test_the_longest_run_of_all_tables_counts_and_the_first_of_two_equals():
-    running, earlier = (NgramTable([torch.tensor(s)], CPU) for s in ([1, 2, 3, 9, 5, 6], [7, 2, 3, 8, 5, 4]))
-    assert ngrams.guess([running, earlier], recent([7, 2, 3]), 1, None, 10).item() == 8
-    assert ngrams.guess([running, earlier], recent([2, 3]), 1, None, 10).item() == 9
-    assert ngrams.guess([running, earlier], recent([5]), 1, None, 10).item() == 6
-
-
 def test_a_young_head_waits_until_it_is_seen_to_guess_better(tmp_path):
     """What it reaches right after training says less than what it reached, before it, on prompts new to it."""
     backend = backend_for(tmp_path, 3, draft_overhead=1e9)
     backend.generate(PROMPTS * 4, PARAMS)
+    backend.history.add([([1], [2, 3, 4])])
     backend.history.acceptance = [0.5] * 3
     backend.learner.acceptance, backend.learner.proven = [0.9] * 3, [0.2] * 3
     backend.drafter.ready = backend.head.watched.controller.draft_ready = True
-    backend._choose_source(32)
+    backend._choose_source()
     assert backend.engine.drafter is backend.ngrams.drafter
     backend.learner.proven = [0.7] * 3
-    backend._choose_source(32)
+    backend._choose_source()
     assert backend.engine.drafter is backend.drafter
