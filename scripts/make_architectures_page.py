@@ -1,4 +1,4 @@
-"""docs/architectures.md from `spec-rollout check --architectures`: what is decoded, and what is refused and why.
+"""For maintainers: docs/architectures.md from `spec-rollout check --architectures`: what is decoded or refused, why.
 
 `make_architectures_page.py FILE...` takes what `--json` wrote; without files the checks run, which takes an hour or
 two.

@@ -13,6 +13,7 @@ from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.sampling import Sampler
 from spec_rollout.engine.stops import Stops
+from spec_rollout.engine.transfers import on_both_sides
 from spec_rollout.records import Completion, Request, SamplingParams
 from tests.tiny import PROMPTS, VOCAB, Scripted, make_policy, policy, processed, reference, tokenizer
 from tests.tiny_configs import MAIN
@@ -161,7 +162,7 @@ def test_a_moved_row_takes_what_it_has_seen_along():
     sampler = Sampler(params, rows)
     rows.fill(0, [Request(i, p, (0, 0), 9) for i, p in enumerate(([1, 2], [3], [4, 5, 6]))])
     sampler.admit(rows, 0, [[1, 2], [3], [4, 5, 6]])
-    sampler.copy(torch.tensor([2]), torch.tensor([0]))
+    sampler.copy(*(on_both_sides([slot], rows.device) for slot in (2, 0)))
     assert sampler.seen[0].nonzero().flatten().tolist() == [4, 5, 6]
     sampler.admit(rows, 0, [[7]])  # a new row starts afresh
     assert sampler.seen[0].nonzero().flatten().tolist() == [7]

@@ -16,7 +16,8 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.features import FeatureBuffer
-from spec_rollout.draft.ngrams import History, NgramDrafter
+from spec_rollout.draft.ngram_drafter import NgramDrafter
+from spec_rollout.draft.ngrams import History
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.transfers import upload
