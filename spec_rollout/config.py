@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
@@ -12,6 +14,12 @@ VERIFICATIONS = ["coupled", "rejection"]
 BACKENDS = ("embedded", "vllm")
 HEADS = ("auto", "eagle3", "mtp")
 COMPILE = ("auto", "true", "false")
+
+
+def cache_folder(given: str | None = None) -> Path:
+    """Where what was measured or compiled is kept: `given`, or `spec_rollout` in $XDG_CACHE_HOME or ~/.cache."""
+    base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "spec_rollout"
+    return base.expanduser()
 
 
 def check_types(record: object, kind: type) -> None:
@@ -108,7 +116,10 @@ class SpecConfig:
     )
     calibration_cache: str | None = field(
         default=None,
-        metadata={"help": "Folder that keeps measured pass times between runs. `None` is `~/.cache/spec_rollout`."},
+        metadata={
+            "help": "Folder that keeps measured pass times and compiled passes between runs. `None` is "
+            "`~/.cache/spec_rollout`."
+        },
     )
     compile_passes: str = field(
         default="false",

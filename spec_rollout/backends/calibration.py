@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from spec_rollout.config import cache_folder
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.lean.recognition import family_of
@@ -207,8 +208,7 @@ def _cache_path(engine: RolloutEngine, widest: int, folder: str | None, shape_of
         family_of(engine.target.model) is not None,
     ]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    base = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "spec_rollout"
-    return base.expanduser() / f"cost-{digest}.json"
+    return cache_folder(folder) / f"cost-{digest}.json"
 
 
 def _processor() -> list:

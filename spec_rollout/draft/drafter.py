@@ -16,7 +16,7 @@ from spec_rollout.draft.lean_head import LeanHead, lean_head, programs_of
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.gumbel_max import draw_among
-from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask
+from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask, rounded_up
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import Slots, upload
@@ -24,7 +24,6 @@ from spec_rollout.engine.transfers import Slots, upload
 CATCH_UP_TOKENS = 8192
 """Most tokens, over all rows, of one catch-up pass."""
 
-EXTENT_STEP = 32
 LEAN_WIDTH = 16
 """Most tokens of a row in a lean pass of the head: what a step leaves behind. The mask of a wider one, as over
 prompts, would outgrow the keys and values that it saves from being copied."""
@@ -227,7 +226,7 @@ class EagleDrafter:
 
     def _extent(self, rows: Rows, ahead: int) -> int:
         longest = int(rows.lengths[: rows.count].max()) + ahead
-        return min(-(-max(longest, 1) // EXTENT_STEP) * EXTENT_STEP, rows.capacity)
+        return min(rounded_up(max(longest, 1)), rows.capacity)
 
     def copy(self, rows: Rows, source: Slots, target: Slots) -> None:
         extent = int(rows.lengths[target.host].max())

@@ -12,8 +12,8 @@ from spec_rollout.draft.eagle import EagleHead, turns
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.engine.compiled import NotCompilableError
 from spec_rollout.engine.kv_cache import SlotCache
-from spec_rollout.engine.lean.attention import Attentions
-from spec_rollout.engine.lean.compiled_pass import CompiledLayer, mask_of
+from spec_rollout.engine.lean.attention import Attentions, mask_of
+from spec_rollout.engine.lean.compiled_pass import CompiledLayer
 from spec_rollout.engine.lean.halves import Form
 from spec_rollout.engine.lean.layer_tensors import Halves, halves_of_head
 from spec_rollout.engine.lean.norms import read_norm

@@ -20,7 +20,7 @@ class NotCompilableError(ValueError):
     def of(cls, name: str, reason: str) -> NotCompilableError:
         """`name` is what cannot be compiled."""
         return cls(
-            f"compile_passes=True: torch cannot compile {name} ({reason}). Decode without it, or install what is "
+            f"compile_passes: torch cannot compile {name} ({reason}). Decode without it, or install what is "
             "missing; on a CPU torch needs a C++ compiler."
         )
 

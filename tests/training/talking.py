@@ -39,56 +39,30 @@ def make_tokenizer(*scripts: tuple[str, ...]) -> PreTrainedTokenizerFast:
 
 def make_policy(tokenizer: PreTrainedTokenizerFast, *scripts: tuple[str, ...]) -> LlamaForCausalLM:
     """Goes through one of `scripts` after each start of its turn, and picks evenly where they part."""
-    size = len(tokenizer)
-    config = LlamaConfig(
-        vocab_size=size,
-        hidden_size=size + size % 2,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    policy = LlamaForCausalLM(config)
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    policy = seeded(LlamaForCausalLM, LlamaConfig(**shape(tokenizer), num_hidden_layers=2, **heads))
     with torch.no_grad():
         for layer in policy.model.layers:  # the residual stream keeps the embedding, one entry per token
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-        policy.model.embed_tokens.weight.copy_(torch.eye(size, config.hidden_size))
-        policy.lm_head.weight.copy_(table(tokenizer, scripts, config.hidden_size).T / config.hidden_size**0.5)
-    return policy
+    return follow(policy, tokenizer, scripts)
 
 
 def make_hybrid(tokenizer: PreTrainedTokenizerFast, *scripts: tuple[str, ...]) -> Qwen3_5ForCausalLM:
     """The same with recurrent layers that have a say: what was read before makes one way likelier than another."""
-    size = len(tokenizer)
+    delta_rule = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    delta_rule |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
     config = Qwen3_5TextConfig(
-        vocab_size=size,
-        hidden_size=size + size % 2,
-        intermediate_size=16,
+        **shape(tokenizer),
+        **delta_rule,
         num_hidden_layers=3,
         layer_types=["linear_attention", "full_attention", "linear_attention"],
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
         initializer_range=0.1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
     )
-    torch.manual_seed(0)
-    policy = Qwen3_5ForCausalLM(config)
+    policy = seeded(Qwen3_5ForCausalLM, config)
     with torch.no_grad():
         for layer in policy.model.layers:
             layer.mlp.down_proj.weight.zero_()
@@ -97,8 +71,28 @@ def make_hybrid(tokenizer: PreTrainedTokenizerFast, *scripts: tuple[str, ...]) -
                 layer.linear_attn.out_proj.weight.mul_(0.2)
             else:
                 layer.self_attn.o_proj.weight.zero_()
-        policy.model.embed_tokens.weight.copy_(torch.eye(size, config.hidden_size))
-        policy.lm_head.weight.copy_(table(tokenizer, scripts, config.hidden_size).T / config.hidden_size**0.5)
+    return follow(policy, tokenizer, scripts)
+
+
+def shape(tokenizer: PreTrainedTokenizerFast) -> dict:
+    """What both configurations have in common."""
+    size = len(tokenizer)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    sizes = {"vocab_size": size, "hidden_size": size + size % 2, "intermediate_size": 16}
+    return {**sizes, "max_position_embeddings": 2048, "tie_word_embeddings": False, **ends}
+
+
+def seeded(kind, config):
+    torch.manual_seed(0)
+    return kind(config)
+
+
+@torch.no_grad()
+def follow(policy, tokenizer: PreTrainedTokenizerFast, scripts):
+    """`policy` with embeddings, one entry per token, and output rows that go the ways of `scripts`."""
+    size, hidden = len(tokenizer), policy.config.hidden_size
+    policy.model.embed_tokens.weight.copy_(torch.eye(size, hidden))
+    policy.lm_head.weight.copy_(table(tokenizer, scripts, hidden).T / hidden**0.5)
     return policy
 
 

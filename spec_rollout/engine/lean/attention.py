@@ -45,6 +45,19 @@ def buffer_widths(heads: tuple[int, int, int]) -> tuple[int, ...]:
     return (queries + 2 * keys) * size, (queries + keys) * size, queries * size, queries * size
 
 
+def mask_of(
+    positions: Tensor,
+    extent: int,
+    window: int | None,
+    groups: int,
+    zero: Tensor | float = 0.0,
+    never: Tensor | float = -torch.inf,
+) -> Tensor:
+    """What is added to scores, [B, 1, T · G, extent], for tokens at `positions` [B, T]: `zero` where they see."""
+    each = positions if groups == 1 else positions.repeat_interleave(groups, 1)
+    return torch.where(causal_mask(each, extent, window), zero, never)
+
+
 class Attention:
     """For passes of `rows` rows of `width` tokens each, N in all, with `heads` (Hq, Hk, D) in each layer.
 
@@ -77,9 +90,7 @@ class Attention:
         self.zero, self.never = output.new_zeros(()), output.new_full((), -torch.inf)
 
     def mask(self, positions: Tensor, extent: int, window: int | None) -> Tensor:
-        """What is added to scores, [B, 1, T · G, extent], for tokens at `positions` [B, T]."""
-        each = positions if self.groups == 1 else positions.repeat_interleave(self.groups, 1)
-        return torch.where(causal_mask(each, extent, window), self.zero, self.never)
+        return mask_of(positions, extent, window, self.groups, self.zero, self.never)
 
     def attend(
         self, angles: Angles | None, mask: Tensor, index: Tensor, buffers: LayerBuffers, scaling: float

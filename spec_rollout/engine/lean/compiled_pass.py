@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spec_rollout.engine.kv_cache import SlotCache, causal_mask
+from spec_rollout.engine.kv_cache import SlotCache
+from spec_rollout.engine.lean.attention import mask_of
 from spec_rollout.engine.lean.halves import Form
 from spec_rollout.engine.lean.layer_tensors import Halves, halves_of
 from spec_rollout.engine.lean.lean_pass import LeanPass
@@ -37,12 +37,6 @@ class CompiledLayer:
         query = queries.view(rows, width * groups, shared, size).transpose(1, 2)
         found = F.scaled_dot_product_attention(query, buffers[2], buffers[3], mask, scale=self.scaling)
         return found.transpose(1, 2).reshape(-1, groups, shared, size).contiguous()
-
-
-def mask_of(positions: Tensor, extent: int, window: int | None, groups: int) -> Tensor:
-    """What is added to scores, [B, 1, T · G, extent], for tokens at `positions` [B, T]."""
-    each = positions if groups == 1 else positions.repeat_interleave(groups, 1)
-    return torch.where(causal_mask(each, extent, window), 0.0, -torch.inf)
 
 
 class CompiledPass(LeanPass):

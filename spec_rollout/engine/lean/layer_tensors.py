@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spec_rollout.engine.lean.halves import ACTIVATIONS, AFTER, BEFORE, BEFORE_IN_HEAD, Form
+from spec_rollout.engine.lean.norms import epsilon
 from spec_rollout.engine.lean.weights import Family, LayerWeights
 
 NORMS = ("attention_out", "mlp_in", "mlp_out", "norm", "hidden_norm", "q_norm", "k_norm")
@@ -62,7 +63,7 @@ def half(kind: str, modules: dict[str, nn.Module], act: str = "silu", **options)
     norms = {name: module for name, module in modules.items() if name in NORMS}
     if any(type(module) is not nn.Linear for module in linear.values()) or act not in ACTIVATIONS:
         return None
-    eps = {float(_eps(norm)) for norm in norms.values()}
+    eps = {float(epsilon(norm)) for norm in norms.values()}
     tensors = {f"{name}.weight": module.weight.detach() for name, module in linear.items()}
     tensors |= {f"{n}.bias": module.bias.detach() for n, module in linear.items() if module.bias is not None}
     tensors |= {name: norm.weight.detach() for name, norm in norms.items()}
@@ -82,8 +83,3 @@ def _there(holder: nn.Module, **names: str | None) -> dict[str, nn.Module]:
 def _plain(tensor: Tensor) -> bool:
     """Whether compiled code may read it by its address."""
     return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
-
-
-def _eps(norm: nn.Module) -> float:
-    eps = getattr(norm, "variance_epsilon", None)
-    return norm.eps if eps is None else eps

@@ -15,7 +15,7 @@ x itself."""
 def read_norm(module: nn.Module, offset: float = 0.0) -> Norm:
     """As `module` computes it with the weight that it has now, to which `offset` is added."""
     weight = module.weight.detach()
-    return rms_norm(weight, _eps(module), offset) if weight.dtype == torch.float32 else _called(module)
+    return rms_norm(weight, epsilon(module), offset) if weight.dtype == torch.float32 else _called(module)
 
 
 def read_head_norm(q_norm: nn.Module, k_norm: nn.Module, heads: tuple[int, int, int], offset: float) -> Norm:
@@ -23,7 +23,7 @@ def read_head_norm(q_norm: nn.Module, k_norm: nn.Module, heads: tuple[int, int, 
     queries, keys, _ = heads
     if q_norm.weight.dtype == torch.float32:
         weight = torch.cat([q_norm.weight.detach().expand(queries, -1), k_norm.weight.detach().expand(keys, -1)])
-        return rms_norm(weight, _eps(q_norm), offset)
+        return rms_norm(weight, epsilon(q_norm), offset)
 
     def norm(x: Tensor, out: Tensor) -> Tensor:
         for module, part in ((q_norm, slice(queries)), (k_norm, slice(queries, None))):
@@ -60,6 +60,6 @@ def _called(module: nn.Module) -> Norm:
     return norm
 
 
-def _eps(module: nn.Module) -> float:
+def epsilon(module: nn.Module) -> float:
     eps = getattr(module, "variance_epsilon", None)
     return module.eps if eps is None else eps

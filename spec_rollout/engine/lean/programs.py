@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spec_rollout.config import cache_folder
 from spec_rollout.engine.lean import halves
 from spec_rollout.engine.lean.halves import Form, example_of, module_of
 
@@ -129,5 +130,4 @@ def _path(form: Form, folder: str | None) -> Path:
     flags = [line for line in lines if line.startswith(("flags", "Features"))][:1] or lines[:1]
     key = [asdict(form), source, torch.__version__, torch.backends.cpu.get_cpu_capability(), flags, sys.platform]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    base = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "spec_rollout"
-    return base.expanduser() / "programs" / f"{digest}.pt2"
+    return cache_folder(folder) / "programs" / f"{digest}.pt2"
