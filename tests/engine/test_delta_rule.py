@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from transformers.models.kimi_linear.modeling_kimi_linear import recurrent_kimi_delta_attention
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
 from spec_rollout.engine.delta_rule import GuessedTokens
 from spec_rollout.engine.recurrent import first
 
-kimi = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
 ROWS, HEADS, WIDTH, VALUES = 3, 2, 8, 12
-KERNELS = {"gated": torch_recurrent_gated_delta_rule, "Kimi": kimi.recurrent_kimi_delta_attention}
+KERNELS = {"gated": torch_recurrent_gated_delta_rule, "Kimi": recurrent_kimi_delta_attention}
 
 
 def tokens(kind: str, count: int) -> list[torch.Tensor]:
