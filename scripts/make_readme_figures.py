@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 from spec_rollout.profile.charts import profile_charts
 
@@ -73,17 +74,22 @@ def demo() -> str:
     figures = measured("cpu-demo.json")
     setup, hardware = figures["setup"], figures["hardware"]
     same = "" if figures["identical_completions"] and figures["identical_weights"] else "NOT "
-    trl, plain = figures["rollout_speedup"], figures["rollout_speedup_vs_plain"]
-    step, plain_step = figures["step_speedup"], figures["step_speedup_vs_plain"]
     first, last = figures["heldout_accuracy_first"], figures["heldout_accuracy_last"]
+    names = ("rollout_speedup", "rollout_speedup_vs_plain", "step_speedup", "step_speedup_vs_plain")
+    trl, plain, step, plain_step = (spread([run[name] for run in figures["runs"]]) for name in names)
     return (
-        f"In a fresh clone it took {setup['minutes']} minutes, install included, on {hardware['threads']} cores of an "
-        f"{hardware['device']}\n({setup['date']}, commit {setup['commit']}). Sampling was {trl:.2f} times as fast as "
-        f"TRL's own and {plain:.2f} times as fast as ours without\nguessing, the draft's training counted; whole "
-        f"steps {step:.2f} and {plain_step:.2f} times. All {figures['tokens']} tokens and the final weights\nwere "
-        f"{same}the same. The model solved {first:.0%} of new problems before and {last:.0%} after "
-        f"the {figures['steps']} steps."
+        f"In fresh clones it took {min(setup['minutes'])} and {max(setup['minutes'])} minutes, install included, on "
+        f"{hardware['threads']} cores of an {hardware['device']}\n({setup['date']}, commit {setup['commit']}). In "
+        f"{len(figures['runs'])} runs sampling was {trl} times as fast as TRL's own and\n{plain} times as fast as ours "
+        f"without guessing, the draft's training counted; whole steps {step} and\n{plain_step} times. All "
+        f"{figures['tokens']} tokens and the final weights were {same}the same. The model solved {first:.0%} of new\n"
+        f"problems before and {last:.0%} after the {figures['steps']} steps."
     )
+
+
+def spread(values: list[float]) -> str:
+    """The median, and the least and largest."""
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def simulation() -> str:
