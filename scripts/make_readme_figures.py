@@ -77,13 +77,14 @@ def demo() -> str:
     first, last = figures["heldout_accuracy_first"], figures["heldout_accuracy_last"]
     names = ("rollout_speedup", "rollout_speedup_vs_plain", "step_speedup", "step_speedup_vs_plain")
     trl, plain, step, plain_step = (spread([run[name] for run in figures["runs"]]) for name in names)
+    times = " and ".join(map(str, sorted(setup["minutes"])))
+    where = f"{hardware['threads']} cores of an {hardware['device']} ({setup['date']}, commit {setup['commit']})"
     return (
-        f"In fresh clones it took {min(setup['minutes'])} and {max(setup['minutes'])} minutes, install included, on "
-        f"{hardware['threads']} cores of an {hardware['device']}\n({setup['date']}, commit {setup['commit']}). In "
-        f"{len(figures['runs'])} runs sampling was {trl} times as fast as TRL's own and\n{plain} times as fast as ours "
-        f"without guessing, the draft's training counted; whole steps {step} and\n{plain_step} times. All "
-        f"{figures['tokens']} tokens and the final weights were {same}the same. The model solved {first:.0%} of new\n"
-        f"problems before and {last:.0%} after the {figures['steps']} steps."
+        f"In fresh clones it took {times} minutes with the install, on {where}. In\n"
+        f"{len(figures['runs'])} runs sampling was {trl} times as fast as TRL's own and {plain} times as fast as ours\n"
+        f"without guessing, the draft's training counted; whole steps {step} and {plain_step} times. All\n"
+        f"{figures['tokens']} tokens and the final weights were {same}the same. The model solved {first:.0%} of new "
+        f"problems before, {last:.0%} after."
     )
 
 
