@@ -81,7 +81,8 @@ def demo() -> str:
     where = f"{hardware['threads']} cores of an {hardware['device']} ({setup['date']}, commit {setup['commit']})"
     return (
         f"In fresh clones it took {times} minutes with the install, on {where}. In\n"
-        f"{len(figures['runs'])} runs sampling was {trl} times as fast as TRL's own and {plain} times as fast as ours\n"
+        f"{len(figures['runs'])} runs sampling was {trl} times as fast as TRL's own and {plain} times as fast as "
+        "ours\n"
         f"without guessing, the draft's training counted; whole steps {step} and {plain_step} times. All\n"
         f"{figures['tokens']} tokens and the final weights were {same}the same. The model solved {first:.0%} of new "
         f"problems before, {last:.0%} after."
