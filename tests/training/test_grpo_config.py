@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 import pytest
+from accelerate.state import DistributedType, PartialState
 from trl import GRPOConfig, TrlParser
 
 from spec_rollout.config import SpecConfig
@@ -111,6 +112,8 @@ def test_a_plain_configuration_is_checked_too(make_trainer):
 
 def test_processes_that_would_train_apart_are_refused(tmp_path, monkeypatch, make_trainer):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    # What accelerate finds without use_cpu where there is no accelerator; older ones would join the processes here.
+    monkeypatch.setattr(PartialState, "_prepare_backend", lambda *given: (None, DistributedType.NO))
     for config in (SpecGRPOConfig, SpecRLOOConfig, PPOConfig):
         with pytest.raises(ValueError, match=r"WORLD_SIZE=2 processes .*of its own: set use_cpu=True"):
             config(str(tmp_path), bf16=False)
