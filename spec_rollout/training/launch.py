@@ -192,7 +192,7 @@ def _load_file(path: Path, split: str) -> Dataset:
         raise ValueError(f"{path} is empty: it must hold at least 1 row.")
     try:
         return load_dataset(FILE_FORMATS[path.suffix], data_files={split: str(path)}, split=split)
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, ValueError) as error:  # before datasets 5 what reads lines raises it itself
         raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error.__cause__ or error}") from error
 
 

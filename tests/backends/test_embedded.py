@@ -1,5 +1,7 @@
 """Engine, head and controller together: the tokens of plain decoding from a head that has really learned."""
 
+import json
+
 import pytest
 import torch
 
@@ -25,11 +27,16 @@ def test_adaptive_changes_no_token_and_calibrates_once(tmp_path):
     backend = learned("llama", tmp_path, gamma=None)
     assert_same(backend.generate(PROMPTS * 4, PARAMS, seed=(1,)), plain("llama", (1,)))
     assert isinstance(backend.controller, GammaController)
-    assert backend.stats.drafted > 0
     stored = list(tmp_path.glob("cost-*.json"))
+    for path in stored:  # whether guessing pays must not depend on the machine
+        saved = json.loads(path.read_text())
+        for measured in saved["measurements"]:
+            measured["seconds"] = 1e-6 if measured["kind"] == "draft" else 1e-3
+        path.write_text(json.dumps(saved))
     written = [path.stat().st_mtime_ns for path in stored]
     again = learned("llama", tmp_path, gamma=None)
-    again.generate(PROMPTS * 4, PARAMS)
+    assert_same(again.generate(PROMPTS * 4, PARAMS, seed=(1,)), plain("llama", (1,)))
+    assert again.stats.drafted > 0
     assert len(stored) == 2 and [path.stat().st_mtime_ns for path in stored] == written
 
 
