@@ -16,7 +16,7 @@ from spec_rollout.draft.lean_head import LeanHead, lean_head, programs_of
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.gumbel_max import draw_among
-from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask, rounded_up
+from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask, resized, rounded_up
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import Slots, upload
@@ -80,19 +80,26 @@ class EagleDrafter:
         rows = len(own) if own is not None else self.head.config.vocab_size if ids is None else len(ids)
         return self.head.config.to_dict() | {"output_rows": rows}
 
+    @property
+    def token_bytes(self) -> int:
+        config = self.head.config
+        own = 2 * config.num_key_value_heads * config.head_dim + self.fused_width + config.hidden_size
+        return own * self.head.fc.weight.itemsize
+
     def begin(self, rows: Rows) -> None:
         width = self.fused_width + self.head.config.hidden_size
         dtype = self.head.fc.weight.dtype
-        wanted = (rows.slots, rows.capacity, width)
-        if self.features is None or self.features.shape != wanted or self.features.dtype != dtype:
-            self.features = torch.zeros(wanted, dtype=dtype, device=rows.device)
-        else:
-            self.features.zero_()  # padding is read as well, and NaN counts even where it is masked
+        self.features = torch.zeros(rows.slots, rows.capacity, width, dtype=dtype, device=rows.device)
         self.cache.allocate(rows.slots, rows.capacity, dtype)
         self.known = np.zeros(rows.slots, dtype=np.int64)
         own = self.head.own_output
         self.output_rows = (self.view.output_rows() if own is None else own.detach()).to(dtype)
         self.lean = self._lean(rows.capacity)
+
+    def resize(self, rows: Rows) -> None:
+        kept = rows.count
+        self.features = resized(self.features, *rows.tokens.shape, kept)
+        self.cache.resize(*rows.tokens.shape, kept)
 
     def _lean(self, capacity: int) -> LeanHead | None:
         """The lean pass on the weights of now; None where whole functions run, compiled or not."""
