@@ -7,9 +7,10 @@ import time
 import numpy as np
 
 from spec_rollout.config import SpecConfig
+from spec_rollout.engine import prefill
 from spec_rollout.engine.guarded_drafter import GuardedDrafter
 from spec_rollout.engine.kv_cache import SlotCache, rounded_up
-from spec_rollout.engine.prefill import PREFILL_TOKENS, Prefill
+from spec_rollout.engine.prefill import Prefill
 from spec_rollout.engine.room import GIB, Room
 from spec_rollout.engine.rows import Parked, Rows
 from spec_rollout.engine.sampling import Sampler
@@ -74,20 +75,20 @@ class Seats:
         if self.entering is None and not self._enter():
             return 0.0
         while self.entering is not None:
-            admission, prefill = self.entering
+            admission, reading = self.entering
             self.rows.count = self.taken  # the drafter is shown the new rows too
-            if not prefill.finished:
-                prefill.step(self.target, self.cache, self.rows, self.draft)
-            if prefill.finished:
-                self._seat(admission, prefill)
-            elif prefill.first:
-                self.rows.count = prefill.first
+            if not reading.finished:
+                reading.step(self.target, self.cache, self.rows, self.draft)
+            if reading.finished:
+                self._seat(admission, reading)
+            elif reading.first:
+                self.rows.count = reading.first
                 break
         return time.perf_counter() - began
 
     def _enter(self) -> bool:
         """Give slots to waiting requests; False where none can have one."""
-        admission = self.scheduler.admit(self._fits, PREFILL_TOKENS)
+        admission = self.scheduler.admit(self._fits, prefill.PREFILL_TOKENS)
         if admission is None:
             return False
         requests, first = admission.requests, admission.first
@@ -103,13 +104,13 @@ class Seats:
         self.entering = admission, Prefill(first, fresh, self.rows, np.zeros(len(admission.fresh), dtype=np.int64))
         return True
 
-    def _seat(self, admission: Admission, prefill: Prefill) -> None:
+    def _seat(self, admission: Admission, reading: Prefill) -> None:
         """The fresh rows have been read: with their siblings they are active from here on."""
         self.entering = None
         if admission.fresh:
-            self.draft.call("admit", self.rows, (prefill.first, prefill.first + prefill.count))
+            self.draft.call("admit", self.rows, (reading.first, reading.first + reading.count))
         if admission.siblings:
-            first = prefill.first + prefill.count
+            first = reading.first + reading.count
             self.copy(admission.source, list(range(first, self.taken)))
 
     def make_room(self) -> None:

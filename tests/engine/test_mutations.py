@@ -16,6 +16,7 @@ from spec_rollout.engine.results import Results
 from spec_rollout.engine.rollout import Rollout
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.sampling import Sampler
+from spec_rollout.engine.seats import Seats
 from spec_rollout.engine.stops import Stops
 from spec_rollout.engine.target import Target
 from spec_rollout.engine.transfers import on_both_sides
@@ -68,13 +69,11 @@ def stale_cache_after_a_move(patch):
         self.rows.copy(src, dst)
         self.sampler.copy(src, dst)
 
-    wrap(patch, Rollout, "_copy", copy)
+    wrap(patch, Seats, "copy", copy)
 
 
 def siblings_left_empty(patch):
-    wrap(
-        patch, Rollout, "_copy", lambda honest, self, *slots, move=False: honest(self, *slots, move) if move else None
-    )
+    wrap(patch, Seats, "copy", lambda honest, self, *slots, move=False: honest(self, *slots, move) if move else None)
 
 
 def copy_one_entry_short(patch):
