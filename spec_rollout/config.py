@@ -78,6 +78,13 @@ class SpecConfig:
         default=64,
         metadata={"help": "Completions decoded at the same time; further ones wait until a slot is free."},
     )
+    max_cache_gib: float | None = field(
+        default=None,
+        metadata={
+            "help": "GiB that keys and values of all completions may take at one time, by the embedded engine; rows "
+            "that do not fit wait, and the tokens are the same. `None` is half of what is free at the first rollout."
+        },
+    )
     draft_model_path: str | None = field(
         default=None,
         metadata={"help": "Folder of a draft head to start from. `None` starts cold and learns from the rollouts."},
@@ -171,6 +178,11 @@ class SpecConfig:
             ("compile_passes", self.compile_passes in COMPILE, f"one of {', '.join(COMPILE)}"),
             ("draft_head", self.draft_head in HEADS, f"one of {', '.join(HEADS)}"),
             ("max_num_speculative_tokens", self.max_num_speculative_tokens >= 1, "at least 1"),
+            (
+                "max_cache_gib",
+                self.max_cache_gib is None or 0 < self.max_cache_gib < math.inf,
+                "above 0 and finite, or None",
+            ),
             ("max_slots", self.max_slots >= 1, "at least 1"),
             (
                 "draft_learning_rate",

@@ -16,6 +16,10 @@ class UnsupportedModelError(ValueError):
     """The policy cannot be decoded on ragged rows; the message names the cause and what to do instead."""
 
 
+class CacheBoundError(ValueError):
+    """A single row does not fit into `max_cache_gib`; the message names both and what to do."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How every completion of one `generate` call is drawn; the names and meanings are those of transformers.
@@ -133,6 +137,10 @@ class RolloutStats:
     """Steps in calls that decoded through the lean pass, compiled or not."""
     compiled_steps: int = 0
     """Steps in calls that decoded through a compiled pass, of whichever kind."""
+    preemptions: int = 0
+    """Rows that gave way to longer ones, and were read again later."""
+    cache_bytes: int = 0
+    """Most that slots took at one time: keys, values, recurrent states and what the draft keeps for each token."""
 
     @property
     def emitted(self) -> int:

@@ -111,6 +111,7 @@ def _made_up(engine: RolloutEngine, rows: int, context: int, widest: int) -> Rol
     rollout = engine.start([Request(i, prompt, (i, 0), params.max_new_tokens) for i in range(rows)], params)
     rollout.admit()
     if context > SHORT:
+        rollout.seats.stretch(context + widest + 2)
         for buffer in (*engine.cache.keys, *engine.cache.values):
             buffer.normal_()  # pages never written to would all be read from one in the processor's cache
         rollout.rows.length[:rows] = context - 1

@@ -16,7 +16,7 @@ from spec_rollout.draft.lean_head import GraphedHead, LeanHead, lean_head, progr
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.gumbel_max import draw_among
-from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask, rounded_up
+from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask, resized, rounded_up
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import Slots, upload
@@ -80,25 +80,27 @@ class EagleDrafter:
         rows = len(own) if own is not None else self.head.config.vocab_size if ids is None else len(ids)
         return self.head.config.to_dict() | {"output_rows": rows}
 
+    @property
+    def token_bytes(self) -> int:
+        config = self.head.config
+        own = 2 * config.num_key_value_heads * config.head_dim + self.fused_width + config.hidden_size
+        return own * self.head.fc.weight.itemsize
+
     def begin(self, rows: Rows) -> None:
         width = self.fused_width + self.head.config.hidden_size
         dtype = self.head.fc.weight.dtype
-        wanted = (rows.slots, rows.capacity, width)
-        if self.features is None or self.features.shape != wanted or self.features.dtype != dtype:
-            self.features = torch.zeros(wanted, dtype=dtype, device=rows.device)
-        else:
-            self.features.zero_()  # padding is read as well, and NaN counts even where it is masked
+        self.features = torch.zeros(rows.slots, rows.capacity, width, dtype=dtype, device=rows.device)
         self.cache.allocate(rows.slots, rows.capacity, dtype)
         self.known = np.zeros(rows.slots, dtype=np.int64)
         own = self.head.own_output
         self.output_rows = (self.view.output_rows() if own is None else own.detach()).to(dtype)
-        self.lean = self._lean(rows.capacity)
+        whole = isinstance(self.first, Compiled)
+        self.lean = None if whole else lean_head(self.head, self.view, rows.capacity, self.compiled, self.folder)
 
-    def _lean(self, capacity: int) -> LeanHead | GraphedHead | None:
-        """The lean pass on the weights of now; None where whole functions run, compiled or not."""
-        if not isinstance(self.head, EagleHead) or isinstance(self.first, Compiled):
-            return None
-        return lean_head(self.head, self.view, capacity, self.compiled, self.folder)
+    def resize(self, rows: Rows) -> None:
+        slots, kept = len(rows.tokens), rows.count
+        self.features = resized(self.features, slots, rows.capacity, kept)
+        self.cache.resize(slots, rows.capacity, kept)
 
     def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
         kept = torch.cat([*(hidden[i] for i in self.head.config.aux_layers), hidden[-1]], -1)  # [N, T, F]

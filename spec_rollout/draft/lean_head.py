@@ -44,16 +44,23 @@ class LeanHead:
         config = self.config
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.like = head.fc.weight.new_empty(1)
-        places = torch.arange(capacity, device=self.like.device)
-        cos, sin = turns(places, head.frequency, head.rope_size, self.like.dtype)
-        self.table = table(cos.repeat(1, 2), sin.repeat(1, 2))
+        self.head, self.table = head, self.like[:0]
+        self.reach(capacity)
         self.views = Views()
         self.attentions = Attentions(self.heads, self.like)
+
+    def reach(self, capacity: int) -> None:
+        """Angles for slots of `capacity` entries."""
+        if capacity > len(self.table) or not capacity:
+            places = torch.arange(capacity, device=self.like.device)
+            cos, sin = turns(places, self.head.frequency, self.head.rope_size, self.like.dtype)
+            self.table = table(cos.repeat(1, 2), sin.repeat(1, 2))
 
     def __call__(self, ids: Tensor, hidden: Tensor, place: Tensor, extent: int, cache: SlotCache) -> Tensor:
         """The layer's output [B, T, H] for tokens `ids` and features `hidden` [B, T, H] at entries `place` [B, T] of
         the slots from 0 on; extends the head's cache and attends to its first `extent` entries."""
         rows, width = ids.shape
+        self.reach(cache.capacity)
         attention = self.attentions.of(rows, width)
         size = self.config.hidden_size
         read = self.like.new_empty(rows * width, 2 * size)
@@ -81,6 +88,7 @@ class CompiledHead(LeanHead):
     def __call__(self, ids: Tensor, hidden: Tensor, place: Tensor, extent: int, cache: SlotCache) -> Tensor:
         rows, width = ids.shape
         queries, shared, _ = self.heads
+        self.reach(cache.capacity)
         x = hidden.reshape(rows * width, -1).contiguous()
         (kept,) = self.views.of(cache, rows, extent)
         given = [self.table[place.flatten()], self.views.index(cache, place), *kept[:2]]
@@ -113,10 +121,12 @@ def halves_of(head: EagleHead) -> Halves | None:
 
 
 def lean_head(
-    head: EagleHead, view: PolicyView, capacity: int, compiles: str, folder: str | None
-) -> LeanHead | GraphedHead:
-    """The pass on the weights of now. Where `compiles` is "true" it is recorded or compiled, with "auto" if that is
-    possible by now."""
+    head: nn.Module, view: PolicyView, capacity: int, compiles: str, folder: str | None
+) -> LeanHead | GraphedHead | None:
+    """The pass on the weights of now, recorded or compiled where `compiles` is "true", or "auto" and that is possible
+    by now; None where `head` is no EAGLE-3 head."""
+    if not isinstance(head, EagleHead):
+        return None
     if compiles == "false":
         return LeanHead(head, view, capacity)
     records = recorder(head.fc.weight.device)

@@ -20,6 +20,13 @@ class NgramDrafter:
         self.history, self.collector = history, collector
         self.shape = {"ngrams": ORDERS, "candidates": CANDIDATES}
 
+    @property
+    def token_bytes(self) -> int:
+        return self.collector.token_bytes
+
+    def resize(self, rows: Rows) -> None:
+        self.collector.resize(rows)
+
     def begin(self, rows: Rows) -> None:
         self.table = self.history.table
         self.back = torch.arange(1 - LONGEST, 1, device=rows.device)

@@ -15,10 +15,15 @@ from spec_rollout.records import Completion
 class RandomDrafter:
     """Guesses uniformly; about 1 in V guesses comes true. Has a random stream of its own."""
 
+    token_bytes = 0
+
     def __init__(self, seed: int = 0):
         self.generator = torch.Generator().manual_seed(seed)
 
     def begin(self, rows: Rows) -> None:
+        pass
+
+    def resize(self, rows: Rows) -> None:
         pass
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
@@ -48,10 +53,11 @@ class OracleDrafter(RandomDrafter):
         self.completions, self.shift = completions, shift
 
     def begin(self, rows: Rows) -> None:
-        width = max(len(c.token_ids) for c in self.completions) + rows.capacity
+        width = max(len(c.token_ids) for c in self.completions) + 1
         known = [[*c.token_ids, *[0] * (width - len(c.token_ids))] for c in self.completions]
         self.known = torch.tensor(known, device=rows.device)
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
         place = rows.progress()[:, None] + torch.arange(gamma, device=rows.device)
+        place = place.clamp(max=self.known.shape[1] - 1)
         return (self.known[rows.request[: rows.count, None], place] + self.shift) % rows.vocab_size

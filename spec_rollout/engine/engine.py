@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -13,8 +14,11 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.engine.protocols import Drafter, Recorder
 from spec_rollout.engine.requests import make_requests
 from spec_rollout.engine.rollout import Rollout
+from spec_rollout.engine.room import GIB, SHARE, free_memory
 from spec_rollout.engine.virtual_tokens import make_target
 from spec_rollout.records import Completion, Controller, Request, RolloutStats, SamplingParams, StepStats
+
+logger = logging.getLogger(__name__)
 
 
 class RolloutEngine:
@@ -54,6 +58,7 @@ class RolloutEngine:
         self.drafter, self.controller, self.tokenizer = drafter, controller, tokenizer
         self.recorder: Recorder | None = None
         self.cache = self.target.make_cache()
+        self._bound: int | None = None
         self.stats = RolloutStats()
         self.progress: Callable[[int, int], None] | None = None
         """Told after each step how many requests are not finished yet, and how many tokens the step emitted."""
@@ -91,9 +96,8 @@ class RolloutEngine:
                 rollout = self.start(requests, params)
                 self._decode(rollout)
                 completions = rollout.results.completions()
-        except BaseException:  # interrupts too: what a pass left half-done is not used again
+        finally:
             self.cache.release()
-            raise
         seconds = time.perf_counter() - began
         self.stats.seconds += seconds
         self.stats.lean_steps += (len(self.stats.steps) - before) * ("lean" in target.path)
@@ -116,12 +120,27 @@ class RolloutEngine:
             config=self.config,
             drafter=self.drafter,
             tokenizer=self.tokenizer,
+            bound=self.bound,
         )
+
+    @property
+    def bound(self) -> int | None:
+        """Bytes that slots may take at one time; found at the first rollout where `config` does not say."""
+        if self.config.max_cache_gib is not None:
+            return int(self.config.max_cache_gib * GIB)
+        if self._bound is None:
+            free = free_memory(self.target.device)
+            if free is None:
+                return None
+            self._bound = int(free * SHARE)
+            logger.info("Rollouts keep at most %.3g GiB of keys and values (max_cache_gib).", self._bound / GIB)
+        return self._bound
 
     def _decode(self, rollout: Rollout) -> None:
         while not rollout.done:
             self.stats.prefill_s += rollout.admit()
             clock = [time.perf_counter()]
+            rollout.make_room()
             gamma = self._choose(rollout)
             noise = rollout.noise(gamma + 1)
             clock.append(time.perf_counter())

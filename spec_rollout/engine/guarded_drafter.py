@@ -24,6 +24,11 @@ class GuardedDrafter:
         self.drafter, self.stats = drafter, stats
         self._shown: Rows | None = None
 
+    @property
+    def token_bytes(self) -> int:
+        """What the drafter keeps for each token of a slot."""
+        return 0 if self.drafter is None else self.drafter.token_bytes
+
     def call(self, verb: str, rows: Rows, *args, news: int | None = None):
         """What the drafter's `verb` returns for `rows` and `args`; None where the drafter is off or breaks. Only
         the last `news` known tokens of each row may be others than at the call before; any of them if None."""

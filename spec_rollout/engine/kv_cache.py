@@ -15,7 +15,7 @@ come out otherwise."""
 
 class SlotCache:
     """Keys and values of `slots` rows of up to `capacity` tokens, per attention layer [slots, capacity, heads,
-    head_dim], and the `states` of the recurrent layers.
+    head_dim], and the `states` of the recurrent layers. Both sizes follow what rows need (`resize`).
 
     A forward pass writes and reads them through a `SlotWindow`. Rolling keys and values back needs nothing here:
     entries beyond a row's committed length are masked by the caller and overwritten later. The recurrent layers follow
@@ -26,7 +26,7 @@ class SlotCache:
         self.release()
 
     def release(self) -> None:
-        """Give the memory back, as after a pass that failed half-way: nothing of it is counted on again."""
+        """Give the memory back, as after a rollout, or after a pass that failed half-way."""
         self.slots = self.capacity = 0
         self.kind: object = None
         self.keys: list[Tensor] = []
@@ -35,20 +35,20 @@ class SlotCache:
         self.begun = False
 
     def allocate(self, slots: int, capacity: int, kind: object = None) -> None:
-        """Make room for `slots` rows of `capacity` tokens, for one rollout.
+        """Make room for `slots` rows of `capacity` tokens, of what `kind` says (such as dtype and device), for one
+        rollout. The first pass makes the buffers."""
+        self.release()
+        self.slots, self.capacity, self.kind = slots, capacity, kind
+        self.states.allocate(slots)
 
-        Buffers that are large enough are kept, unless `kind` (such as dtype and device) is another than before. They
-        are cleared: what is masked still counts where it is NaN. The first pass may also find them of another dtype
-        than it computes in, and makes them anew.
-        """
-        if slots > self.slots or capacity > self.capacity or kind != self.kind:
-            self.slots, self.capacity = max(slots, self.slots), max(capacity, self.capacity)
-            self.kind = kind
-            self.keys, self.values = [], []
-            self.states.allocate(self.slots)
-        for buffer in self.buffers:
-            buffer.zero_()
-        self.begun = False
+    def resize(self, slots: int, capacity: int, kept: int) -> None:
+        """From here on there are `slots` of `capacity` tokens; the first `kept` slots keep what they hold. One buffer
+        after the other, so that little is there twice."""
+        self.slots, self.capacity = slots, capacity
+        for buffers in (self.keys, self.values):
+            for i, buffer in enumerate(buffers):
+                buffers[i] = resized(buffer, slots, capacity, kept)
+        self.states.resize(slots, kept)
 
     def extent(self, tokens: int) -> int:
         """How many entries a pass over rows of at most `tokens` tokens reads."""
@@ -161,6 +161,17 @@ class SlotWindow(Cache):
 
     def __len__(self) -> int:
         return len(self.keys)
+
+
+def resized(buffer: Tensor, slots: int, capacity: int, kept: int) -> Tensor:
+    """`buffer` [S, C, …] as [slots, capacity, …] with the first `kept` rows of it; 0 where nothing was, since what is
+    masked still counts where it is NaN."""
+    larger = buffer.new_empty(slots, capacity, *buffer.shape[2:])
+    shared = min(capacity, buffer.shape[1])
+    larger[:kept, :shared] = buffer[:kept, :shared]
+    larger[:kept, shared:] = 0
+    larger[kept:] = 0
+    return larger
 
 
 def rounded_up(tokens: int) -> int:

@@ -1,30 +1,67 @@
-"""Prefill: the prompts of new rows, read once each and shared by the siblings of a group."""
+"""Prefill: what is known of new rows, read once in passes that other rows' steps come between."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 
 from spec_rollout.engine.guarded_drafter import GuardedDrafter
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.rows import Rows
-from spec_rollout.engine.scheduler import Admission
 from spec_rollout.engine.target import Target
+from spec_rollout.engine.transfers import upload
 
 PREFILL_TOKENS = 4096
-"""Most tokens of one prefill pass, padding included, unless a single prompt is longer."""
+"""Most tokens of one prefill pass, padding included."""
 
 
-def prefill(target: Target, cache: SlotCache, rows: Rows, admission: Admission, draft: GuardedDrafter) -> None:
-    """Read all prompt tokens of the fresh rows but the last, which the first verify pass takes; show the drafter what
-    the target computed."""
-    admitted = (admission.first, admission.first + len(admission.fresh))
-    cache.clear(admitted)
-    for slots, width in admission.passes(PREFILL_TOKENS):
-        width = max(width, 2)  # see Target.reads_pairs
-        place = torch.arange(width, device=rows.device).expand(slots[1] - slots[0], -1)
-        ids = rows.tokens[slots[0] : slots[1], :width]
-        lengths = rows.length[slots[0] : slots[1]]
-        _, hidden = target.forward(cache, slots, ids, place, cache.extent(width), keep_logits=1, lengths=lengths)
-        draft.call("observe", rows, slots, place[:, 0], hidden)
-    if admission.fresh:
-        draft.call("admit", rows, admitted)
+def passes(first: int, done: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[tuple[int, int], int]]:
+    """The slots (start, stop) of rows that sit in the slots from `first` on, pass by pass, each with the most tokens
+    that any of them reads in it. Of `lengths` [N] tokens, the `done` [N] first are there; rows of which all are need
+    no pass, and one of more than PREFILL_TOKENS takes several."""
+    left = lengths - done
+    start = 0
+    while start < len(left):
+        stop = start + 1
+        while stop < len(left) and left[start : stop + 1].max() * (stop + 1 - start) <= PREFILL_TOKENS:
+            stop += 1
+        for _ in range(0, left[start:stop].max(), PREFILL_TOKENS):
+            width = min(left[start:stop].max(), PREFILL_TOKENS)
+            yield (first + start, first + stop), int(width)
+            left[start:stop] = np.maximum(left[start:stop] - width, 0)
+        start = stop
+
+
+class Prefill:
+    """Reads all known tokens but the last, which the first verify pass takes, of the rows in the slots first..last-1,
+    of which the `done` [N] first are in the cache; shows the drafter what the target computed.
+
+    `first` follows the rows when they move.
+    """
+
+    def __init__(self, first: int, last: int, rows: Rows, done: np.ndarray):
+        self.first, self.count, self.done = first, last - first, done
+        self._passes = list(passes(0, done, rows.lengths[first:last]))
+
+    @property
+    def finished(self) -> bool:
+        return not self._passes
+
+    def step(self, target: Target, cache: SlotCache, rows: Rows, draft: GuardedDrafter) -> None:
+        """One pass."""
+        (begin, end), width = self._passes.pop(0)
+        wide = max(width, 2)  # see Target.reads_pairs
+        slots = self.first + begin, self.first + end
+        active, done = slice(*slots), upload(self.done[begin:end].copy(), rows.device)
+        place = done[:, None] + torch.arange(wide, device=rows.device)
+        # Beyond a row's end its own last token is read, into entries that are not its yet.
+        ids = rows.tokens[active].gather(1, torch.minimum(place, rows.length[active, None]))
+        left = np.minimum(rows.lengths[active] - self.done[begin:end], width)
+        place = place.clamp(max=rows.capacity - 1)
+        extent = cache.extent(int(self.done[begin:end].max()) + wide)
+        lengths = upload(left, rows.device)
+        _, hidden = target.forward(cache, slots, ids, place, extent, keep_logits=1, lengths=lengths)
+        self.done[begin:end] += left
+        draft.call("observe", rows, slots, done, hidden)

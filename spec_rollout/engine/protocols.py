@@ -17,8 +17,15 @@ from spec_rollout.records import Completion, Request, RolloutStats
 class Drafter(Protocol):
     """Guesses the next tokens of each active row. Its guesses can cost speed, never correctness."""
 
+    @property
+    def token_bytes(self) -> int:
+        """What it keeps for each token of a slot."""
+
     def begin(self, rows: Rows) -> None:
-        """A rollout starts on `rows` (empty slots); allocate or clear what is kept per slot."""
+        """A rollout starts on `rows`, at most `rows.slots` at a time, which have no room yet."""
+
+    def resize(self, rows: Rows) -> None:
+        """The slots are now as many and as long as `rows.tokens`; active rows keep what they have."""
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
         """Guesses [B, gamma] int64 for the B = rows.count active rows.
@@ -37,7 +44,7 @@ class Drafter(Protocol):
         slots slots[0]..slots[1]-1; positions at or beyond a row's length are padding or guesses not come true."""
 
     def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
-        """New rows sit in slots[0]..slots[1]-1; their prompts, but for the last token, have been observed."""
+        """New rows sit in slots[0]..slots[1]-1; what is known of them, but for the last token, has been observed."""
 
     def copy(self, rows: Rows, source: Slots, target: Slots) -> None:
         """Slots `target` [N] become copies of slots `source` [N] (siblings of a group; a row moved to a free slot)."""

@@ -46,6 +46,14 @@ class RecurrentStates:
         self.slots = slots
         self.convolutions, self.states, self.pending = {}, {}, {}
 
+    def resize(self, slots: int, kept: int) -> None:
+        """From here on there are `slots`; the first `kept` keep their states. No pass waits for its `commit`."""
+        self.slots = slots
+        for kind in (self.convolutions, self.states):
+            for key, buffer in kind.items():
+                kind[key] = buffer.new_zeros(slots, *buffer.shape[1:])
+                kind[key][:kept] = buffer[:kept]
+
     @property
     def buffers(self) -> list[Tensor]:
         return [*self.convolutions.values(), *self.states.values()]

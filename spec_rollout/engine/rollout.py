@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,19 +12,19 @@ from transformers import PreTrainedTokenizerBase
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.guarded_drafter import GuardedDrafter
 from spec_rollout.engine.gumbel_max import draw, noise_width
-from spec_rollout.engine.kv_cache import SlotCache, rounded_up
+from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.near_ties import NearTies
 from spec_rollout.engine.precision import broken_policy
-from spec_rollout.engine.prefill import prefill
 from spec_rollout.engine.protocols import Drafter
 from spec_rollout.engine.rejection import draw_by_rejection, numbers
 from spec_rollout.engine.results import Results
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.sampling import Sampler
 from spec_rollout.engine.scheduler import Scheduler
+from spec_rollout.engine.seats import Seats
 from spec_rollout.engine.stops import Stops
 from spec_rollout.engine.target import Target
-from spec_rollout.engine.transfers import on_both_sides, upload
+from spec_rollout.engine.transfers import upload
 from spec_rollout.engine.verify import Verdict, verify
 from spec_rollout.records import Request, RolloutStats, SamplingParams, StepStats
 
@@ -44,18 +43,13 @@ class Rollout:
         config: SpecConfig,
         drafter: Drafter | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        bound: int | None = None,
     ):
         self.target, self.cache = target, cache
         self.draft = GuardedDrafter(drafter, stats)
         slots = min(config.max_slots, len(requests))
-        longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
-        target.confine(longest)
-        capacity = rounded_up(longest + config.widest + 1)
-        room = slots
-        if config.compile_passes == "true":  # one slot alone, or rows read to their end, would be compiled apart
-            room, capacity = max(2, slots), capacity + 1
-        self.cache.allocate(room, capacity, (target.dtype, target.device))
-        self.rows = Rows(room, capacity, target.vocab_size, target.device)
+        target.confine(max(len(r.prompt) + r.max_new_tokens for r in requests))
+        self.rows = Rows(slots, 0, target.vocab_size, target.device)
         self.scheduler = Scheduler(requests, slots, keeps_prompts=not target.recurrent)
         self.rejection = config.verification == "rejection" and not params.greedy
         self.noise_width = noise_width(target.vocab_size)
@@ -68,6 +62,17 @@ class Rollout:
         self.invalid = torch.zeros(slots, dtype=torch.bool, device=target.device)  # rows with guesses that are no ids
         self.distrusted = self.invalid  # and those with guesses that were not drawn from their proposal
         self.draft.call("begin", self.rows)
+        self.seats = Seats(
+            self.scheduler,
+            config,
+            bound,
+            rows=self.rows,
+            cache=cache,
+            sampler=self.sampler,
+            target=target,
+            draft=self.draft,
+            stats=stats,
+        )
 
     @property
     def drafter(self) -> Drafter | None:
@@ -93,19 +98,11 @@ class Rollout:
 
         Returns the seconds it took.
         """
-        began = time.perf_counter()
-        admission = self.scheduler.admit()
-        if admission is None:
-            return 0.0
-        requests = admission.requests
-        self.rows.fill(admission.first, requests)
-        self.rows.count = len(self.scheduler.active)
-        self.sampler.admit(self.rows, admission.first, [r.prompt for r in requests])
-        prefill(self.target, self.cache, self.rows, admission, self.draft)
-        if admission.siblings:
-            first_sibling = admission.first + len(admission.fresh)
-            self._copy(admission.source, list(range(first_sibling, self.rows.count)))
-        return time.perf_counter() - began
+        return self.seats.admit()
+
+    def make_room(self) -> None:
+        """Let slots grow, where rows could outgrow them in this step, or the youngest rows wait."""
+        self.seats.make_room()
 
     def noise(self, width: int) -> Tensor | None:
         """Gumbel noise [B, width, N] of the next `width` samples of each row; drawn once for draft and target."""
@@ -228,18 +225,6 @@ class Rollout:
             indices = [self.scheduler.active[slot].index for slot in finished]
             slots = self.results.take(self.rows, finished, indices, ended[finished])
             self.draft.call("finish", self.rows, slots)
-            source, target = self.scheduler.release(finished.tolist())
-            if source:
-                self._copy(source, target, move=True)
-            self.rows.count = len(self.scheduler.active)
+            self.seats.leave(finished)
         reached = (accepted[:, None] > np.arange(gamma)).sum(0).tolist()
         return StepStats(count, gamma, context, int(emitted.sum()), reached)
-
-    def _copy(self, source: list[int], target: list[int], move: bool = False) -> None:
-        """Copy slots; a sibling takes over what the cache holds only, a moved row everything."""
-        src, dst = (on_both_sides(slots, self.rows.device) for slots in (source, target))
-        if move:
-            self.rows.copy(src, dst)
-            self.sampler.copy(src, dst)
-        self.cache.copy(src.device, dst.device, int(self.rows.lengths[target].max()))
-        self.draft.call("copy", self.rows, src, dst)

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from spec_rollout.engine.kv_cache import resized
 from spec_rollout.engine.transfers import Slots, upload
 from spec_rollout.records import Request
+
+
+@dataclass
+class Parked:
+    """What is kept of a row that gave way: its `size` known tokens [size], their log-probs, and its counts [7]."""
+
+    size: int
+    tokens: Tensor
+    logprobs: Tensor
+    counts: Tensor
 
 
 class Rows:
@@ -21,8 +35,12 @@ class Rows:
     - request [S] int64: index of the request
     - logprobs [S, C] float32, beside `tokens`
     - drafted, accepted, steps [S] int64: counts over the request's life
+
+    Tokens and log-probs follow the cache's sizes (`resize`); the rest is as it was made.
     """
 
+    token_bytes = 2 * (8 + 4)
+    """What a slot takes for each token here, and in the copy that the drafter is shown."""
     COUNTS = ("length", "start", "limit", "request", "drafted", "accepted", "steps")
     MOVED = ("tokens", "logprobs", "key", "counts")
 
@@ -48,8 +66,14 @@ class Rows:
         for name, column in zip(self.COUNTS, self.counts.unbind(1), strict=True):
             setattr(self, name, column)
 
-    def fill(self, first: int, requests: list[Request]) -> None:
-        """Slots first.. take `requests`; all but the last prompt token count as committed."""
+    def resize(self, slots: int, capacity: int, kept: int) -> None:
+        """Room for `slots` rows of `capacity` tokens from here on; the first `kept` keep what they have."""
+        self.capacity = capacity
+        self.tokens, self.logprobs = (resized(b, slots, capacity, kept) for b in (self.tokens, self.logprobs))
+
+    def fill(self, first: int, requests: list[Request], parked: Mapping[int, Parked] | None = None) -> None:
+        """Slots first.. take `requests`; all but the last prompt token count as committed, or of those that are
+        `parked`, by the request's index, all but the last known one."""
         slots = slice(first, first + len(requests))
         width = max(len(r.prompt) for r in requests)
         # Padding repeats a token of the row itself: another one's embedding might be NaN, which no mask takes away.
@@ -64,6 +88,21 @@ class Rows:
         self.key[slots] = torch.stack([key0, key1], 1).to(torch.int32)
         for counter in (self.drafted, self.accepted, self.steps):
             counter[slots] = 0
+        for slot, request in enumerate(requests, start=first):
+            if parked and request.index in parked:
+                self._resume(slot, parked[request.index])
+
+    def park(self, slot: int) -> Parked:
+        """What the row in `slot` needs to go on later, in another slot."""
+        size = int(self.lengths[slot]) + 1
+        tokens, logprobs = (x[slot, :size].clone() for x in (self.tokens, self.logprobs))
+        return Parked(size, tokens, logprobs, self.counts[slot].clone())
+
+    def _resume(self, slot: int, parked: Parked) -> None:
+        self.tokens[slot, : parked.size] = parked.tokens
+        self.logprobs[slot, : parked.size] = parked.logprobs
+        self.counts[slot] = parked.counts
+        self.lengths[slot] = parked.size - 1
 
     def copy(self, source: Slots, target: Slots) -> None:
         """Slots `target` [N] become copies of slots `source` [N]."""
@@ -78,6 +117,8 @@ class Rows:
         log-probs. Whatever it writes there, it writes to a copy. Only the last `news` known tokens of each row are
         copied, so that a step costs the same in long rows as in short ones; None copies all."""
         onlooker.count, active = self.count, slice(0, self.count)
+        if onlooker.tokens.shape != self.tokens.shape:
+            onlooker.resize(len(self.tokens), self.capacity, self.count)
         onlooker.lengths[:], onlooker.starts[:] = self.lengths, self.starts
         if news is None:
             known = int(self.lengths[active].max(initial=-1)) + 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -16,7 +15,7 @@ from transformers import (
 from spec_rollout.engine.gumbel_max import noise_width
 from spec_rollout.engine.noise import NoiseWindow
 from spec_rollout.engine.rows import Rows
-from spec_rollout.engine.transfers import Slots, upload
+from spec_rollout.engine.transfers import Slots
 from spec_rollout.records import SamplingParams
 
 
@@ -71,15 +70,15 @@ class Sampler:
             self._room = z.new_empty(z.numel(), dtype=torch.float32)
         return self._room[: z.numel()].view(z.shape)
 
-    def admit(self, rows: Rows, first: int, prompts: list) -> None:
-        """Slots first.. start with the tokens of their `prompts` seen."""
+    def admit(self, rows: Rows, first: int, last: int) -> None:
+        """New rows sit in the slots first..last-1, with their known tokens seen."""
         if self.window is not None:
-            self.window.admit(first, first + len(prompts))
+            self.window.admit(first, last)
         if self.seen is None:
             return
-        for slot, prompt in enumerate(prompts, start=first):
+        for slot in range(first, last):
             self.seen[slot] = False
-            self.seen[slot].index_fill_(0, upload(np.array(prompt), rows.device), True)
+            self.seen[slot].index_fill_(0, rows.tokens[slot, : int(rows.lengths[slot]) + 1], True)
 
     def seen_along(self, rows: Rows, inputs: Tensor) -> Tensor | None:
         """Tokens seen [B, T, V] before each sample, when the rows' next inputs are the newest token and the guesses

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from spec_rollout.records import Request
@@ -25,21 +25,6 @@ class Admission:
     def requests(self) -> list[Request]:
         return self.fresh + self.siblings
 
-    def passes(self, most: int) -> Iterator[tuple[tuple[int, int], int]]:
-        """The slots (start, stop) of the fresh requests, pass by pass, each with the most prompt tokens but the last
-        of any of them: at most `most` tokens a pass, padding included, unless a single prompt is longer. Prompts of
-        one token need none."""
-        lengths = [len(request.prompt) - 1 for request in self.fresh]
-        start = 0
-        while start < len(lengths):
-            stop = start + 1
-            while stop < len(lengths) and max(lengths[start : stop + 1]) * (stop + 1 - start) <= most:
-                stop += 1
-            width = max(lengths[start:stop])
-            if width:
-                yield (self.first + start, self.first + stop), width
-            start = stop
-
 
 class Scheduler:
     """Keeps the active rows a contiguous prefix of the slots. Host side only.
@@ -52,35 +37,78 @@ class Scheduler:
         self.waiting = deque(requests)
         self.slots, self.keeps_prompts = slots, keeps_prompts
         self.active: list[Request] = []
-        """The request in each active slot."""
+        """The request in each slot that is taken."""
+        self.known: dict[int, int] = {}
+        """Tokens known of the waiting requests, by index, that have had a slot before."""
 
     @property
     def done(self) -> bool:
         return not self.waiting and not self.active
 
-    def admit(self) -> Admission | None:
-        """Move waiting requests into the free slots; None when nothing can move."""
+    def admit(self, fits: Callable[[int, int], bool] | None = None, most: int | None = None) -> Admission | None:
+        """Move waiting requests into the free slots; None when nothing can move.
+
+        Nobody overtakes: the first that may not enter holds up those behind it.
+
+        Args:
+            fits: says whether so many rows can be there, the entering ones of at most so many tokens; the first row
+                always enters.
+            most: tokens that may be read for all that enter, padding included, unless it is a single prompt. None
+                lets all enter.
+        """
         first = len(self.active)
-        entering = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.slots - first))]
-        if not entering:
-            return None
         old = self.active if self.keeps_prompts else []
         slot_of = {tuple(request.prompt): slot for slot, request in enumerate(old)}
         fresh, siblings = [], []
-        for request in entering:
+        longest = 0
+        while self.waiting and first + len(fresh) + len(siblings) < self.slots:
+            request = self.waiting[0]
+            tokens = self.tokens(request)
+            longest = max(longest, tokens)
+            rows = first + len(fresh) + len(siblings) + 1
+            if rows > 1 and fits is not None and not fits(rows, longest):
+                break
             group = tuple(request.prompt)
-            (siblings if group in slot_of else fresh).append(request)
-            slot_of.setdefault(group, first + len(fresh) - 1)
+            if group in slot_of and request.index not in self.known:
+                siblings.append(request)
+            elif fresh and most is not None and longest * (len(fresh) + 1) > most:
+                break
+            else:
+                fresh.append(request)
+                if self.keeps_prompts or request.index not in self.known:
+                    slot_of.setdefault(group, first + len(fresh) - 1)
+            self.waiting.popleft()
+        if not fresh and not siblings:
+            return None
         self.active += fresh + siblings
         return Admission(first, fresh, siblings, [slot_of[tuple(r.prompt)] for r in siblings])
 
-    def release(self, finished: list[int]) -> tuple[list[int], list[int]]:
-        """Free the slots `finished`; returns (source, target) slots of the rows that move to keep the prefix whole."""
+    def tokens(self, request: Request) -> int:
+        """The tokens that a waiting `request` begins with: its prompt, or what was known of it when it gave way."""
+        return self.known.get(request.index, len(request.prompt))
+
+    def put_back(self, slots: list[int], known: list[int]) -> tuple[list[int], list[int]]:
+        """The rows in `slots` wait again, before all others and in their order, with so many `known` tokens each, 0
+        where it is the prompt; the rest is as for `release`."""
+        requests = sorted((self.active[slot] for slot in slots), key=lambda request: request.index, reverse=True)
+        self.waiting.extendleft(requests)
+        self.known |= {self.active[s].index: size for s, size in zip(slots, known, strict=True) if size}
+        return self.release(slots)
+
+    def release(self, finished: list[int], last: int = 0) -> tuple[list[int], list[int]]:
+        """Free the slots `finished`; returns (source, target) slots of the rows that move to keep the prefix whole.
+        The `last` rows stay the last ones, in their order."""
         gone = set(finished)
-        count = len(self.active) - len(gone)
-        target = sorted(slot for slot in gone if slot < count)
-        source = [slot for slot in range(count, len(self.active)) if slot not in gone]
-        for s, t in zip(source, target, strict=True):
-            self.active[t] = self.active[s]
+        before, count = len(self.active) - last, len(self.active) - len(gone)
+        front = count - last
+        pairs = zip(
+            [*(slot for slot in range(front, before) if slot not in gone), *range(before, len(self.active))],
+            [*sorted(slot for slot in gone if slot < front), *range(front, count)],
+            strict=True,
+        )
+        moves = [(s, t) for s, t in pairs if s != t]
+        source, target = [s for s, _ in moves], [t for _, t in moves]
+        for t, request in zip(target, [self.active[s] for s in source], strict=True):
+            self.active[t] = request
         del self.active[count:]
         return source, target

@@ -65,6 +65,22 @@ class Target:
         self.precision: torch.dtype | None = None
         """Of the arithmetic of the latest pass. float32 whose products are rounded, as TF32, counts as bfloat16."""
         self._proven: dict[tuple, list[str]] = {}
+        self._cache_bytes: dict[tuple, tuple[int, int]] = {}
+
+    @property
+    def cache_bytes(self) -> tuple[int, int]:
+        """Of a slot: what it takes for each token, and besides. Seen once in a pass over two tokens."""
+        state = self.dtype, torch.is_autocast_enabled(self.device.type)
+        if state not in self._cache_bytes:
+            cache, device = self.make_cache(), self.device
+            cache.allocate(1, 2, (self.dtype, device))
+            ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+            place, lengths = torch.arange(2, device=device)[None], torch.full((1,), 2, device=device)
+            self.forward(cache, (0, 1), ids, place, 2, keep_logits=1, lengths=lengths)
+            token = sum(b.shape[2:].numel() * b.itemsize for b in (*cache.keys, *cache.values))
+            slot = sum(b.numel() * b.itemsize for b in cache.states.buffers) + (cache.capacity - 2) * token
+            self._cache_bytes[state] = token, slot
+        return self._cache_bytes[state]
 
     @property
     def room(self) -> int | None:

@@ -165,8 +165,18 @@ class PrefixedCache(SlotCache):
             for buffer, layer in zip(buffers, self.target.prefix, strict=True):
                 buffer[:, :virtual] = layer[part].transpose(0, 1)
 
+    def resize(self, slots: int, capacity: int, kept: int) -> None:
+        virtual = self.target.virtual
+        super().resize(slots, capacity + virtual, kept)
+        for buffers, part in ((self.keys, 0), (self.values, 1)):
+            for buffer, layer in zip(buffers, self.target.prefix, strict=True):
+                buffer[kept:, :virtual] = layer[part].transpose(0, 1)
+
     def window(self, start: int, positions: Tensor, extent: int, lengths: Tensor | None = None) -> SlotWindow:
         return super().window(start, positions + self.target.virtual, extent + self.target.virtual, lengths)
+
+    def clear_beyond(self, length: Tensor) -> None:
+        super().clear_beyond(length + self.target.virtual)
 
     def copy(self, source: Tensor, target: Tensor, extent: int) -> None:
         super().copy(source, target, extent + self.target.virtual)

@@ -105,18 +105,19 @@ def test_precision_is_that_of_each_rollout():
     keys and values are kept in what the policy computes in."""
     model = make_policy("llama")
     expected = reference(model, PROMPTS, PARAMS)
-    engine = RolloutEngine(model, PLAIN)
+    engine, kept = RolloutEngine(model, PLAIN), []
+    engine.progress = lambda *_: kept.append(engine.cache.values[0].dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         engine.generate(PROMPTS, PARAMS)
-    assert engine.target.precision == engine.cache.values[0].dtype == torch.bfloat16
+    assert engine.target.precision == kept[-1] == torch.bfloat16
     assert_same(engine.generate(PROMPTS, PARAMS), expected)
-    assert engine.target.precision == engine.cache.values[0].dtype == torch.float32
+    assert engine.target.precision == kept[-1] == torch.float32
     model.bfloat16()
     engine.generate(PROMPTS, PARAMS)
-    assert engine.target.precision == engine.cache.values[0].dtype == torch.bfloat16
+    assert engine.target.precision == kept[-1] == torch.bfloat16
     model.float()
     assert_same(engine.generate(PROMPTS, PARAMS), reference(model, PROMPTS, PARAMS))
-    assert engine.target.precision == engine.cache.values[0].dtype == torch.float32
+    assert engine.target.precision == kept[-1] == torch.float32
 
 
 def test_logits_of_zero_say_nothing_about_precision():

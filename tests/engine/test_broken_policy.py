@@ -105,7 +105,7 @@ def test_out_of_memory_in_the_cache_can_be_tried_again(failing, monkeypatch):
     expected = reference(policy("llama"), PROMPTS, PARAMS)
     engine = RolloutEngine(policy("llama"), SpecConfig(num_speculative_tokens=0))
     with engine.target.rollout():
-        pass  # is probed
+        assert engine.target.cache_bytes  # is probed and weighed
     made, honest = [], torch.Tensor.new_zeros
 
     def runs_out(tensor, *size, **options):

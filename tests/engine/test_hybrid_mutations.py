@@ -8,12 +8,12 @@ import torch
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter
-from spec_rollout.engine import recurrences, recurrent, rollout, target
+from spec_rollout.engine import masks, recurrences, recurrent, rollout
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kv_cache import SlotCache, causal_mask
 from spec_rollout.engine.recurrent import RecurrentPass, RecurrentStates
-from spec_rollout.engine.rollout import Rollout
 from spec_rollout.engine.scheduler import Scheduler
+from spec_rollout.engine.seats import Seats
 from spec_rollout.engine.target import Target
 from spec_rollout.records import SamplingParams, UnsupportedModelError
 from tests.engine.test_mutations import wrap
@@ -82,7 +82,7 @@ def siblings_without_a_state(patch):
         honest(self, source, target)
         self.cache.states = states
 
-    wrap(patch, Rollout, "_copy", copy)
+    wrap(patch, Seats, "copy", copy)
 
 
 def moved_rows_without_their_state(patch):
@@ -93,7 +93,7 @@ def moved_rows_without_their_state(patch):
         honest(self, source, target, move)
         self.cache.states = states
 
-    wrap(patch, Rollout, "_copy", copy)
+    wrap(patch, Seats, "copy", copy)
 
 
 def siblings_copy_a_row_that_moved_on(patch):
@@ -190,7 +190,7 @@ def test_chunks_of_attention(monkeypatch):
     """Chunks longer than the probe are noticed there as well."""
 
     def ignored(patch):
-        patch.setattr(target, "chunked_mask", lambda positions, extent, size: causal_mask(positions, extent))
+        patch.setattr(masks, "chunked_mask", lambda positions, extent, size: causal_mask(positions, extent))
 
     with monkeypatch.context() as patch:
         noticed("llama4_text", ignored, patch)

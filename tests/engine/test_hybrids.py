@@ -116,9 +116,15 @@ class Checked(Rollout):
         self.check()
         return step
 
-    def _copy(self, source, target, move=False):
-        Checked.moves += move * len(source)
-        super()._copy(source, target, move)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        honest = self.seats.copy
+
+        def copy(source, target, move=False):
+            Checked.moves += move * len(source)
+            honest(source, target, move)
+
+        self.seats.copy = copy
 
     def check(self) -> None:
         for slot in range(self.rows.count):

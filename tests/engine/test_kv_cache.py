@@ -33,13 +33,19 @@ class Checked(Rollout):
         self.check()
         return step
 
-    def _copy(self, source, target, move=False):
-        Checked.moves += move * len(source)
-        super()._copy(source, target, move)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        honest = self.seats.copy
+
+        def copy(source, target, move=False):
+            Checked.moves += move * len(source)
+            honest(source, target, move)
+
+        self.seats.copy = copy
 
     def check(self) -> None:
         assert self.rows.lengths[: self.rows.count].tolist() == self.rows.length[: self.rows.count].tolist()
-        for slot, request in enumerate(self.scheduler.active):
+        for slot, request in enumerate(self.scheduler.active[: self.rows.count]):
             length, start = int(self.rows.length[slot]), len(request.prompt)
             tokens = self.rows.tokens[slot, : length + 1].tolist()
             assert tokens[:start] == list(request.prompt) and int(self.rows.start[slot]) == start
@@ -166,23 +172,19 @@ def test_one_slot_copied_to_many():
     assert cache.keys[0][:, :, 0, 0].sum(1).tolist() == [3, 2, 0, 2]
 
 
-def test_buffers_are_kept_until_they_are_too_small_or_of_another_kind():
+@pytest.mark.parametrize(("slots", "capacity", "kept"), [(4, 8, 4), (2, 6, 2), (6, 3, 1), (1, 16, 0)])
+def test_resized_slots_keep_what_they_held(slots, capacity, kept):
     cache = SlotCache()
-
-    def write() -> torch.Tensor:
-        cache.window(0, torch.tensor([[0]]), 1).update(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), 0)
-        return cache.keys[0]
-
-    cache.allocate(2, 8, "float32")
-    kept = write()
-    for slots, capacity in ((2, 8), (1, 4)):
-        cache.allocate(slots, capacity, "float32")
-        assert write() is kept
-    for slots, capacity, kind in ((3, 4, "float32"), (3, 16, "float32"), (1, 1, "bfloat16")):
-        cache.allocate(slots, capacity, kind)
-        grown = write()
-        assert grown is not kept and grown.shape[:2] == (3, max(8, capacity) if capacity != 1 else 16)
-        kept = grown
+    cache.allocate(4, 8)
+    states = torch.arange(4 * 8.0).add(1).view(4, 1, 8, 1)
+    cache.window(0, torch.arange(8).expand(4, 8), 8).update(states, -states, 0)
+    before = cache.keys[0]
+    cache.resize(slots, capacity, kept)
+    assert (cache.slots, cache.capacity) == cache.keys[0].shape[:2] == (slots, capacity)
+    assert torch.equal(cache.keys[0], -cache.values[0])
+    shared = min(capacity, 8)
+    assert torch.equal(cache.keys[0][:kept, :shared], before[:kept, :shared])
+    assert not cache.keys[0][kept:].any() and not cache.keys[0][:, shared:].any()  # NaN would count even if masked
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])

@@ -8,7 +8,7 @@ import torch
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter
-from spec_rollout.engine import kv_cache, noise, rollout, target, verify
+from spec_rollout.engine import kv_cache, masks, noise, rollout, verify
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.noise import NoiseWindow
@@ -16,6 +16,7 @@ from spec_rollout.engine.results import Results
 from spec_rollout.engine.rollout import Rollout
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.sampling import Sampler
+from spec_rollout.engine.seats import Seats
 from spec_rollout.engine.stops import Stops
 from spec_rollout.engine.target import Target
 from spec_rollout.engine.transfers import on_both_sides
@@ -68,13 +69,11 @@ def stale_cache_after_a_move(patch):
         self.rows.copy(src, dst)
         self.sampler.copy(src, dst)
 
-    wrap(patch, Rollout, "_copy", copy)
+    wrap(patch, Seats, "copy", copy)
 
 
 def siblings_left_empty(patch):
-    wrap(
-        patch, Rollout, "_copy", lambda honest, self, *slots, move=False: honest(self, *slots, move) if move else None
-    )
+    wrap(patch, Seats, "copy", lambda honest, self, *slots, move=False: honest(self, *slots, move) if move else None)
 
 
 def copy_one_entry_short(patch):
@@ -170,15 +169,15 @@ def no_rollback(patch):
 
 
 def blind_to_itself(patch):
-    patch.setattr(target, "causal_mask", lambda positions, *args: kv_cache.causal_mask(positions - 1, *args))
+    patch.setattr(masks, "causal_mask", lambda positions, *args: kv_cache.causal_mask(positions - 1, *args))
 
 
 def sees_the_future(patch):
-    patch.setattr(target, "causal_mask", lambda positions, *args: kv_cache.causal_mask(positions + 1, *args))
+    patch.setattr(masks, "causal_mask", lambda positions, *args: kv_cache.causal_mask(positions + 1, *args))
 
 
 def sliding_window_ignored(patch):
-    patch.setattr(target, "causal_mask", lambda positions, extent, window: kv_cache.causal_mask(positions, extent))
+    patch.setattr(masks, "causal_mask", lambda positions, extent, window: kv_cache.causal_mask(positions, extent))
 
 
 def results_in_order_of_completion(patch):

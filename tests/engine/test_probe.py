@@ -9,7 +9,7 @@ from transformers.masking_utils import eager_mask
 from spec_rollout import UnsupportedModelError
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter
-from spec_rollout.engine import probe, target
+from spec_rollout.engine import masks, probe
 from spec_rollout.engine.attention import GROUPED_SDPA
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kv_cache import SlotCache, causal_mask
@@ -63,7 +63,7 @@ def mask_one_too_narrow(positions, extent, window=None):
 def test_windows_are_probed_however_wide(mask, window, monkeypatch):
     """A window of 40 tokens lies beyond the probe; it is narrowed for it and put back."""
     model = make_policy("mistral", sliding_window=window)
-    monkeypatch.setattr(target, "causal_mask", mask)
+    monkeypatch.setattr(masks, "causal_mask", mask)
     refused(model, "differ by")
     assert model.config.sliding_window == window
 
@@ -183,5 +183,5 @@ def one_position_is_blind(positions, extent, window=None):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_wrong_position_shows_in_few_digits_too(dtype, monkeypatch):
-    monkeypatch.setattr(target, "causal_mask", one_position_is_blind)
+    monkeypatch.setattr(masks, "causal_mask", one_position_is_blind)
     refused(make_policy("llama", dtype), "does not decode ragged rows")

@@ -138,7 +138,7 @@ def test_processors_see_the_guessed_prefix(params):
     rows.fill(0, requests)
     rows.count = 4
     sampler = Sampler(params, rows)
-    sampler.admit(rows, 0, [r.prompt for r in requests])
+    sampler.admit(rows, 0, len(requests))
     known = [list(r.prompt) for r in requests]
     for _ in range(3):  # three steps, each emitting a part of what it drew
         guesses = torch.randint(VOCAB, (4, 3), generator=generator)
@@ -161,10 +161,11 @@ def test_a_moved_row_takes_what_it_has_seen_along():
     rows = Rows(3, 64, VOCAB, torch.device("cpu"))
     sampler = Sampler(params, rows)
     rows.fill(0, [Request(i, p, (0, 0), 9) for i, p in enumerate(([1, 2], [3], [4, 5, 6]))])
-    sampler.admit(rows, 0, [[1, 2], [3], [4, 5, 6]])
+    sampler.admit(rows, 0, 3)
     sampler.copy(*(on_both_sides([slot], rows.device) for slot in (2, 0)))
     assert sampler.seen[0].nonzero().flatten().tolist() == [4, 5, 6]
-    sampler.admit(rows, 0, [[7]])  # a new row starts afresh
+    rows.fill(0, [Request(3, [7], (0, 0), 9)])
+    sampler.admit(rows, 0, 1)  # a new row starts afresh
     assert sampler.seen[0].nonzero().flatten().tolist() == [7]
 
 

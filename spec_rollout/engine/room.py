@@ -1,0 +1,68 @@
+"""How many rows of how many tokens fit into a bound of bytes, and what of the device is free."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from spec_rollout.engine.kv_cache import EXTENT_STEP, rounded_up
+
+GIB = 2**30
+SHARE = 0.5
+"""Of the memory that is free at the first rollout, what slots may take where no bound is given."""
+GROWTH = 8
+"""Slots that are too short grow by a part in so many at least. Each entry is then moved about as often in its life,
+which is little beside being read by every token after it."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """The `bound` of all slots in bytes (None without one), what one takes for each token, and what besides."""
+
+    bound: int | None
+    token_bytes: int
+    slot_bytes: int = 0
+
+    def bytes(self, slots: int, capacity: int) -> int:
+        """What `slots` of `capacity` tokens take."""
+        return slots * (self.slot_bytes + capacity * self.token_bytes)
+
+    def holds(self, slots: int, capacity: int) -> bool:
+        """Whether `slots` of `capacity` tokens stay within the bound."""
+        return self.bound is None or self.bytes(slots, capacity) <= self.bound
+
+    def capacity(self, slots: int, needed: int, most: int) -> int:
+        """How long `slots` become that have to take `needed` tokens: an eighth longer, if that is within the bound,
+        and never longer than `most`."""
+        wanted = min(rounded_up(needed + needed // GROWTH), rounded_up(most))
+        while wanted > rounded_up(needed) and not self.holds(slots, wanted):
+            wanted -= EXTENT_STEP
+        return wanted
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on `device`, what torch keeps for later included; None where it is not known."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    if device.type != "cpu":
+        return None
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), free)
+        return min([free, *_left_in_group()])
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _left_in_group(folder: str = "/sys/fs/cgroup") -> list[int]:
+    """What the process's container still allows, if it has a limit."""
+    try:
+        limit, used = (Path(folder, name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return [] if limit == "max" else [max(0, int(limit) - int(used))]
+    except (OSError, ValueError):
+        return []
