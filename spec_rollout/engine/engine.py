@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from spec_rollout.config import SpecConfig
-from spec_rollout.engine.protocols import Drafter, Recorder
+from spec_rollout.engine.protocols import Drafter, ReadsCache, Recorder
 from spec_rollout.engine.requests import make_requests
 from spec_rollout.engine.rollout import Rollout
 from spec_rollout.engine.virtual_tokens import make_target
@@ -105,6 +105,8 @@ class RolloutEngine:
 
     def start(self, requests: list[Request], params: SamplingParams) -> Rollout:
         """A rollout of `requests`, not yet admitted; to be driven within `target.rollout()`."""
+        if isinstance(self.drafter, ReadsCache):
+            self.drafter.policy_cache = self.cache
         return Rollout(
             requests,
             params,

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Size = Literal["demo", "tiny", "deep", "small", "base"]
-Architecture = Literal["qwen3", "qwen3_5"]
-ARCHITECTURES = ("qwen3", "qwen3_5")
+Architecture = Literal["qwen3", "qwen3_5", "qwen3_moe"]
+ARCHITECTURES = ("qwen3", "qwen3_5", "qwen3_moe")
+EXPERTS, EXPERTS_PER_TOKEN = 16, 2
+"""Of a layer of qwen3_moe. Those of a token are together as wide as the layer of a dense policy."""
 
 CONTEXT = 1024
 """Tokens that the policy can attend to."""
@@ -94,7 +96,7 @@ def make_model(
     steps, where a Llama of the same width and depth took 300. In Qwen3.5 three of four layers have a gated delta
     rule in the place of attention.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3_5TextConfig, Qwen3Config
+    from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3_5TextConfig, Qwen3Config, Qwen3MoeConfig
 
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     heads, width = recipe.num_heads, recipe.hidden_size // recipe.num_heads
@@ -116,6 +118,10 @@ def make_model(
         delta_rule |= {"linear_key_head_dim": width, "linear_value_head_dim": width}
         rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
         config = Qwen3_5TextConfig(**shape, **delta_rule, rope_parameters=rope, mtp_num_hidden_layers=1)
+    elif architecture == "qwen3_moe":
+        experts = {"num_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN, "norm_topk_prob": True}
+        width = recipe.intermediate_size // EXPERTS_PER_TOKEN
+        config = Qwen3MoeConfig(**shape, **experts, moe_intermediate_size=width, router_aux_loss_coef=0.01)
     else:
         config = Qwen3Config(**shape)
     model = AutoModelForCausalLM.from_config(config)
@@ -167,7 +173,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
 
     from spec_rollout.draft.muon import multiplies_bfloat16
 
-    packs = model.config.model_type == "qwen3"
+    packs = model.config.model_type in ("qwen3", "qwen3_moe")
     rows = (packed_rows if packs else single_rows)(tokenizer, recipe, seed)
     whole = recipe.batch_size if packs else round(recipe.batch_size * recipe.row / mean(map(len, rows["input_ids"])))
     args = SFTConfig(
@@ -191,6 +197,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     model.config.use_cache = False  # with a cache, transformers would not look for the problems within a row
+    model.config.output_router_logits = model.config.model_type == "qwen3_moe"  # for the loss that balances experts
     trainer = SFTTrainer(
         model=model,
         args=args,
@@ -202,7 +209,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    model.config.use_cache = True
+    model.config.use_cache, model.config.output_router_logits = True, False
 
 
 def make_reference_policy(
