@@ -134,9 +134,9 @@ class SpecConfig:
     compile_passes: str = field(
         default="false",
         metadata={
-            "help": "Run the embedded engine's passes through torch's compiler: `true` from the first rollout on, "
-            "which waits for it, `auto` once it should pay, without a wait, or `false`. On a CPU it needs a "
-            "C++ compiler.",
+            "help": "Run the embedded engine's passes through torch's compiler, on a GPU as CUDA graphs: `true` from "
+            "the first rollout on, which waits for it, `auto` once it should pay, without a wait, or `false`. On a "
+            "CPU it needs a C++ compiler.",
             "choices": list(COMPILE),
         },
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.features import FeatureBuffer
-from spec_rollout.draft.lean_head import LeanHead, lean_head, programs_of
+from spec_rollout.draft.lean_head import GraphedHead, LeanHead, lean_head, programs_of
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.gumbel_max import draw_among
@@ -68,7 +68,7 @@ class EagleDrafter:
         """Of the last guesses, [B, Vd] each."""
         self.fused_width = head.fused_width
         self.compiled, self.folder = compiled, folder
-        self.lean: LeanHead | None = None
+        self.lean: LeanHead | GraphedHead | None = None
         self.first, self.next = self._first, self._next
         if compiled == "true" and not programs_of(head, view, folder, wait=False):
             self.first, self.next = (Compiled(f, "the draft head") for f in (self._first, self._next))
@@ -94,7 +94,7 @@ class EagleDrafter:
         self.output_rows = (self.view.output_rows() if own is None else own.detach()).to(dtype)
         self.lean = self._lean(rows.capacity)
 
-    def _lean(self, capacity: int) -> LeanHead | None:
+    def _lean(self, capacity: int) -> LeanHead | GraphedHead | None:
         """The lean pass on the weights of now; None where whole functions run, compiled or not."""
         if not isinstance(self.head, EagleHead) or isinstance(self.first, Compiled):
             return None

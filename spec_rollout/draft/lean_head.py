@@ -14,6 +14,7 @@ from spec_rollout.engine.compiled import NotCompilableError
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.lean.attention import Attentions, mask_of
 from spec_rollout.engine.lean.compiled_pass import CompiledLayer
+from spec_rollout.engine.lean.graphs import Graphs, Recorder, recorder
 from spec_rollout.engine.lean.halves import Form
 from spec_rollout.engine.lean.layer_tensors import Halves, halves_of_head
 from spec_rollout.engine.lean.norms import read_norm
@@ -90,6 +91,20 @@ class CompiledHead(LeanHead):
         return self.compiled.after([residual, attended, *self.compiled.weights_after])[0].view(rows, width, -1)
 
 
+class GraphedHead:
+    """Computes what `lean` computes, recorded."""
+
+    def __init__(self, lean: LeanHead, recorder: Recorder, strict: bool):
+        self.lean, self.graphs = lean, Graphs(recorder, strict)
+
+    def __call__(self, ids: Tensor, hidden: Tensor, place: Tensor, extent: int, cache: SlotCache) -> Tensor:
+        def run(ids: Tensor, hidden: Tensor, place: Tensor, extent: int) -> tuple[Tensor, ...]:
+            return (self.lean(ids, hidden, place, extent, cache).flatten(0, 1),)
+
+        (output,) = self.graphs(run, cache, (ids, hidden, place), 2, extent, self.lean.attentions.of)
+        return output.view(*ids.shape, -1)
+
+
 def halves_of(head: EagleHead) -> Halves | None:
     """What of `head` is compiled; None where it cannot be."""
     config = head.config
@@ -97,10 +112,16 @@ def halves_of(head: EagleHead) -> Halves | None:
     return halves_of_head(head.midlayer, heads, config.hidden_size)
 
 
-def lean_head(head: EagleHead, view: PolicyView, capacity: int, compiles: str, folder: str | None) -> LeanHead:
-    """The pass on the weights of now. With `compiles` "true" it is the compiled one, with "auto" if that is there."""
+def lean_head(
+    head: EagleHead, view: PolicyView, capacity: int, compiles: str, folder: str | None
+) -> LeanHead | GraphedHead:
+    """The pass on the weights of now. Where `compiles` is "true" it is recorded or compiled, with "auto" if that is
+    possible by now."""
     if compiles == "false":
         return LeanHead(head, view, capacity)
+    records = recorder(head.fc.weight.device)
+    if records is not None:
+        return GraphedHead(LeanHead(head, view, capacity), records, strict=compiles == "true")
     wait = compiles == "true"
     try:
         programs = programs_of(head, view, folder, wait, begin=wait or PROGRAMS.begun)
@@ -117,11 +138,13 @@ def programs_of(
     head: nn.Module, view: PolicyView, folder: str | None, wait: bool, begin: bool = True
 ) -> bool | dict[Form, Program]:
     """The compiled halves of the layer of `head`, which are kept in `folder`; see `Programs.get` for the rest. True
-    while they are not there, False where it cannot be compiled so.
+    while they are not there or where passes are recorded, False where it cannot be compiled so.
 
     Raises:
         NotCompilableError: torch or the C++ compiler that it runs fails.
     """
+    if isinstance(head, EagleHead) and recorder(head.fc.weight.device) is not None:
+        return True
     halves = halves_of(head) if isinstance(head, EagleHead) else None
     if halves is None or view.embedding.dtype != torch.float32:
         return False

@@ -97,7 +97,9 @@ class RolloutEngine:
         seconds = time.perf_counter() - began
         self.stats.seconds += seconds
         self.stats.lean_steps += (len(self.stats.steps) - before) * ("lean" in target.path)
-        self.stats.compiled_steps += (len(self.stats.steps) - before) * ("compiled" in target.path)
+        self.stats.compiled_steps += (len(self.stats.steps) - before) * (
+            "compiled" in target.path or "graphs" in target.path
+        )
         if self.recorder is not None:
             own = RolloutStats(self.stats.steps[before:], seconds, self.stats.prefill_s - prefill_s)
             self.recorder.rollout(requests, completions, own)

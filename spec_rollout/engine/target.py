@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from spec_rollout.engine.attention_choice import attend, first_proven
 from spec_rollout.engine.compiled import Compiled
-from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask, chunked_mask
-from spec_rollout.engine.lean.choice import LeanChoice
-from spec_rollout.engine.lean.lean_pass import LeanPass
+from spec_rollout.engine.kv_cache import SlotCache, SlotWindow
+from spec_rollout.engine.lean.choice import DecodePass, LeanChoice
 from spec_rollout.engine.lean.recognition import base_model
+from spec_rollout.engine.masks import masks
 from spec_rollout.engine.precision import rounds_products
 from spec_rollout.engine.probe import STRIDES, Probe, prove
 from spec_rollout.engine.recurrences import Recurrences, running
-from spec_rollout.engine.support import ATTENTION, has_recurrent_layers, refuse_unsupported, rope_switches
+from spec_rollout.engine.support import has_recurrent_layers, refuse_unsupported, rope_switches
 
 REPAYS_S = 90.0
 """Seconds of rollouts after which compiling is expected to pay: as much again is then expected to come."""
@@ -28,9 +28,10 @@ REPAYS_S = 90.0
 class Target:
     """The policy as the decode loop sees it.
 
-    With `compiled` "true" its decoding passes run through torch's compiler: halves of the lean pass's layers, which
-    are kept in `folder`, or where there is no such pass the whole model. With "auto" only the halves do, from the
-    rollout on that finds them there; they are compiled beside other rollouts, once these have taken REPAYS_S.
+    With `compiled` "true" its decoding passes are CUDA graphs of the lean pass; on a CPU they run through torch's
+    compiler: halves of the lean pass's layers, which are kept in `folder`, or where there is no lean pass the whole
+    model. With "auto" the whole model is not compiled, and the halves serve from the rollout on that finds them there;
+    they are compiled beside other rollouts, once these have taken REPAYS_S.
 
     Raises:
         UnsupportedModelError: the architecture keeps a state that cannot be rolled back or masked per row.
@@ -55,9 +56,10 @@ class Target:
         lengths = (getattr(self.config, name, None) for name in ("max_position_embeddings", "n_positions"))
         self.context: int | None = next(filter(None, lengths), None)
         self.path = "transformers"
-        """What decoded the last rollout: "lean", "lean compiled", "compiled" (the whole model) or "transformers"."""
+        """What decoded the last rollout: "lean", "lean compiled", "lean graphs", "compiled" (the whole model) or
+        "transformers"."""
         self._choice = LeanChoice(model)
-        self._lean: LeanPass | None = None
+        self._lean: DecodePass | None = None
         self.switches = rope_switches(self.config)
         self._reach = self.context
         self.precision: torch.dtype | None = None
@@ -166,7 +168,7 @@ class Target:
         stream before each layer and the final one after the norm, each [N, T, H].
         """
         if self._lean is not None and slots[0] == keep_logits == 0 and cache.begun:
-            output = self._lean(cache, ids, positions, extent)
+            output: tuple[Tensor, Sequence[Tensor]] = self._lean(cache, ids, positions, extent)
         elif self._compiled is not None and slots[0] == keep_logits == 0 and cache.begun:
             return self._compiled(ids, positions, extent, cache.keys, cache.values)
         else:
@@ -200,7 +202,7 @@ class Target:
             output = self.model(
                 input_ids=ids,
                 position_ids=place,
-                attention_mask=self._mask(positions, extent),
+                attention_mask=masks(self.config, positions, extent, self.dtype),
                 use_cache=True,
                 output_hidden_states=True,
                 logits_to_keep=keep_logits,
@@ -214,28 +216,6 @@ class Target:
         It depends on the tokens alone, not on how decoding arrived at them.
         """
         return self.model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]
-
-    def _mask(self, positions: Tensor, extent: int) -> Tensor | dict[str, Tensor | None]:
-        """One mask for the attention layers, or one by kind of layer where there are several; other layers take none,
-        and a model that is given a single mask gives them none."""
-        kinds = set(getattr(self.config, "layer_types", None) or ())
-        window = getattr(self.config, "sliding_window", None)
-        if not kinds:
-            return self._as_taken(causal_mask(positions, extent, window))
-        windows = {"sliding_attention": window}
-        masks: dict[str, Tensor | None] = {}
-        for kind in kinds & set(ATTENTION) or {"full_attention"}:
-            if kind == "chunked_attention":
-                mask = chunked_mask(positions, extent, self.config.attention_chunk_size)
-            else:
-                mask = causal_mask(positions, extent, windows.get(kind))
-            masks[kind] = self._as_taken(mask)
-        return masks | dict.fromkeys(kinds - set(masks)) if len(masks) > 1 else next(iter(masks.values()))
-
-    def _as_taken(self, mask: Tensor) -> Tensor:
-        if self.config._attn_implementation != "eager":
-            return mask
-        return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
 
 
 def cache_argument(model: nn.Module) -> str:

@@ -37,7 +37,8 @@ def disagreement(
         cache = SlotCache()
         cache.allocate(ROWS, EXTENT + 1, kind)
         own(cache, (0, ROWS), ids[:, :PROMPT], prompts, PROMPT)
-        return [forward(cache, (0, ROWS), ids.gather(1, place), place, EXTENT)[0].float() for place in passes]
+        results = (forward(cache, (0, ROWS), ids.gather(1, place), place, EXTENT)[0] for place in passes)
+        return [logits.to(torch.float32, copy=True) for logits in results]  # the next pass may overwrite them
 
     wide = [start + along, start + 2 + along]  # the second begins where two of the first were rejected
     narrow = [wide[0], *(start + 2 + i for i in along)]

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from spec_rollout.engine.compiled import NotCompilableError
 from spec_rollout.engine.lean.agreement import Forward, disagreement
 from spec_rollout.engine.lean.compiled_pass import CompiledPass, halves_of_model
+from spec_rollout.engine.lean.graphs import GraphedPass, recorder
 from spec_rollout.engine.lean.lean_pass import LeanPass
 from spec_rollout.engine.lean.programs import PROGRAMS, CannotCompileError
 from spec_rollout.engine.lean.recognition import family_of
 from spec_rollout.engine.lean.weights import Family
 from spec_rollout.engine.probe import narrow_windows
+
+DecodePass = LeanPass | GraphedPass
 
 
 class LeanChoice:
@@ -28,7 +31,7 @@ class LeanChoice:
         self._proven: dict[tuple, bool] = {}
         """By what the outcome depends on: the family, how the policy computes, and whether it is compiled."""
 
-    def make(self, own: Forward, vocab_size: int, kind: tuple[torch.dtype, torch.device]) -> LeanPass | None:
+    def make(self, own: Forward, vocab_size: int, kind: tuple[torch.dtype, torch.device]) -> DecodePass | None:
         """The lean pass on the weights of now; None where the policy's `own` pass has to run. `kind` is the dtype and
         device of keys and values."""
         family = self._family(kind)
@@ -42,14 +45,20 @@ class LeanChoice:
         folder: str | None,
         wait: bool = True,
         begin: bool = True,
-    ) -> LeanPass | None:
-        """The same with compiled halves of layers, which are kept in `folder`; see `Programs.get` for the rest. None
-        also where they are not there yet, or the policy has layers that are not compiled so.
+    ) -> DecodePass | None:
+        """The same, recorded where the device can; else with compiled halves of layers, which are kept in `folder`
+        (see `Programs.get`). None also where they are not there yet, or the policy has layers that are not compiled.
 
         Raises:
             NotCompilableError: torch or the C++ compiler that it runs fails.
         """
-        family = self._family(kind)
+        family, records = self._family(kind), recorder(kind[1])
+        if family is not None and records is not None:
+
+            def recorded(model: nn.Module, family: Family) -> GraphedPass:
+                return GraphedPass(LeanPass(model, family), records, strict=wait)
+
+            return self._proven_pass((family, *kind, "recorded"), recorded, own, vocab_size)
         halves = None if family is None else halves_of_model(self.model, family, LeanPass(self.model, family))
         if halves is None:
             return None
@@ -73,7 +82,7 @@ class LeanChoice:
         kind: tuple[torch.dtype, torch.device],
         folder: str | None,
         begin: bool,
-    ) -> LeanPass | None:
+    ) -> DecodePass | None:
         """The same without a wait, and what fails is told once and not tried again."""
         if self._failed:
             return None
@@ -90,8 +99,8 @@ class LeanChoice:
         return family_of(self.model)
 
     def _proven_pass(
-        self, key: tuple, make: Callable[[nn.Module, Family], LeanPass], own: Forward, vocab_size: int
-    ) -> LeanPass | None:
+        self, key: tuple, make: Callable[[nn.Module, Family], DecodePass], own: Forward, vocab_size: int
+    ) -> DecodePass | None:
         family, *kind = key[:3]
         if key not in self._proven:
             with narrow_windows(self.model):
@@ -109,7 +118,7 @@ class LeanChoice:
         return make(self.model, family) if self._proven[key] else None
 
     def _disagreement(
-        self, own: Forward, lean: LeanPass, vocab_size: int, kind: tuple[torch.dtype, torch.device]
+        self, own: Forward, lean: DecodePass, vocab_size: int, kind: tuple[torch.dtype, torch.device]
     ) -> float:
         def lean_forward(cache, slots, ids, positions, extent):
             return lean(cache, ids, positions, extent)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,7 +48,7 @@ class CompiledPass(LeanPass):
         pairs = zip(halves, self.layers, strict=True)
         self.compiled = [CompiledLayer(found, programs, layer.scaling) for found, layer in pairs]
 
-    def __call__(self, cache: SlotCache, ids: Tensor, positions: Tensor, extent: int) -> tuple[Tensor, Sequence]:
+    def __call__(self, cache: SlotCache, ids: Tensor, positions: Tensor, extent: int) -> tuple[Tensor, Streams]:
         rows, width = ids.shape
         queries, shared, _ = self.layers[0].heads
         self.rope.reach(cache.capacity)

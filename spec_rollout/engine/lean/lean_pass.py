@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +45,7 @@ class LeanPass:
         self.views = Views()
         self.attentions = Attentions(self.layers[0].heads, like)
 
-    def __call__(self, cache: SlotCache, ids: Tensor, positions: Tensor, extent: int) -> tuple[Tensor, Sequence]:
+    def __call__(self, cache: SlotCache, ids: Tensor, positions: Tensor, extent: int) -> tuple[Tensor, Streams]:
         """Run `ids` [B, T] at `positions` [B, T] of the slots from 0 on, extend their cache and attend to its first
         `extent` entries; returns what `Target.forward` returns."""
         rows, width = ids.shape
