@@ -107,7 +107,7 @@ class ModelSource(Source):
         plain = RolloutValue(self.controller.cost, trace, self.config.widest).seconds([])
         return seconds if seconds < plain or not trace else math.inf
 
-    def collect_with(self, collector: Drafter) -> None:
+    def collect_with(self, collector: Drafter | None) -> None:
         """The head's drafter gathers features while this one guesses."""
         if self.drafter is not None:
             self.drafter.collector = collector
