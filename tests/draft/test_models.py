@@ -96,6 +96,20 @@ def test_a_copy_reads_new_weights_and_shares_the_others():
     assert (fresh - wanted).std() < 0.1 * wanted.std() < (stale - wanted).std()
 
 
+def test_an_adapter_guesses_too():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(make_policy("llama"), config).eval()
+    expected = RolloutEngine(model).generate(PROMPTS, PARAMS)
+    engine = RolloutEngine(model, SpecConfig(num_speculative_tokens=3))
+    engine.drafter = SelfDrafter(engine.target)
+    assert_same(engine.generate(PROMPTS, PARAMS), expected)
+    assert engine.stats.acceptance_rate > 0.6
+    with model.disable_adapter():
+        engine.drafter.stale, engine.stats.steps = True, []
+        assert_same(engine.generate(PROMPTS, PARAMS), RolloutEngine(model).generate(PROMPTS, PARAMS))
+
+
 @pytest.mark.parametrize("part", ["v_proj", "lm_head"])
 def test_what_is_not_finite_ends_the_guesses_and_stays_nowhere(part):
     """The second guess's pass leaves NaN, where no later pass of plain decoding writes before it reads."""
