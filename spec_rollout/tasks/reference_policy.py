@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from spec_rollout.tasks.arithmetic import FULL_SENTENCES, VARIED, Style, problems
 from spec_rollout.tasks.optimization import make_bar, make_optimizer
+from spec_rollout.tasks.reference_tokenizer import CONTEXT, make_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,11 +24,6 @@ ARCHITECTURES = ("qwen3", "qwen3_5", "qwen3_moe")
 EXPERTS, EXPERTS_PER_TOKEN = 16, 2
 """Of a layer of qwen3_moe. Those of a token are together as wide as the layer of a dense policy."""
 
-CONTEXT = 1024
-"""Tokens that the policy can attend to."""
-PIECES = r" ?[+*-]?\d{1,2}(?!\d)| ?\w+| ?[^\w\s]+\n?|\s"
-"""What the tokenizer may not merge across: signed numbers, words, punctuation with the line end behind it."""
-EOS, PAD = "<|endoftext|>", "<|pad|>"
 INITIALIZER_RANGE = 0.06
 """Three times the usual 0.02: at so small a width it learns sooner (a Llama came to a loss of 0.59 against 0.92)."""
 
@@ -55,36 +51,6 @@ RECIPES: dict[str, Recipe] = {
     "small": Recipe(8, 256, 4, 704, num_problems=8_000, batch_size=8, learning_rate=0.012),
     "base": Recipe(12, 640, 10, 1792, num_problems=200_000, batch_size=32, learning_rate=0.006),
 }
-
-
-def make_tokenizer(style: Style = VARIED) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the task, the same one for every seed of a style. A number of one or two
-    digits is one token, its sign and leading space included."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=[EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator((p.prompt + p.solution for p in problems("sft", 2_000, style=style)), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token=EOS,
-        pad_token=PAD,
-        model_max_length=CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def make_model(
@@ -121,7 +87,8 @@ def make_model(
     elif architecture == "qwen3_moe":
         experts = {"num_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN, "norm_topk_prob": True}
         width = recipe.intermediate_size // EXPERTS_PER_TOKEN
-        config = Qwen3MoeConfig(**shape, **experts, moe_intermediate_size=width, router_aux_loss_coef=0.01)
+        config = Qwen3MoeConfig(**shape, **experts, moe_intermediate_size=width)
+        config.router_aux_loss_coef, config.output_router_logits = 0.01, True  # until it is trained
     else:
         config = Qwen3Config(**shape)
     model = AutoModelForCausalLM.from_config(config)
@@ -197,7 +164,6 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     model.config.use_cache = False  # with a cache, transformers would not look for the problems within a row
-    model.config.output_router_logits = model.config.model_type == "qwen3_moe"  # for the loss that balances experts
     trainer = SFTTrainer(
         model=model,
         args=args,
@@ -209,7 +175,9 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    model.config.use_cache, model.config.output_router_logits = True, False
+    model.config.use_cache = True
+    if model.config.model_type == "qwen3_moe":
+        model.config.output_router_logits = False
 
 
 def make_reference_policy(

@@ -92,26 +92,6 @@ def test_guesses_from_earlier_rollouts_have_figures_of_their_own(out, figures):
     assert read_costs(out / "cost.json", "ngrams").steps.to_json() != read_costs(out / "cost.json").steps.to_json()
 
 
-@pytest.mark.parametrize("draft", ["quantized", "model"])
-def test_drafts_that_do_not_learn_have_figures_of_their_own(draft, folder, tmp_path):
-    draft = str(folder) if draft == "model" else draft  # the policy as its own draft model
-    options = LINE.replace("--turns 2", "--turns 1").split()
-    assert (
-        cli.main(["profile", "--policy", str(folder), "--out", str(tmp_path), *options, "--draft-model", draft]) == 0
-    )
-    trace = read_traces([tmp_path / "trace.jsonl"])
-    assert trace.costs.keys() == {"head", "ngrams", "model"} == {t.source for t in trace.rollouts}
-    guessed = [t for t in trace.rollouts if t.source == "model"]
-    assert guessed and all(t.labels["sampler"] == "model" for t in guessed)
-    assert (
-        read_costs(tmp_path / "cost.json", "model").steps.to_json()
-        == CostModel.from_json(trace.costs["model"]).to_json()
-    )
-    found = json.loads((tmp_path / "profile.json").read_text())
-    assert found["complete"] and [r["sampler"] for r in found["throughput"]].count("model") == 2
-    assert "draft model" in (tmp_path / "report.html").read_text()
-
-
 def test_parts_add_up(figures):
     for row in figures["time_split"]:
         parts = [row[name] for name in ("prefill", "draft", "verify", "sampling", "host", "other")]
