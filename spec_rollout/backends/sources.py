@@ -94,6 +94,8 @@ class NgramSource(Source):
 class ModelSource(Source):
     """A draft model, or the policy itself in 8 bit: it guesses from the first rollout on, and learns nothing."""
 
+    drafter: SelfDrafter | ModelDrafter | None
+
     def expected_seconds(self, engine: RolloutEngine, slots: int, trace: Sequence[StepStats]) -> float:
         """What rollouts like those of `trace` would take, with reading the policy's weights where they have changed;
         infinite where plain decoding would take no longer, and where there is no such model."""

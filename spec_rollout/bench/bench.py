@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -35,7 +36,6 @@ from spec_rollout.bench.workload import (
 )
 from spec_rollout.config import VERIFICATIONS, SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.engine.protocols import Drafter
 from spec_rollout.gamma import CostModel, FixedGamma, GammaController
 from spec_rollout.records import Controller, RolloutStats, StepStats
 from spec_rollout.tasks.arithmetic import STYLES
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _drafter(policy: Policy, args: argparse.Namespace, slots: int) -> Drafter:
+def _drafter(policy: Policy, args: argparse.Namespace, slots: int) -> Any:
     """With the draft in `args.draft`, or else a head that has just learned from a few rollouts; it learns no more."""
     given = draft_options(args.draft) | {"compile_passes": args.compile_passes}
     config = SpecConfig(num_speculative_tokens=3, max_slots=slots, **given)

@@ -107,8 +107,9 @@ class RolloutEngine:
 
     def start(self, requests: list[Request], params: SamplingParams) -> Rollout:
         """A rollout of `requests`, not yet admitted; to be driven within `target.rollout()`."""
-        if isinstance(self.drafter, ReadsCache):
-            self.drafter.policy_cache = self.cache
+        reader: object = self.drafter
+        if isinstance(reader, ReadsCache):
+            reader.policy_cache = self.cache
         return Rollout(
             requests,
             params,
