@@ -23,7 +23,8 @@ def main() -> None:
         "--architecture",
         choices=ARCHITECTURES,
         default="qwen3",
-        help="qwen3_5: three of four layers are recurrent, and an MTP head is trained beside the policy",
+        help="qwen3_5: three of four layers are recurrent, and an MTP head is trained beside the policy; qwen3_moe: "
+        "16 experts, 2 per token, which together are as wide as a dense layer",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     args = parser.parse_args()

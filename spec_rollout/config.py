@@ -87,7 +87,10 @@ class SpecConfig:
     )
     draft_model_path: str | None = field(
         default=None,
-        metadata={"help": "Folder of a draft head to start from. `None` starts cold and learns from the rollouts."},
+        metadata={
+            "help": "Folder of a draft head to start from, or of a causal language model with the policy's "
+            "vocabulary, which guesses as it is. `None` starts cold and learns from the rollouts."
+        },
     )
     draft_head: str = field(
         default="auto",
@@ -102,6 +105,13 @@ class SpecConfig:
         metadata={
             "help": "Guess from what followed the same tokens in earlier rollouts, until the draft head is predicted "
             "to be faster (by the embedded engine only)."
+        },
+    )
+    draft_quantized: bool = field(
+        default=False,
+        metadata={
+            "help": "Guess with a copy of the policy in 8 bit, made anew after each update, until the draft head is "
+            "predicted to be faster (by the embedded engine, on a CPU)."
         },
     )
     draft_refresh: bool = field(
@@ -156,7 +166,8 @@ class SpecConfig:
                 "or None to adapt it."
             )
         ngrams = self.draft_ngrams and self.rollout_backend == "embedded"
-        if gamma != 0 and not (ngrams or self.draft_refresh or self.draft_model_path):
+        models = self.draft_quantized or self.draft_model_path
+        if gamma != 0 and not (ngrams or self.draft_refresh or models):
             raise ValueError(
                 "draft_refresh=False without draft_model_path leaves nothing that could guess with draft_ngrams=False "
                 "or on vLLM: give a head, let it learn, or ask for plain decoding with num_speculative_tokens=0."
@@ -169,6 +180,9 @@ class SpecConfig:
         if self.draft_head == "mtp" and (self.rollout_backend == "vllm" or self.compile_passes == "true"):
             other = "rollout_backend='vllm'" if self.rollout_backend == "vllm" else "compile_passes=True"
             raise ValueError(f"draft_head='mtp' does not go with {other}: leave one of the two at its default.")
+        if self.draft_quantized and (self.rollout_backend == "vllm" or self.draft_model_path):
+            other = "draft_model_path" if self.draft_model_path else "rollout_backend='vllm'"
+            raise ValueError(f"draft_quantized=True does not go with {other}: leave one of the two at its default.")
         if self.compile_passes == "true" and self.rollout_backend == "vllm":
             raise ValueError("compile_passes=True needs rollout_backend='embedded': vLLM compiles its own passes.")
         if self.profile_rollouts and self.rollout_backend == "vllm":

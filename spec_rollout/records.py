@@ -131,6 +131,8 @@ class RolloutStats:
     """Tokens whose two best candidates lay within rounding and were decided by the canonical pass."""
     ngram_drafted: int = 0
     """Of `drafted`, the guesses that came from earlier rollouts."""
+    model_drafted: int = 0
+    """Of `drafted`, those of a draft model or of the policy in 8 bit."""
     drafter_failures: int = 0
     """Calls in which the drafter broke, and which went on with plain decoding."""
     lean_steps: int = 0

@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from spec_rollout.backends.sources import Source
-from spec_rollout.backends.trace import HEAD, NGRAMS
+from spec_rollout.backends.sources import NgramSource, Source, model_source
+from spec_rollout.backends.trace import HEAD, MODEL, NGRAMS
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.learner import DraftLearner
@@ -41,7 +41,7 @@ class EmbeddedBackend:
 
     Raises:
         UnsupportedModelError: the model cannot be decoded on ragged rows.
-        ValueError: the head in `config.draft_model_path` is unreadable or made for another policy.
+        ValueError: the draft that `config` names is unreadable, made for another policy, or not to be had of this one.
     """
 
     def __init__(
@@ -56,7 +56,8 @@ class EmbeddedBackend:
         self.engine = RolloutEngine(model, self.config, tokenizer=tokenizer)
         self.learner: DraftLearner | None = None
         self.history = History(self.engine.target.device)
-        self.head, self.ngrams = Source(self.config), Source(self.config)
+        self.head, self.ngrams = Source(self.config), NgramSource(self.config, self.history)
+        self.model = model_source(self.config, self.engine, tokenizer)
         self._slots = 1
         """Rows that the rollouts had so far."""
         self._last_trace: list[StepStats] = []
@@ -67,7 +68,7 @@ class EmbeddedBackend:
         if self.config.num_speculative_tokens != 0:
             self.learner = DraftLearner(PolicyView(model), self.config, self.engine.target.device, seed)
             self._take_head()
-            if self.config.draft_model_path:
+            if self.config.draft_model_path and self.model.drafter is None:
                 self.load(self.config.draft_model_path, resume=False)
 
     @property
@@ -130,8 +131,9 @@ class EmbeddedBackend:
         before = len(self.stats.steps)
         completions = self.engine.generate(prompts, params, seed=seed, max_new_tokens=max_new_tokens)
         steps = self.stats.steps[before:]
-        if self.engine.drafter is self.ngrams.drafter:
-            self.stats.ngram_drafted += sum(step.rows * step.gamma for step in steps)
+        drafted = sum(step.rows * step.gamma for step in steps)
+        self.stats.ngram_drafted += drafted * (self.engine.drafter is self.ngrams.drafter)
+        self.stats.model_drafted += drafted * (self.engine.drafter is self.model.drafter)
         if self.learner is not None and collect:
             self.learner.temperature = max(params.temperature, COLDEST) if params else 1.0
             self._trace += steps
@@ -148,6 +150,7 @@ class EmbeddedBackend:
             seconds: how long it may take; by default what `config.draft_overhead` allows, and no longer than it pays.
             remaining: generation phases that the run has still to come, if that is known.
         """
+        self.model.policy_changed()
         if self.learner is None or self._step_began is None:
             return RefreshStats(draft_version=self.draft_version)
         self._last_trace, self._trace = self._trace, []
@@ -158,7 +161,8 @@ class EmbeddedBackend:
         value = None
         if self.config.num_speculative_tokens is None and seconds is None:
             self._calibrate_head()
-            value = RolloutValue(self.controller.cost, self._last_trace, self.config.widest, self._ngram_seconds())
+            otherwise = min(self._others().values())
+            value = RolloutValue(self.controller.cost, self._last_trace, self.config.widest, otherwise)
         head = self.learner.head
         stats = self.learner.refresh(seconds, remaining, value)
         if self.learner.head is not head:
@@ -194,6 +198,7 @@ class EmbeddedBackend:
         compiled = self.config.compile_passes, self.config.calibration_cache
         self.head.drafter = kind(running, self.learner.view, self.learner.buffer, *compiled)
         self.ngrams.drafter = NgramDrafter(self.history, self.head.drafter)
+        self.model.collect_with(self.head.drafter)
         self._publish()
 
     def _publish(self) -> None:
@@ -216,21 +221,21 @@ class EmbeddedBackend:
         self.head.watched = Watchman(self.controller, self.drafter.head, expected, self.config.draft_refresh)
 
     def _choose_source(self) -> None:
-        """Guess from earlier rollouts or with the head, whichever is predicted to take less time; where neither can,
-        the head's drafter still collects."""
+        """Guess from earlier rollouts, with a draft model or with the head, whichever is predicted to take the least
+        time; where none can, the head's drafter still collects."""
         if self.drafter.ready:
             self._calibrate_head()
-        source = self.ngrams if self._ngram_seconds() < self._head_seconds() else self.head
+        expected = {HEAD: self._head_seconds()} | self._others()
+        name = min(expected, key=expected.get)
+        source = {HEAD: self.head, NGRAMS: self.ngrams, MODEL: self.model}[name]
         self.engine.drafter, self.engine.controller = source.drafter, source.watched
         if self.engine.recorder is not None:
-            self.engine.recorder.source = NGRAMS if source is self.ngrams else HEAD
+            self.engine.recorder.source = name
 
-    def _ngram_seconds(self) -> float:
-        """What rollouts like the last ones would take with guesses from earlier ones."""
-        if not self.history:
-            return math.inf
-        self.ngrams.calibrate(self.engine, self._slots)
-        return self.history.seconds + self.ngrams.seconds(self._last_trace or self._trace, self.history.acceptance)
+    def _others(self) -> dict[str, float]:
+        """What rollouts like the last ones would take with guesses from elsewhere than the head."""
+        given = self.engine, self._slots, self._last_trace or self._trace
+        return {NGRAMS: self.ngrams.expected_seconds(*given), MODEL: self.model.expected_seconds(*given)}
 
     def _head_seconds(self) -> float:
         """What they would take with the head."""

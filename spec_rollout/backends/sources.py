@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
 
 from spec_rollout.backends.calibration import measured_cost
 from spec_rollout.config import SpecConfig
+from spec_rollout.draft.draft_model import is_language_model, load_draft_model
+from spec_rollout.draft.model_drafter import ModelDrafter
+from spec_rollout.draft.ngrams import History
+from spec_rollout.draft.self_drafter import SelfDrafter
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.protocols import Drafter
 from spec_rollout.gamma import FixedGamma, GammaController
@@ -67,3 +74,64 @@ class Source:
             gamma = self.controller.gamma
             return 1 / float(expected_curve([rates[min(i, len(rates) - 1)] for i in range(gamma)])[gamma])
         return RolloutValue(self.controller.cost, trace, self.config.widest).seconds(rates)
+
+
+class NgramSource(Source):
+    """What followed the same tokens in the earlier rollouts of `history`."""
+
+    def __init__(self, config: SpecConfig, history: History):
+        super().__init__(config)
+        self.history = history
+
+    def expected_seconds(self, engine: RolloutEngine, slots: int, trace: Sequence[StepStats]) -> float:
+        """What rollouts like those of `trace` would take; infinite while there is no earlier one."""
+        if not self.history:
+            return math.inf
+        self.calibrate(engine, slots)
+        return self.history.seconds + self.seconds(trace, self.history.acceptance)
+
+
+class ModelSource(Source):
+    """A draft model, or the policy itself in 8 bit: it guesses from the first rollout on, and learns nothing."""
+
+    drafter: SelfDrafter | ModelDrafter | None
+
+    def expected_seconds(self, engine: RolloutEngine, slots: int, trace: Sequence[StepStats]) -> float:
+        """What rollouts like those of `trace` would take, with reading the policy's weights where they have changed;
+        infinite where plain decoding would take no longer, and where there is no such model."""
+        if self.drafter is None:
+            return math.inf
+        self.calibrate(engine, slots)
+        if isinstance(self.controller, FixedGamma):
+            return self.seconds(trace, [])
+        to_read = self.drafter.renew_s if isinstance(self.drafter, SelfDrafter) and self.drafter.stale else 0.0
+        seconds = self.seconds(trace, self.controller.acceptance.rates(self.config.widest)) + to_read
+        plain = RolloutValue(self.controller.cost, trace, self.config.widest).seconds([])
+        return seconds if seconds < plain or not trace else math.inf
+
+    def collect_with(self, collector: Drafter | None) -> None:
+        """The head's drafter gathers features while this one guesses."""
+        if self.drafter is not None:
+            self.drafter.collector = collector
+
+    def policy_changed(self) -> None:
+        """A copy of the policy is made anew before the next rollout that guesses with it; a draft model stays."""
+        if isinstance(self.drafter, SelfDrafter):
+            self.drafter.stale = True
+
+
+def model_source(config: SpecConfig, engine: RolloutEngine, tokenizer: PreTrainedTokenizerBase | None) -> ModelSource:
+    """With the model that `config` gives to guess with besides a head; with none where it gives none, or nothing is to
+    be guessed.
+
+    Raises:
+        ValueError: it cannot guess for this policy.
+    """
+    source, path = ModelSource(config), config.draft_model_path
+    if config.num_speculative_tokens == 0:
+        return source
+    if config.draft_quantized:
+        source.drafter = SelfDrafter(engine.target)
+    elif path and is_language_model(path):
+        source.drafter = ModelDrafter(load_draft_model(path, engine.target, tokenizer))
+    return source

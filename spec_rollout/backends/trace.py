@@ -17,8 +17,8 @@ from spec_rollout.records import Completion, RefreshStats, Request, RolloutStats
 VERSION = 1
 FOLDER = "rollouts"
 """Where a training run keeps its traces, below its output directory."""
-HEAD, NGRAMS = "head", "ngrams"
-"""Who guesses: the draft head, or what followed the same tokens in earlier rollouts."""
+HEAD, NGRAMS, MODEL = "head", "ngrams", "model"
+"""Who guesses: the draft head, what followed the same tokens in earlier rollouts, or a model that does not learn."""
 PLACE = 16
 """Width, in completion tokens, of the parts of the answer over which passes are counted."""
 STEP_SECONDS = ("draft_s", "verify_s", "sample_s", "host_s")
@@ -38,7 +38,7 @@ class RolloutTrace:
         steps: every pass of the decode loop.
         place_passes, place_emitted: row passes with guesses, and what they emitted, by the place in the answer at
             which they began, in parts of PLACE tokens.
-        source: who guessed, HEAD or NGRAMS.
+        source: who guessed, HEAD, NGRAMS or MODEL.
     """
 
     labels: dict[str, Any]

@@ -9,6 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -19,9 +21,11 @@ from spec_rollout.bench.peers import PEERS, Measured, Sampler
 from spec_rollout.bench.rows import rows_of
 from spec_rollout.bench.vllm_peers import VLLM, VLLM_EAGLE, VLLMPeers, require_vllm_in
 from spec_rollout.bench.workload import (
+    DRAFT_HELP,
     Policy,
     add_policy_arguments,
     arithmetic_prompts,
+    draft_options,
     hardware,
     load_policy,
     positive,
@@ -31,7 +35,6 @@ from spec_rollout.bench.workload import (
     write_json,
 )
 from spec_rollout.config import VERIFICATIONS, SpecConfig
-from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import CostModel, FixedGamma, GammaController
 from spec_rollout.records import Controller, RolloutStats, StepStats
@@ -60,16 +63,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _drafter(policy: Policy, args: argparse.Namespace, slots: int) -> EagleDrafter:
-    """With the head in `args.draft`, or else one that has just learned from a few rollouts; it learns no more."""
-    given = {"draft_model_path": args.draft, "compile_passes": args.compile_passes}
+def _drafter(policy: Policy, args: argparse.Namespace, slots: int) -> Any:
+    """With the draft in `args.draft`, or else a head that has just learned from a few rollouts; it learns no more."""
+    given = draft_options(args.draft) | {"compile_passes": args.compile_passes}
     config = SpecConfig(num_speculative_tokens=3, max_slots=slots, **given)
     if args.draft is None:
-        drafter = warm_backend(policy, config, STYLES[args.style]).drafter
+        backend = warm_backend(policy, config, STYLES[args.style])
     else:
-        drafter = EmbeddedBackend(policy.model, config, policy.tokenizer).drafter
-    drafter.buffer = None
-    return drafter
+        backend = EmbeddedBackend(policy.model, config, policy.tokenizer)
+    backend.drafter.buffer = None
+    if backend.model.drafter is None:
+        return backend.drafter
+    if VLLM_EAGLE in args.peers:
+        raise SystemExit(f"--peers {VLLM_EAGLE} needs a head, which --draft {args.draft} is not: leave one out.")
+    backend.model.collect_with(None)
+    return backend.model.drafter
 
 
 def measure(
@@ -170,6 +178,7 @@ def _report(args: argparse.Namespace, rows: list[dict], path: str) -> None:
         "max_new_tokens": args.max_new_tokens,
         "compile_passes": args.compile_passes,
         "style": args.style,
+        "draft": args.draft and Path(args.draft).name,
         "path": path,
     }
     print(f"Our passes: {path}.")
@@ -203,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         default=["coupled"],
         metavar=",".join(VERIFICATIONS),
     )
-    parser.add_argument("--draft", metavar="DIR", help="a head from pretrain-draft; by default one is warmed up")
+    parser.add_argument("--draft", metavar="DIR", help=DRAFT_HELP)
     parser.add_argument("--compile-passes", action="store_true", help="our engine as with compile_passes=True")
     parser.add_argument(
         "--style", choices=STYLES, default="varied", help="of the problems, as the policy learned them"

@@ -24,6 +24,12 @@ from spec_rollout.tasks.arithmetic import VARIED, Style, problems
 from spec_rollout.training.launch import ScriptArguments, load_split
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZED = "quantized"
+"""In the place of a draft's folder: the policy itself in 8 bit."""
+DRAFT_HELP = (
+    "a head from pretrain-draft, a causal language model with the policy's vocabulary, or 'quantized', the policy "
+    "itself in 8 bit; by default a head learns first"
+)
 WARM_UP_PROMPTS, WARM_UP_ROUNDS = 64, 5
 
 
@@ -38,6 +44,11 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+
+
+def draft_options(draft: str | None) -> dict:
+    """What `SpecConfig` takes for a `draft`, as DRAFT_HELP describes it."""
+    return {"draft_model_path": None if draft == QUANTIZED else draft, "draft_quantized": draft == QUANTIZED}
 
 
 def positive(text: str) -> int:

@@ -16,6 +16,7 @@ from spec_rollout.draft import ranks
 from spec_rollout.draft.budget import RefreshBudget
 from spec_rollout.draft.checkpoint import save_head
 from spec_rollout.draft.checkpoint_reader import load_head, load_optimizer
+from spec_rollout.draft.draft_model import is_language_model
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.features import FeatureBuffer, measured
 from spec_rollout.draft.inheritance import head_config, inherit
@@ -214,6 +215,11 @@ class DraftLearner:
         Raises:
             ValueError: nothing there can be read, or it was made for another policy.
         """
+        if is_language_model(folder):
+            raise ValueError(
+                f"{folder} holds a whole language model and no head: give it as draft_model_path, with "
+                "rollout_backend='embedded'."
+            )
         if is_mtp(folder):
             if self.config.rollout_backend == "vllm":
                 raise ValueError(

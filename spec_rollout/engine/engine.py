@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from spec_rollout.config import SpecConfig
-from spec_rollout.engine.protocols import Drafter, Recorder
+from spec_rollout.engine.protocols import Drafter, ReadsCache, Recorder
 from spec_rollout.engine.requests import make_requests
 from spec_rollout.engine.rollout import Rollout
 from spec_rollout.engine.room import GIB, SHARE, free_memory
@@ -111,6 +111,9 @@ class RolloutEngine:
 
     def start(self, requests: list[Request], params: SamplingParams) -> Rollout:
         """A rollout of `requests`, not yet admitted; to be driven within `target.rollout()`."""
+        reader: object = self.drafter
+        if isinstance(reader, ReadsCache):
+            reader.policy_cache = self.cache
         return Rollout(
             requests,
             params,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
+from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import Slots
@@ -53,8 +54,17 @@ class Drafter(Protocol):
         """The rows in `slots` [N] are complete and about to leave."""
 
 
+@runtime_checkable
+class ReadsCache(Protocol):
+    """A drafter that guesses on the policy's own keys and values. It may write into the policy's cache where the pass
+    that verifies its guesses writes next, and must leave nothing there that is not finite."""
+
+    policy_cache: SlotCache | None
+    """Set before a rollout begins."""
+
+
 class Recorder(Protocol):
-    """Looks on while completions are sampled; `source` tells it who guesses, the "head" or "ngrams"."""
+    """Looks on while completions are sampled; `source` tells it who guesses, the "head", "ngrams" or a "model"."""
 
     source: str
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spec_rollout.backends.trace import NGRAMS, PLACE, RolloutTrace
+from spec_rollout.backends.trace import MODEL, NGRAMS, PLACE, RolloutTrace
 from spec_rollout.gamma import AcceptanceModel, GammaController
 from spec_rollout.records import RolloutStats, StepStats
 from spec_rollout.simulate.cost_file import Limits
@@ -25,7 +25,7 @@ def by_sampler(traces: Sequence[RolloutTrace]) -> dict[tuple[int, str, int | Non
     groups = defaultdict(list)
     for trace in traces:
         groups[trace.labels["batch_size"], trace.labels["sampler"], trace.labels["gamma"]].append(trace)
-    order = {"plain": 0, "fixed": 1, NGRAMS: 2, "adaptive": 3}
+    order = {"plain": 0, "fixed": 1, NGRAMS: 2, MODEL: 3, "adaptive": 4}
     return dict(sorted(groups.items(), key=lambda item: (item[0][0], order[item[0][1]], item[0][2] or 0)))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from spec_rollout.backends.embedded import EmbeddedBackend
-from spec_rollout.backends.trace import HEAD, NGRAMS, TraceRecorder
+from spec_rollout.backends.trace import HEAD, MODEL, NGRAMS, TraceRecorder
 from spec_rollout.bench.workload import Policy, warm_up
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
@@ -55,7 +55,7 @@ class Sampler:
     @property
     def source(self) -> str:
         """Who guesses."""
-        return NGRAMS if self.name == NGRAMS else HEAD
+        return self.name if self.name in (NGRAMS, MODEL) else HEAD
 
     @property
     def labels(self) -> dict:
@@ -74,11 +74,11 @@ def batches(prompts: Sequence[list[int]], size: int, seed: int) -> list[list[lis
 def warm_backend(
     policy: Policy, prompts: Sequence[list[int]], config: SpecConfig, deadline: float
 ) -> tuple[EmbeddedBackend, int]:
-    """A backend with the head of `config.draft_model_path`, or with one that learns here for WARM_UP_SHARE of the time
+    """A backend with the head in `config.draft_model_path`, or with one that learns here for WARM_UP_SHARE of the time
     until `deadline`, and with earlier rollouts to guess from; and the number of those that the head learned from."""
     backend = EmbeddedBackend(policy.model, config, policy.tokenizer)
     backend.engine.recorder = Timed(config.max_slots, None, deadline)
-    if config.draft_model_path:
+    if not config.draft_refresh:
         backend.generate(batches(prompts, config.max_slots, 1000)[0], policy.params)  # for guesses from it
         backend.engine.recorder = None
         return backend, 0
@@ -125,8 +125,9 @@ class Measuring:
 
     def samplers(self, gammas: Sequence[int]) -> list[Sampler]:
         """All that are compared."""
-        table = [Sampler(NGRAMS, None)] if NGRAMS in self.controllers else []
-        return [Sampler("plain", 0), *(Sampler("fixed", gamma) for gamma in gammas), *table, Sampler("adaptive", None)]
+        others = [Sampler(source, None) for source in (NGRAMS, MODEL) if source in self.controllers]
+        fixed = [Sampler("fixed", gamma) for gamma in gammas]
+        return [Sampler("plain", 0), *fixed, *others, Sampler("adaptive", None)]
 
     def run(self, prompts: Sequence[list[int]], sizes: Sequence[int], gammas: Sequence[int], turns: int) -> None:
         """Record all rollouts; the progress bar counts them.
@@ -166,7 +167,7 @@ class Measuring:
         """A few tokens that do not count: first passes of a new shape are slow."""
         self.engine.recorder = None
         samplers = [Sampler("plain", 0), Sampler("fixed", 3)]
-        for sampler in samplers + [Sampler(NGRAMS, 3)] * (NGRAMS in self.drafters):
+        for sampler in samplers + [Sampler(source, 3) for source in (NGRAMS, MODEL) if source in self.drafters]:
             self.use(sampler)
             self.engine.generate(batch, self.policy.params, max_new_tokens=[WARM_TOKENS] * len(batch))
 

@@ -21,7 +21,7 @@ PARTS = {
 }
 
 
-NAMES = {"ngrams": "earlier rollouts"}
+NAMES = {"ngrams": "earlier rollouts", "model": "draft model"}
 """What a legend calls a sampler, where that is not its name."""
 DASHED = (0, (4, 2))
 
@@ -37,7 +37,7 @@ def _series(rows: Sequence[dict]) -> dict[str, list[dict]]:
 
 def _colours(names: Sequence[str]) -> dict[str, str]:
     fixed = [name for name in names if name.startswith("γ")]
-    own = {"plain": PLAIN, "adaptive": OURS, NAMES["ngrams"]: INK}
+    own = {"plain": PLAIN, "adaptive": OURS} | dict.fromkeys(NAMES.values(), INK)
     return {name: FIXED[i % len(FIXED)] for i, name in enumerate(fixed)} | own
 
 

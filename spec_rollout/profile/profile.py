@@ -14,11 +14,14 @@ import torch
 
 from spec_rollout.backends.calibration import measured_cost
 from spec_rollout.backends.embedded import EmbeddedBackend
-from spec_rollout.backends.trace import HEAD, NGRAMS, RolloutTrace, read_traces
+from spec_rollout.backends.trace import HEAD, MODEL, NGRAMS, RolloutTrace, read_traces
 from spec_rollout.backends.vllm.engine import require_vllm
 from spec_rollout.bench.workload import (
+    DRAFT_HELP,
+    QUANTIZED,
     Policy,
     add_policy_arguments,
+    draft_options,
     hardware,
     load_policy,
     load_prompts,
@@ -28,6 +31,7 @@ from spec_rollout.bench.workload import (
     write_json,
 )
 from spec_rollout.config import BACKENDS, SpecConfig
+from spec_rollout.draft.draft_model import is_language_model
 from spec_rollout.profile.charts import profile_charts
 from spec_rollout.profile.limits import device_limits, memory
 from spec_rollout.profile.measuring import (
@@ -106,8 +110,8 @@ def _measure(
     config = SpecConfig(
         num_speculative_tokens=3,
         max_slots=slots,
-        draft_model_path=draft,
-        draft_refresh=draft is None,
+        draft_refresh=draft in (None, QUANTIZED) or is_language_model(draft),
+        **draft_options(draft),
     )
     backend, found.draft_rollouts = warm_backend(policy, prompts, config, deadline)
     found.memory = lambda: memory(found.engine, backend.drafter, backend.learner)
@@ -128,6 +132,9 @@ def _measure(
 
 def _on_embedded(policy: Policy, backend: EmbeddedBackend, slots: int, recorder: Timed, found: Found) -> Measuring:
     drafters = {HEAD: backend.drafter, NGRAMS: backend.ngrams.drafter}
+    if backend.model.drafter is not None:
+        backend.model.collect_with(None)
+        drafters[MODEL] = backend.model.drafter
     found.engine, costs = measured_engine(policy, backend, slots), {}
     for source, drafter in drafters.items():
         found.engine.drafter = drafter
@@ -161,7 +168,7 @@ def _report(args: argparse.Namespace, found: Found, traces: list[RolloutTrace]) 
     wanted = len(args.batch_sizes) * (len(args.fixed_gammas) + 1 + len(found.costs))
     figures = {"version": VERSION, "complete": len(figures["throughput"]) == wanted} | _setup(args, found) | figures
     write_json(args.out / "profile.json", figures)
-    write_json(args.out / "cost.json", costs_to_json(costs, found.costs.get(NGRAMS)))
+    write_json(args.out / "cost.json", costs_to_json(costs, found.costs))
     write_json(args.json, figures)
     charts = profile_charts(figures, args.out)
     write_profile_page(args.out / "report.html", figures, charts)
@@ -199,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompts", default="arithmetic", help="file or dataset with a column `prompt`; the demo's problems otherwise"
     )
-    parser.add_argument("--draft-model", type=Path, metavar="DIR", help="a draft head; one learns here otherwise")
+    parser.add_argument("--draft-model", type=Path, metavar="DIR", help=DRAFT_HELP)
     parser.add_argument("--rollout-backend", choices=BACKENDS, default="embedded", help="who samples")
     parser.add_argument("--batch-sizes", type=positives, default=[1, 4, 16, 48], metavar="1,8,32")
     parser.add_argument("--fixed-gammas", type=positives, default=[1, 3, 5], metavar="1,3,5")

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
-from spec_rollout.backends.trace import HEAD, NGRAMS, RolloutTrace
+from spec_rollout.backends.trace import HEAD, MODEL, NGRAMS, RolloutTrace
 from spec_rollout.draft.ngrams import History
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import AcceptanceModel, CostModel, GammaController
@@ -53,7 +53,7 @@ def profile_figures(found: Found, recorded: Sequence[RolloutTrace]) -> tuple[dic
 
     The throughput is predicted with the controller's own costs, which the adaptive rollouts alone have corrected.
     """
-    traces, table = ([t for t in recorded if t.source == source] for source in (HEAD, NGRAMS))
+    traces, table, model = ([t for t in recorded if t.source == source] for source in (HEAD, NGRAMS, MODEL))
     adaptive = [t for t in traces if t.labels["sampler"] == "adaptive"]
     costs = Costs.fitted(found.costs[HEAD], traces)
     steps = [s for t in traces for s in t.steps]
@@ -62,7 +62,7 @@ def profile_figures(found: Found, recorded: Sequence[RolloutTrace]) -> tuple[dic
     slots, longest = max(t.slots for t in recorded), max((s.context for s in steps), default=1)
     guesses = {
         source: Guesses(Costs.fitted(found.costs[source], own), _rates(of), acceptance(own))
-        for source, own, of in ((HEAD, adaptive, traces), (NGRAMS, table, table))
+        for source, own, of in ((HEAD, adaptive, traces), (NGRAMS, table, table), (MODEL, model, model))
         if own
     }
     plain = [t for t in recorded if t.labels["sampler"] == "plain"]

@@ -6,11 +6,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from spec_rollout.backends.trace import HEAD, NGRAMS
+from spec_rollout.backends.trace import HEAD, MODEL, NGRAMS
 from spec_rollout.gamma import CostModel, Measurement
 from spec_rollout.simulate.replay import Costs
 
 VERSION = 1
+KEYS = {HEAD: "cost", NGRAMS: "ngram_cost", MODEL: "model_cost"}
+"""Of the measured costs, by who guesses."""
 ROWS, TOKENS, CONTEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 2, 3, 4, 6, 8), (128, 4096)
 
 
@@ -71,7 +73,7 @@ def read_costs(path: Path, source: str = HEAD) -> Costs:
         if "limits" in state:
             free = {"draft_parameters": 0.0} if source == NGRAMS else {}
             return Costs(Limits(**state["limits"] | free).cost_model())
-        cost = state["ngram_cost" if source == NGRAMS else "cost"]
+        cost = state[KEYS[source]]
         return Costs(CostModel.from_json(cost), state["prefill_factor"], state["rollout_s"])
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
@@ -80,12 +82,12 @@ def read_costs(path: Path, source: str = HEAD) -> Costs:
         ) from error
 
 
-def costs_to_json(costs: Costs, ngrams: CostModel | None = None) -> dict:
-    """As `read_costs` takes it; `ngrams` are the costs of steps with guesses from earlier rollouts."""
+def costs_to_json(costs: Costs, others: dict[str, CostModel] | None = None) -> dict:
+    """As `read_costs` takes it: `costs` with the head's guesses, those of `others` by who guesses."""
     state = {
         "version": VERSION,
         "cost": costs.steps.to_json(),
         "prefill_factor": costs.prefill_factor,
         "rollout_s": costs.rollout_s,
     }
-    return state if ngrams is None else state | {"ngram_cost": ngrams.to_json()}
+    return state | {KEYS[source]: cost.to_json() for source, cost in (others or {}).items() if source != HEAD}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from spec_rollout.backends.trace import HEAD, NGRAMS, RolloutTrace, Trace, read_traces
+from spec_rollout.backends.trace import HEAD, MODEL, NGRAMS, RolloutTrace, Trace, read_traces
 from spec_rollout.bench.workload import positive, positives, table, write_json
 from spec_rollout.config import SpecConfig
 from spec_rollout.gamma import CostModel
@@ -17,7 +17,11 @@ from spec_rollout.simulate.cost_file import read_costs
 from spec_rollout.simulate.replay import Costs, Work, acceptance, position_rates, replay
 
 WIDEST = SpecConfig().max_num_speculative_tokens
-GUESSES = {HEAD: "guesses of the draft head", NGRAMS: "guesses from earlier rollouts"}
+GUESSES = {
+    HEAD: "guesses of the draft head",
+    NGRAMS: "guesses from earlier rollouts",
+    MODEL: "guesses of a draft model",
+}
 
 
 @dataclass
@@ -89,7 +93,7 @@ def own_costs(trace: Trace, source: str) -> Costs:
 
 def trained_on(rollouts: list[RolloutTrace], source: str = HEAD) -> list[RolloutTrace]:
     """Without evaluation, and of a profile those alone in which the number of guesses of `source` was adapted."""
-    sampler = NGRAMS if source == NGRAMS else "adaptive"
+    sampler = "adaptive" if source == HEAD else source
     kept = [r for r in rollouts if r.labels.get("mode") != "eval" and r.labels.get("sampler") in (None, sampler)]
     return kept or rollouts
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from spec_rollout.tasks.arithmetic import FULL_SENTENCES, VARIED, Style, problems
 from spec_rollout.tasks.optimization import make_bar, make_optimizer
+from spec_rollout.tasks.reference_tokenizer import CONTEXT, make_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,14 +19,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Size = Literal["demo", "tiny", "deep", "small", "base"]
-Architecture = Literal["qwen3", "qwen3_5"]
-ARCHITECTURES = ("qwen3", "qwen3_5")
+Architecture = Literal["qwen3", "qwen3_5", "qwen3_moe"]
+ARCHITECTURES = ("qwen3", "qwen3_5", "qwen3_moe")
+EXPERTS, EXPERTS_PER_TOKEN = 16, 2
+"""Of a layer of qwen3_moe. Those of a token are together as wide as the layer of a dense policy."""
 
-CONTEXT = 1024
-"""Tokens that the policy can attend to."""
-PIECES = r" ?[+*-]?\d{1,2}(?!\d)| ?\w+| ?[^\w\s]+\n?|\s"
-"""What the tokenizer may not merge across: signed numbers, words, punctuation with the line end behind it."""
-EOS, PAD = "<|endoftext|>", "<|pad|>"
 INITIALIZER_RANGE = 0.06
 """Three times the usual 0.02: at so small a width it learns sooner (a Llama came to a loss of 0.59 against 0.92)."""
 
@@ -55,36 +53,6 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def make_tokenizer(style: Style = VARIED) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the task, the same one for every seed of a style. A number of one or two
-    digits is one token, its sign and leading space included."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=[EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator((p.prompt + p.solution for p in problems("sft", 2_000, style=style)), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token=EOS,
-        pad_token=PAD,
-        model_max_length=CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )
-
-
 def make_model(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, architecture: Architecture = "qwen3"
 ) -> PreTrainedModel:
@@ -94,7 +62,7 @@ def make_model(
     steps, where a Llama of the same width and depth took 300. In Qwen3.5 three of four layers have a gated delta
     rule in the place of attention.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3_5TextConfig, Qwen3Config
+    from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3_5TextConfig, Qwen3Config, Qwen3MoeConfig
 
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     heads, width = recipe.num_heads, recipe.hidden_size // recipe.num_heads
@@ -116,6 +84,11 @@ def make_model(
         delta_rule |= {"linear_key_head_dim": width, "linear_value_head_dim": width}
         rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
         config = Qwen3_5TextConfig(**shape, **delta_rule, rope_parameters=rope, mtp_num_hidden_layers=1)
+    elif architecture == "qwen3_moe":
+        experts = {"num_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN, "norm_topk_prob": True}
+        width = recipe.intermediate_size // EXPERTS_PER_TOKEN
+        config = Qwen3MoeConfig(**shape, **experts, moe_intermediate_size=width)
+        config.router_aux_loss_coef, config.output_router_logits = 0.01, True  # until it is trained
     else:
         config = Qwen3Config(**shape)
     model = AutoModelForCausalLM.from_config(config)
@@ -167,7 +140,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
 
     from spec_rollout.draft.muon import multiplies_bfloat16
 
-    packs = model.config.model_type == "qwen3"
+    packs = model.config.model_type in ("qwen3", "qwen3_moe")
     rows = (packed_rows if packs else single_rows)(tokenizer, recipe, seed)
     whole = recipe.batch_size if packs else round(recipe.batch_size * recipe.row / mean(map(len, rows["input_ids"])))
     args = SFTConfig(
@@ -203,6 +176,8 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     model.config.use_cache = True
+    if model.config.model_type == "qwen3_moe":
+        model.config.output_router_logits = False
 
 
 def make_reference_policy(

@@ -26,6 +26,7 @@ def local_sums(
         "drafted": stats.drafted,
         "accepted": stats.accepted,
         "ngram_drafted": stats.ngram_drafted,
+        "model_drafted": stats.model_drafted,
         "lean_steps": stats.lean_steps,
         "compiled_steps": stats.compiled_steps,
         "speculative_rows": sum(step.rows for step in speculative),
@@ -73,6 +74,7 @@ def metrics(sums: dict[str, float]) -> dict[str, float]:
     if sums["drafted"]:
         figures["acceptance_rate"] = sums["accepted"] / sums["drafted"]
         figures["ngram_share"] = sums["ngram_drafted"] / sums["drafted"]
+        figures["model_share"] = sums["model_drafted"] / sums["drafted"]
         guessed = [i for i in _positions() if sums[f"drafted_{i}"]]
         figures |= {f"acceptance_rate_{i}": sums[f"accepted_{i}"] / sums[f"drafted_{i}"] for i in guessed}
     if sums["refresh_tokens"]:

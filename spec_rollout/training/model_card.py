@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import Trainer
 
 from spec_rollout.config import SpecConfig
+from spec_rollout.draft.draft_model import is_language_model
 
 SECTION = """
 ## Speculative rollouts
@@ -36,8 +37,13 @@ def section(config: SpecConfig, draft_version: int, mtp: bool = False) -> str:
     fixed = config.num_speculative_tokens
     kind = "the policy's own MTP head, which" if mtp else "an EAGLE-3 head that"
     drafter = f"{kind} started from `{config.draft_model_path}`"
-    if config.draft_model_path is None:
+    whole = bool(config.draft_model_path) and is_language_model(config.draft_model_path)
+    if config.draft_model_path is None or whole:
         drafter = f"{kind} started from {'its checkpoint' if mtp else 'random weights'}"
+    if whole:
+        drafter += f", and the language model in `{config.draft_model_path}`, as it is, where that was faster"
+    if config.draft_quantized:
+        drafter += ", and the policy itself in 8 bit where it was faster"
     if config.draft_ngrams and config.rollout_backend == "embedded":
         drafter += ", and n-grams of earlier rollouts until it was faster"
     refresh = f"on the rollouts, after each generation phase; {draft_version} versions so far"

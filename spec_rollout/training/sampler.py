@@ -17,7 +17,7 @@ from transformers import Trainer
 from trl.extras.profiling import profiling_context
 
 from spec_rollout.backends.embedded import EmbeddedBackend
-from spec_rollout.backends.trace import FOLDER, HEAD, NGRAMS, TraceRecorder
+from spec_rollout.backends.trace import FOLDER, HEAD, MODEL, NGRAMS, TraceRecorder
 from spec_rollout.backends.vllm.backend import VLLMBackend
 from spec_rollout.config import SpecConfig
 from spec_rollout.gamma import GammaController
@@ -124,7 +124,8 @@ class TrainerSampler:
         if self.config.profile_rollouts:
             recorder = self.backend.engine.recorder
             recorder.refresh(self._refreshed)
-            for name, source in ((HEAD, self.backend.head), (NGRAMS, self.backend.ngrams)):
+            sources = {HEAD: self.backend.head, NGRAMS: self.backend.ngrams, MODEL: self.backend.model}
+            for name, source in sources.items():
                 if isinstance(source.controller, GammaController):
                     recorder.cost(source.controller.cost, name)
 

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.mtp import FILE, MtpHead
+from spec_rollout.draft.references import OracleDrafter
+from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.records import SamplingParams
 from spec_rollout.tasks import reference_mtp, reference_policy
 from spec_rollout.tasks.arithmetic import FULL_SENTENCES, VARIED, problems
@@ -88,6 +90,18 @@ def test_a_hybrid_has_an_mtp_head_that_guesses_in_the_first_rollout(monkeypatch,
     backend.drafter.head.load_state_dict(random.state_dict())
     backend.generate(prompts, SamplingParams(max_new_tokens=24))
     assert first.mean_acceptance_length > backend.take_stats().mean_acceptance_length + 0.3  # it has learned
+
+
+def test_a_policy_of_experts(short_training, tmp_path):
+    folder = make_reference_policy(tmp_path / "policy", "tiny", architecture="qwen3_moe")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.num_experts == 16 and not model.config.output_router_logits
+    prompts = [tokenizer(p.prompt)["input_ids"] for p in problems("heldout", 4)]
+    expected = RolloutEngine(model).generate(prompts, SamplingParams(max_new_tokens=12))
+    guessing = RolloutEngine(model, SpecConfig(num_speculative_tokens=3), drafter=OracleDrafter(expected))
+    found = guessing.generate(prompts, SamplingParams(max_new_tokens=12))
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+    assert guessing.stats.mean_acceptance_length == 4 == 12 / 3
 
 
 def test_single_rows_are_the_problems(tokenizer):

@@ -32,6 +32,7 @@ def test_ratios_are_taken_of_sums():
             "speculative/acceptance_rate_2": 2 / 4,
             "speculative/acceptance_rate_3": 1 / 4,
             "speculative/ngram_share": 4 / 13,
+            "speculative/model_share": 0,
             "speculative/mean_acceptance_length": 11 / 5,
             "speculative/num_speculative_tokens": 4 / 3,
             "speculative/goodput": 15 / 6,
