@@ -40,13 +40,24 @@ class ModelDrafter:
         self._configs = list(found.values())
         self._own = [config._attn_implementation for config in self._configs]
 
+    @property
+    def token_bytes(self) -> int:
+        with self.model.rollout():
+            own, _ = self.model.cache_bytes
+        return own + (0 if self.collector is None else self.collector.token_bytes)
+
     def begin(self, rows: Rows) -> None:
         self._take_pass()
-        self.model.confine(rows.capacity)
         self.cache.allocate(rows.slots, rows.capacity, (self.model.dtype, self.model.device))
         self.known = np.zeros(rows.slots, dtype=np.int64)
         if self.collector is not None:
             self.collector.begin(rows)
+
+    def resize(self, rows: Rows) -> None:
+        self.model.confine(rows.capacity)
+        self.cache.resize(len(rows.tokens), rows.capacity, rows.count)
+        if self.collector is not None:
+            self.collector.resize(rows)
 
     def _take_pass(self) -> None:
         """Decode by what is proven for the model; nobody else runs it, so that it may stay so between the verbs."""

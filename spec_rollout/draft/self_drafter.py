@@ -71,6 +71,10 @@ class SelfDrafter:
         self._target: QuantizedTarget | None = None
         self._scores: list[Tensor] = []
 
+    @property
+    def token_bytes(self) -> int:
+        return 0 if self.collector is None else self.collector.token_bytes
+
     def renew(self) -> None:
         """Read the policy's weights if they may have changed."""
         if not self.stale:
@@ -86,6 +90,10 @@ class SelfDrafter:
         self._target.prepare()
         if self.collector is not None:
             self.collector.begin(rows)
+
+    def resize(self, rows: Rows) -> None:
+        if self.collector is not None:
+            self.collector.resize(rows)
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
         """
