@@ -35,6 +35,8 @@ class ModelDrafter:
         self.model, self.collector = model, collector
         self.cache = SlotCache()
         self.shape = model.config.to_dict()
+        self._bytes = 0
+        """Of the model's own keys and values, for each token."""
         self._scores: list[Tensor] = []
         found = {id(m.config): m.config for m in model.model.modules() if hasattr(m, "_supports_sdpa")}
         self._configs = list(found.values())
@@ -42,9 +44,7 @@ class ModelDrafter:
 
     @property
     def token_bytes(self) -> int:
-        with self.model.rollout():
-            own, _ = self.model.cache_bytes
-        return own + (0 if self.collector is None else self.collector.token_bytes)
+        return self._bytes + (0 if self.collector is None else self.collector.token_bytes)
 
     def begin(self, rows: Rows) -> None:
         self._take_pass()
@@ -63,6 +63,7 @@ class ModelDrafter:
         """Decode by what is proven for the model; nobody else runs it, so that it may stay so between the verbs."""
         attend(self._configs, self._own)
         with self.model.rollout():
+            self._bytes, _ = self.model.cache_bytes
             lean, proven = self.model._lean, [config._attn_implementation for config in self._configs]
         self.model._lean = lean
         attend(self._configs, proven)
