@@ -78,7 +78,7 @@ def test_rloo_and_a_measured_schedule(make_vllm_trainer):
     ("options", "message"),
     [
         ({"min_p": 0.1}, "min_p=0.1 .*ignores it"),
-        ({"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2 .*set it to 1"),
+        ({"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2 .*set it to 1 .*--tensor_parallel_size"),
         ({"vllm_structured_outputs_regex": "a*"}, "vllm_structured_outputs_regex='a"),
         ({"calibration_cache": "there"}, "calibration_cache='there' .*leave it out"),
         ({"vllm_importance_sampling_correction": False}, "draft_refresh to False"),
@@ -88,12 +88,6 @@ def test_what_vllm_cannot_serve_is_refused(tmp_path, monkeypatch, options, messa
     monkeypatch.setattr("spec_rollout.backends.vllm.engine.find_spec", lambda name: name)
     with pytest.raises(ValueError, match=message):
         SpecGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, rollout_backend="vllm", **options)
-
-
-def test_a_server_for_several_processes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(SpecGRPOConfig, "world_size", 2)
-    with pytest.raises(ValueError, match="vllm_mode='server' .* all 2 processes together; run one"):
-        SpecGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, rollout_backend="vllm", vllm_mode="server")
 
 
 def test_without_vllm_the_message_says_how_to_get_it(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spec_rollout.backends.embedded import COLDEST
 from spec_rollout.backends.vllm.calibration import measured_cost
-from spec_rollout.backends.vllm.delivery import Delivery
+from spec_rollout.backends.vllm.delivery import Delivery, Whole
 from spec_rollout.backends.vllm.draft import refuse_recurrent, save_start, start_vocabulary
 from spec_rollout.backends.vllm.engine import EngineRestarted, VLLMEngine
 from spec_rollout.backends.vllm.steps import Plain
@@ -45,13 +45,17 @@ class VLLMBackend:
         model: the unwrapped policy; the same object in every step.
         start: starts the engine, at the first rollout.
         seed: of the head's initial weights and of its training order.
+        whole: within it the policy's weights that a head reads are whole, of a policy that lies in pieces; all ranks
+            enter it together.
 
     Attributes:
         policy_version: to be changed by the owner whenever the policy's weights have changed.
     """
 
-    def __init__(self, model: nn.Module, config: SpecConfig, start: StartEngine, *, seed: int = 0):
-        self.model, self.config, self.start = model, config, start
+    def __init__(
+        self, model: nn.Module, config: SpecConfig, start: StartEngine, *, seed: int = 0, whole: Whole = nullcontext
+    ):
+        self.model, self.config, self.start, self.whole = model, config, start, whole
         self.policy_version = 0
         self.engine: VLLMEngine | None = None
         self.stats = RolloutStats()
@@ -67,7 +71,8 @@ class VLLMBackend:
         self.delivery = Delivery()
         if fixed != 0:
             refuse_recurrent(model)
-            self.learner = DraftLearner(PolicyView(model), config, next(model.parameters()).device, seed)
+            with whole():
+                self.learner = DraftLearner(PolicyView(model), config, next(model.parameters()).device, seed)
             if config.draft_model_path:
                 self.load(config.draft_model_path, resume=False)
 
@@ -128,7 +133,8 @@ class VLLMBackend:
         """Draw, again if vLLM was restarted meanwhile: a completion is of one policy, and counted once."""
         for _ in range(MOST_RESTARTS):
             try:
-                self.delivery.push(self.engine, self.learner, (self.policy_version, self.draft_version))
+                versions = self.policy_version, self.draft_version
+                self.delivery.push(self.engine, self.learner, versions, self.whole)
                 self._stand_watch()
                 torch.manual_seed(
                     request_keys(seed, 1)[0][0] & 0x7FFFFFFF
@@ -160,7 +166,8 @@ class VLLMBackend:
         if isinstance(self.controller, GammaController) and seconds is None:
             value = RolloutValue(self.controller.cost, self._trace, self.config.widest)
         self._trace = []
-        stats = self.learner.refresh(seconds, remaining, value)
+        with self.whole():
+            stats = self.learner.refresh(seconds, remaining, value)
         if stats.steps and self.controller is not None:
             self.controller.draft_changed()
         self._step_began = time.perf_counter()

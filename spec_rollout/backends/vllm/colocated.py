@@ -73,8 +73,8 @@ class Colocated:
         """Nothing survives sleep."""
         return [0, 0] if self._asleep else self._call("live_versions")
 
-    def draft_probe(self) -> dict[str, float]:
-        return self._call("live_probe")
+    def draft_probe(self) -> list[dict[str, float]]:
+        return [self._call("live_probe")]
 
     def control(self, controller: Controller) -> None:
         self.log.controller = controller

@@ -46,8 +46,8 @@ class VLLMEngine(Protocol):
     def versions(self) -> list[int]:
         """What is really loaded: of the policy, of the draft; 0 is what vLLM was started with."""
 
-    def draft_probe(self) -> dict[str, float]:
-        """The draft's response; see `worker.probe`."""
+    def draft_probe(self) -> list[dict[str, float]]:
+        """Each worker's response of its shard of the draft, and the shard's place; see `worker.probe`."""
 
     def control(self, controller: Controller) -> None:
         """Let `controller` see the steps from now on, and choose where `live_schedule` is true."""

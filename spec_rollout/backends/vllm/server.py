@@ -1,23 +1,24 @@
 """A vLLM server that takes our weights: started by `spec-rollout serve`, driven over HTTP.
 
-Weights travel as safetensors files in a folder that the trainer and the server both see, on any device.
+Weights travel as safetensors files in a folder that the server names and both see (`handover`, `intake`).
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
+from tqdm import tqdm
 
 from spec_rollout.backends.vllm.connection import HINT, Connection
 from spec_rollout.backends.vllm.engine import EngineRestarted, PolicyWeights, completion, sampling_options
+from spec_rollout.backends.vllm.handover import Named, hand_over, shapes_of, total_bytes
+from spec_rollout.backends.vllm.intake import MARK, Shapes
 from spec_rollout.backends.vllm.steps import Guesses, step_stats
 from spec_rollout.config import SpecConfig
 from spec_rollout.records import Completion, Controller, SamplingParams, StepStats
@@ -33,9 +34,12 @@ class Server(Connection):
     Args:
         url: such as http://127.0.0.1:8000.
         policy: the live policy.
-        folder: where weights are handed over.
         config: the numbers of guesses that are asked for.
         timeout: seconds to wait for the server, at the start, when it is lost, and for its short answers.
+        shown: whether a push shows its progress.
+
+    Attributes:
+        policy_shapes: of the policy's weights; None until they have been walked through once.
 
     Raises:
         ConnectionError: there is no server, or one that does not take our weights.
@@ -48,17 +52,17 @@ class Server(Connection):
         self,
         url: str,
         policy: PolicyWeights,
-        folder: str | Path,
         config: SpecConfig,
         timeout: float = 240.0,
+        shown: bool = False,
     ):
         super().__init__(url, timeout)
-        self.policy, self.folder = policy, Path(folder)
+        self.policy, self.shown = policy, shown
+        self.policy_shapes: Shapes | None = None
         self.controller: Controller | None = None
         self._steps: list[StepStats] = []
-        self._held: list[int] | None = None
+        self._held = self.versions()
         self.model = self._request("/v1/models")["data"][0]["id"]
-        self.versions()
         served = self._request("/server_info?config_format=json")["vllm_config"]
         self._refuse_lossy(served)
         self.speculates = bool(served.get("speculative_config"))
@@ -86,24 +90,48 @@ class Server(Connection):
         self._account(self._counters() - before, sum(len(c.token_ids) for c in completions), seconds)
         return completions
 
-    def load(self, draft: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=self.folder) as folder:
-            files = [_write(Path(folder, "policy.safetensors"), self.policy())]
-            files.append(None if draft is None else _write(Path(folder, "draft.safetensors"), draft))
-            self._call("live_load", *files, version, seconds=LONGEST_S)
+    def load(self, draft: Named | None, version: int) -> None:
+        if self.policy_shapes is None:
+            self.policy_shapes = shapes_of(self.policy())
+        self.push(self.policy(), draft, version)
+
+    def push(self, policy: Named, draft: Named | None, version: int) -> None:
+        """What `load` does, with weights that were walked through before."""
+        folder, mark = self._folder()
+        parts = {"policy": (policy, self.policy_shapes)}
+        if draft is not None:
+            weights = list(draft)
+            parts["draft"] = weights, shapes_of(weights)
+        announced = json.dumps({part: shapes for part, (_, shapes) in parts.items()})
+        self._told("live_begin", mark, announced, str(version), json.dumps(self._held))
+        size = sum(total_bytes(shapes) for _, shapes in parts.values())
+        options = {"unit": "B", "unit_scale": True, "leave": False, "disable": not self.shown}
+        with tqdm(total=size, desc=f"push {version}", **options) as bar:
+            for part, (weights, shapes) in parts.items():
+
+                def take(file: str, part: str = part) -> None:
+                    self._told("live_take", part, file)
+
+                hand_over(weights, shapes, folder, f"{part}-{version}", take, bar)
+        self._told("live_finish", str(version))
         self._request("/reset_prefix_cache", {})
         self._held = self.versions()
 
     def versions(self) -> list[int]:
+        """Of all workers, which must agree."""
         try:
-            return self._call("live_versions")
+            found = self._call("live_versions")
         except EngineRestarted:
             raise
         except RuntimeError as error:
             raise ConnectionError(f"The server at {self.url} cannot take weights ({error}): {HINT}.") from error
+        if any(own != found[0] for own in found):
+            raise RuntimeError(
+                f"The workers of the server at {self.url} hold unlike versions, {found}: start it again."
+            )
+        return found[0]
 
-    def draft_probe(self) -> dict[str, float]:
+    def draft_probe(self) -> list[dict[str, float]]:
         return self._call("live_probe")
 
     def control(self, controller: Controller) -> None:
@@ -185,13 +213,32 @@ class Server(Connection):
                 counts[f"{name}:{place}" if place else name] += int(float(value))
         return counts
 
-    def _call(self, method: str, *arguments: Any, seconds: float | None = None) -> Any:
-        """One of the methods of `LiveWeights`."""
-        reply = self._request("/collective_rpc", {"method": method, "args": list(arguments)}, seconds)
-        return reply["results"][0] if reply else None
+    def _folder(self) -> tuple[Path, str]:
+        """Where the server reads weights from, and the mark that proves it.
 
+        Raises:
+            ConnectionError: this machine sees no such folder.
+        """
+        found = self._call("live_folder")[0]
+        try:
+            return Path(found[0]), Path(found[0], MARK).read_text()
+        except (IndexError, OSError) as error:
+            raise ConnectionError(
+                f"The server at {self.url} reads weights from {found[0] if found else 'nowhere'}, where this process "
+                "finds none of its files: start it with `spec-rollout serve --weights DIR`, a folder that both see "
+                "under that name."
+            ) from error
 
-def _write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    # Copies: adapters that are merged into the live weights on the way here are unmerged before the file is written.
-    save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors}, path)
-    return str(path.resolve())
+    def _told(self, method: str, *arguments: str) -> None:
+        """Have each worker do its part of a push.
+
+        Raises:
+            RuntimeError: one refused.
+        """
+        for rank, refusal in enumerate(self._call(method, *arguments, seconds=LONGEST_S)):
+            if refusal:
+                raise RuntimeError(f"Worker {rank} of the vLLM server at {self.url} refused a push: {refusal[0]}")
+
+    def _call(self, method: str, *arguments: Any, seconds: float | None = None) -> list:
+        """What one of the methods of `LiveWeights` answers on each worker."""
+        return self._request("/collective_rpc", {"method": method, "args": list(arguments)}, seconds)["results"]

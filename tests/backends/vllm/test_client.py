@@ -14,7 +14,7 @@ from spec_rollout.records import SamplingParams
 def server():
     """The client of a server that is not there."""
     server = object.__new__(Server)
-    server.url, server.timeout, server.model = "http://here", 7.0, "policy"
+    server.url, server.timeout, server.model, server.headers = "http://here", 7.0, "policy", {}
     return server
 
 
@@ -42,9 +42,9 @@ def test_a_server_that_is_lost_while_it_is_asked_is_a_restart(server, monkeypatc
         server.versions()
 
 
-def test_an_unreachable_server_is_named(tmp_path):
+def test_an_unreachable_server_is_named():
     with pytest.raises(ConnectionError, match=r"http://127.0.0.1:1 after 0 seconds.*spec-rollout serve"):
-        Server("http://127.0.0.1:1/", dict, tmp_path, SpecConfig(), timeout=0)
+        Server("http://127.0.0.1:1/", dict, SpecConfig(), timeout=0)
 
 
 @pytest.mark.parametrize(("path", "bound"), [("/metrics", 7), ("/v1/completions", LONGEST_S)])

@@ -32,7 +32,7 @@ class FakeEngine:
         return [0, 0] if self.asleep else self.held
 
     def draft_probe(self):
-        return self.probed
+        return [self.probed]
 
     def control(self, controller):
         self.controller = controller
@@ -97,7 +97,7 @@ def test_a_fall_to_chance_is_told_as_it_is(tmp_path, monkeypatch, live, learns, 
     ("live", "message"), [(True, "The draft head is off"), (False, "The server guesses with another draft until")]
 )
 def test_a_draft_that_did_not_arrive_is_told_as_it_is(monkeypatch, live, message):
-    monkeypatch.setattr(FakeEngine, "draft_probe", lambda self: {})
+    monkeypatch.setattr(FakeEngine, "draft_probe", lambda self: [{}])
     with pytest.warns(RuntimeWarning, match=message):
         fake_backend(FakeEngine(live), trained=True, num_speculative_tokens=3).generate([[1, 2]])
 
