@@ -19,6 +19,7 @@ from spec_rollout.backends.vllm.connection import HINT, Connection
 from spec_rollout.backends.vllm.engine import EngineRestarted, PolicyWeights, completion, sampling_options
 from spec_rollout.backends.vllm.handover import Named, hand_over, shapes_of, total_bytes
 from spec_rollout.backends.vllm.intake import MARK, Shapes
+from spec_rollout.backends.vllm.served import refuse_lossy, refuse_other_guesses
 from spec_rollout.backends.vllm.steps import Guesses, step_stats
 from spec_rollout.config import SpecConfig
 from spec_rollout.records import Completion, Controller, SamplingParams, StepStats
@@ -64,9 +65,9 @@ class Server(Connection):
         self._held = self.versions()
         self.model = self._request("/v1/models")["data"][0]["id"]
         served = self._request("/server_info?config_format=json")["vllm_config"]
-        self._refuse_lossy(served)
+        refuse_lossy(self.url, served)
         self.speculates = bool(served.get("speculative_config"))
-        self._refuse_other_guesses(served.get("speculative_config") or {}, config)
+        refuse_other_guesses(self.url, served.get("speculative_config") or {}, config)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, limits: Sequence[int] | None = None
@@ -144,40 +145,6 @@ class Server(Connection):
     def sleep(self) -> None:
         """It has its device to itself."""
 
-    def _refuse_lossy(self, config: dict) -> None:
-        """
-        Raises:
-            ValueError: the server was started so that its samples do not have the policy's law, or its log-probs are
-                not those that the samples were drawn with.
-        """
-        speculative = config.get("speculative_config") or {}
-        for name, value, served in (
-            ("rejection_sample_method", speculative.get("rejection_sample_method", "standard"), "standard"),
-            ("logprobs_mode", config["model_config"]["logprobs_mode"], "processed_logprobs"),
-        ):
-            if value != served:
-                raise ValueError(f"The vLLM server at {self.url} runs with {name}={value!r}: it must be {served!r}.")
-
-    def _refuse_other_guesses(self, speculative: dict, config: SpecConfig) -> None:
-        """
-        Raises:
-            ValueError: the server was not started with as many guesses as `config` asks for, which it cannot change.
-        """
-        most, asked = speculative.get("num_speculative_tokens", 0), config.num_speculative_tokens
-        schedule = speculative.get("num_speculative_tokens_per_batch_size") or [[1, 1, most]]
-        numbers = sorted({part[-1] for part in schedule})
-        if asked is None:
-            honoured = 0 < most <= config.max_num_speculative_tokens
-            bound = f"at least 1 and at most max_num_speculative_tokens={config.max_num_speculative_tokens}"
-        else:
-            honoured, bound = numbers == [asked], f"{asked} in each step"
-        if not honoured:
-            found = " or ".join(map(str, numbers))
-            raise ValueError(
-                f"num_speculative_tokens={asked} asks for {bound}, but the vLLM server at {self.url} was started to "
-                f"guess {found}: give the trainer and `spec-rollout serve` the same number, 0 for plain decoding."
-            )
-
     def _draw(self, prompts: list[list[int]], params: SamplingParams, bound: int) -> list[Completion]:
         options = sampling_options(params, bound, self.speculates)
         body = {"model": self.model, "prompt": prompts, "return_token_ids": True, **options}
@@ -233,9 +200,12 @@ class Server(Connection):
         """Have each worker do its part of a push.
 
         Raises:
+            EngineRestarted: the server knows of no push, though one had begun.
             RuntimeError: one refused.
         """
         for rank, refusal in enumerate(self._call(method, *arguments, seconds=LONGEST_S)):
+            if refusal and method != "live_begin" and self.versions() == [0, 0]:
+                self._lost("It was restarted during a push.")
             if refusal:
                 raise RuntimeError(f"Worker {rank} of the vLLM server at {self.url} refused a push: {refusal[0]}")
 
