@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spec_rollout.backends.vllm.connection import HINT, Connection
 from spec_rollout.backends.vllm.engine import EngineRestarted, PolicyWeights, completion, sampling_options
+from spec_rollout.backends.vllm.keyed_batch import keyed
 from spec_rollout.backends.vllm.steps import Guesses, step_stats
 from spec_rollout.config import SpecConfig
 from spec_rollout.records import Completion, Controller, SamplingParams, StepStats
@@ -57,6 +58,7 @@ class Server(Connection):
         self.controller: Controller | None = None
         self._steps: list[StepStats] = []
         self._held: list[int] | None = None
+        self.verification = config.verification
         self.model = self._request("/v1/models")["data"][0]["id"]
         self.versions()
         served = self._request("/server_info?config_format=json")["vllm_config"]
@@ -65,7 +67,11 @@ class Server(Connection):
         self._refuse_other_guesses(served.get("speculative_config") or {}, config)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, limits: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        limits: Sequence[int] | None = None,
+        keys: Sequence[tuple[int, int]] | None = None,
     ) -> list[Completion]:
         before, began = self._counters(), time.perf_counter()
         bounds = list(limits or [params.max_new_tokens] * len(prompts))
@@ -74,7 +80,8 @@ class Server(Connection):
 
         def draw(item: tuple[int, list[int]]) -> None:
             bound, indices = item
-            rows = self._draw([list(prompts[i]) for i in indices], params, bound)
+            own = [keys[i] for i in indices] if keys else []
+            rows = self._draw([list(prompts[i]) for i in indices], params, bound, own)
             drawn.update(zip(indices, rows, strict=True))
 
         with ThreadPoolExecutor(max_workers=max(1, len(groups))) as pool:
@@ -91,6 +98,7 @@ class Server(Connection):
         with TemporaryDirectory(dir=self.folder) as folder:
             files = [_write(Path(folder, "policy.safetensors"), self.policy())]
             files.append(None if draft is None else _write(Path(folder, "draft.safetensors"), draft))
+            self.verification = self._call("live_verify", self.verification)
             self._call("live_load", *files, version, seconds=LONGEST_S)
         self._request("/reset_prefix_cache", {})
         self._held = self.versions()
@@ -150,8 +158,13 @@ class Server(Connection):
                 f"guess {found}: give the trainer and `spec-rollout serve` the same number, 0 for plain decoding."
             )
 
-    def _draw(self, prompts: list[list[int]], params: SamplingParams, bound: int) -> list[Completion]:
-        options = sampling_options(params, bound, self.speculates)
+    def _draw(
+        self, prompts: list[list[int]], params: SamplingParams, bound: int, keys: Sequence[tuple[int, int]] = ()
+    ) -> list[Completion]:
+        coupled = self.verification == "coupled"
+        options = sampling_options(params, bound, self.speculates, coupled)
+        if coupled:
+            options["vllm_xargs"] = keyed(keys, params.min_p)
         body = {"model": self.model, "prompt": prompts, "return_token_ids": True, **options}
         choices = self._request("/v1/completions", body, LONGEST_S)["choices"]
         return [
