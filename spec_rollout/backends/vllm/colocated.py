@@ -86,6 +86,10 @@ class Colocated:
     def draft_probe(self) -> dict[str, float]:
         return self._call("live_probe")
 
+    def near_ties(self) -> int:
+        """Samples so far that rounding might have made others, where verification is coupled and in float32."""
+        return self._call("live_near_ties")
+
     def control(self, controller: Controller) -> None:
         self.log.controller = controller
 
