@@ -97,7 +97,7 @@ class SpeculativeVLLMGeneration(VLLMGeneration):
             trust_remote_code=self.trust_remote_code,
             **engine_options(draft),
         )
-        self.engine = Colocated(self.llm, self.policy, self.enable_sleep_mode)
+        self.engine = Colocated(self.llm, self.policy, self.enable_sleep_mode, self.config.verification)
 
     def policy(self) -> Iterator[tuple[str, Tensor]]:
         """The live policy's weights under vLLM's names, whole one at a time; all ranks walk through them together."""

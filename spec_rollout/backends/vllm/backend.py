@@ -38,8 +38,9 @@ StartEngine = Callable[[Path | None, int], VLLMEngine]
 class VLLMBackend:
     """Speculative rollouts of `model` by vLLM.
 
-    Greedy completions are those without speculation, up to rounding; others have the policy's distribution, by
-    rejection sampling, but are drawn from vLLM's random stream: other tokens with speculation than without.
+    With coupled verification completions are those of plain decoding and of the embedded engine, up to rounding, at
+    any temperature. By rejection sampling, greedy ones are; others have the policy's distribution, but are drawn from
+    vLLM's random stream: other tokens with speculation than without.
 
     Args:
         model: the unwrapped policy; the same object in every step.
@@ -103,8 +104,8 @@ class VLLMBackend:
     ) -> list[Completion]:
         """One completion per prompt entry, in order.
 
-        In the trainer's process the draws follow from `seed`, the weights, the batch and the numbers of guesses; a
-        server has a stream of its own. `max_new_tokens` is a bound per entry. With `collect=False` the rollouts do not
+        Coupled draws follow from `seed` and the weights; by rejection sampling from the batch and the numbers of
+        guesses too, and a server has a stream of its own. `max_new_tokens` is a bound per entry. With `collect=False` the rollouts do not
         count as training's.
         """
         self._step_began = self._step_began or time.perf_counter()
@@ -136,10 +137,9 @@ class VLLMBackend:
                 versions = self.policy_version, self.draft_version
                 self.delivery.push(self.engine, self.learner, versions, self.whole)
                 self._stand_watch()
-                torch.manual_seed(
-                    request_keys(seed, 1)[0][0] & 0x7FFFFFFF
-                )  # the stream that a vLLM in here draws from
-                return self.engine.generate(prompts, params, limits)
+                keys = request_keys(seed, max(len(prompts), 1))
+                torch.manual_seed(keys[0][0] & 0x7FFFFFFF)  # the stream of a vLLM in here that does not go by keys
+                return self.engine.generate(prompts, params, limits, keys[: len(prompts)])
             except EngineRestarted as error:
                 warnings.warn(f"{error} The rollout is drawn again.", RuntimeWarning, stacklevel=4)
         raise ConnectionError(

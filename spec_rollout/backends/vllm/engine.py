@@ -32,9 +32,14 @@ class VLLMEngine(Protocol):
     """Whether a controller may choose before each step; otherwise the schedule is the one vLLM was started with."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, limits: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        limits: Sequence[int] | None = None,
+        keys: Sequence[tuple[int, int]] | None = None,
     ) -> list[Completion]:
-        """One completion per prompt, in order, of at most `limits` tokens each.
+        """One completion per prompt, in order, of at most `limits` tokens each, drawn by the noise of `keys`, or by
+        chance without.
 
         Raises:
             EngineRestarted: nothing was drawn.
@@ -81,16 +86,19 @@ def speculative_config(draft_folder: str | Path, most: int, max_rows: int) -> di
     }
 
 
-def sampling_options(params: SamplingParams, limit: int | None, speculates: bool) -> dict[str, Any]:
-    """`params` in vLLM's words.
+def sampling_options(
+    params: SamplingParams, limit: int | None, speculates: bool, coupled: bool = False
+) -> dict[str, Any]:
+    """`params` in vLLM's words; with `coupled` verification min_p goes another way (`keyed_batch.keyed`).
 
     Raises:
-        ValueError: min_p, which vLLM ignores while it speculates.
+        ValueError: min_p, which vLLM itself refuses while it speculates.
     """
-    if params.min_p and speculates:
+    if params.min_p and speculates and not coupled:
         raise ValueError(
-            f"min_p={params.min_p} cannot be honoured: vLLM ignores it while it speculates. Set min_p to 0, "
-            "num_speculative_tokens to 0, or rollout_backend to 'embedded'."
+            f"min_p={params.min_p} cannot be honoured: vLLM refuses it beside guesses that are judged by rejection "
+            "sampling. Set min_p to 0, num_speculative_tokens to 0, verification to 'coupled', or rollout_backend to "
+            "'embedded'."
         )
     stops = list(params.stop_strings)
     return {
@@ -98,7 +106,7 @@ def sampling_options(params: SamplingParams, limit: int | None, speculates: bool
         "temperature": params.temperature,
         "top_k": params.top_k,
         "top_p": params.top_p,
-        "min_p": params.min_p,
+        "min_p": 0.0 if coupled else params.min_p,
         "repetition_penalty": params.repetition_penalty,
         "stop_token_ids": list(params.eos_token_ids),
         "ignore_eos": not params.eos_token_ids,

@@ -19,6 +19,7 @@ from spec_rollout.backends.vllm.connection import HINT, Connection
 from spec_rollout.backends.vllm.engine import EngineRestarted, PolicyWeights, completion, sampling_options
 from spec_rollout.backends.vllm.handover import Named, hand_over, shapes_of, total_bytes
 from spec_rollout.backends.vllm.intake import MARK, Shapes
+from spec_rollout.backends.vllm.keyed_batch import keyed
 from spec_rollout.backends.vllm.served import refuse_lossy, refuse_other_guesses
 from spec_rollout.backends.vllm.steps import Guesses, step_stats
 from spec_rollout.config import SpecConfig
@@ -63,6 +64,7 @@ class Server(Connection):
         self.controller: Controller | None = None
         self._steps: list[StepStats] = []
         self._held = self.versions()
+        self.verification = config.verification
         self.model = self._request("/v1/models")["data"][0]["id"]
         served = self._request("/server_info?config_format=json")["vllm_config"]
         refuse_lossy(self.url, served)
@@ -70,7 +72,11 @@ class Server(Connection):
         refuse_other_guesses(self.url, served.get("speculative_config") or {}, config)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, limits: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        limits: Sequence[int] | None = None,
+        keys: Sequence[tuple[int, int]] | None = None,
     ) -> list[Completion]:
         before, began = self._counters(), time.perf_counter()
         bounds = list(limits or [params.max_new_tokens] * len(prompts))
@@ -79,7 +85,8 @@ class Server(Connection):
 
         def draw(item: tuple[int, list[int]]) -> None:
             bound, indices = item
-            rows = self._draw([list(prompts[i]) for i in indices], params, bound)
+            own = [keys[i] for i in indices] if keys else []
+            rows = self._draw([list(prompts[i]) for i in indices], params, bound, own)
             drawn.update(zip(indices, rows, strict=True))
 
         with ThreadPoolExecutor(max_workers=max(1, len(groups))) as pool:
@@ -105,6 +112,7 @@ class Server(Connection):
             parts["draft"] = weights, shapes_of(weights)
         announced = json.dumps({part: shapes for part, (_, shapes) in parts.items()})
         self._told("live_begin", mark, announced, str(version), json.dumps(self._held))
+        self.verification = self._call("live_verify", self.verification)[0]
         size = sum(total_bytes(shapes) for _, shapes in parts.values())
         options = {"unit": "B", "unit_scale": True, "leave": False, "disable": not self.shown}
         with tqdm(total=size, desc=f"push {version}", **options) as bar:
@@ -145,8 +153,13 @@ class Server(Connection):
     def sleep(self) -> None:
         """It has its device to itself."""
 
-    def _draw(self, prompts: list[list[int]], params: SamplingParams, bound: int) -> list[Completion]:
-        options = sampling_options(params, bound, self.speculates)
+    def _draw(
+        self, prompts: list[list[int]], params: SamplingParams, bound: int, keys: Sequence[tuple[int, int]] = ()
+    ) -> list[Completion]:
+        coupled = self.verification == "coupled"
+        options = sampling_options(params, bound, self.speculates, coupled)
+        if coupled:
+            options["vllm_xargs"] = keyed(keys, params.min_p)
         body = {"model": self.model, "prompt": prompts, "return_token_ids": True, **options}
         choices = self._request("/v1/completions", body, LONGEST_S)["choices"]
         return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +15,14 @@ from spec_rollout.records import Completion, Controller, SamplingParams, StepSta
 
 TOLD = (RuntimeError, ValueError, OSError)
 """What rank 0 may run into that the other ranks have to know: they would wait for it in vain."""
+
+
+class Asked(NamedTuple):
+    """A rank's rows: as `VLLMEngine.generate` takes them."""
+
+    prompts: list[Sequence[int]]
+    limits: list[int]
+    keys: list[tuple[int, int]]
 
 
 class SharedServer:
@@ -45,21 +53,26 @@ class SharedServer:
         self._heard(start)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, limits: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        limits: Sequence[int] | None = None,
+        keys: Sequence[tuple[int, int]] | None = None,
     ) -> list[Completion]:
         """This rank's completions. A rank may come with no prompts, until all others do."""
-        mine = (list(prompts), list(limits or [params.max_new_tokens] * len(prompts)))
-        everyone: list[Any] | None = [None] * dist.get_world_size() if self.rank == 0 else None
-        dist.gather_object(mine, everyone)
+        mine = Asked(list(prompts), list(limits or [params.max_new_tokens] * len(prompts)), list(keys or []))
+        everyone: list[Asked] = [None] * dist.get_world_size()
+        dist.gather_object(mine, everyone if self.rank == 0 else None)
 
-        def draw() -> tuple[list[Completion], list[StepStats]]:
-            rows = [prompt for own, _ in everyone for prompt in own]
-            if not rows:
-                return [], []
-            drawn = self.server.generate(rows, params, [limit for _, own in everyone for limit in own])
-            return drawn, self.server.take_steps()[0]
+        def draw() -> tuple[list[Completion], list[StepStats], list[int]]:
+            counts = [len(rank.prompts) for rank in everyone]
+            if not any(counts):
+                return [], [], counts
+            prompts, limits, keys = ([x for rank in everyone for x in rank[i]] for i in range(3))
+            drawn = self.server.generate(prompts, params, limits, keys or None)
+            return drawn, self.server.take_steps()[0], counts
 
-        drawn, steps, counts = self._heard(lambda: (*draw(), [len(own) for own, _ in everyone]))
+        drawn, steps, counts = self._heard(draw)
         self.finished = not any(counts)
         self._steps += steps
         if self.controller is not None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from spec_rollout.backends.vllm.coupled import Coupled
 from spec_rollout.backends.vllm.intake import Intake
 
 EXTENSION = "spec_rollout.backends.vllm.worker.LiveWeights"
@@ -35,6 +36,34 @@ class LiveWeights(Intake):
         if draft is not None:
             self._load_draft(dict(draft))
             self.live_draft = int(version)
+
+    def live_verify(self, verification: str | None) -> str:
+        """Judge guesses by `verification`, 'coupled' or 'rejection', from now on; None is the first where this runner
+        was tested with it. Returns the one in force.
+
+        Raises:
+            ValueError: 'coupled' on a runner that it was not tested with.
+        """
+        coupled = getattr(self, "live_coupled", None)
+        if verification == "rejection":
+            if coupled is not None:
+                coupled.remove()
+            self.live_coupled = None
+            return "rejection"
+        if coupled is None:
+            try:
+                coupled = self.live_coupled = Coupled(self.model_runner)
+            except ValueError:
+                if verification is not None:
+                    raise
+                return "rejection"
+            coupled.install()
+        return "coupled"
+
+    def live_near_ties(self) -> int:
+        """Samples so far that rounding might have made others; see `Coupled`."""
+        coupled = getattr(self, "live_coupled", None)
+        return coupled.near_ties if coupled else 0
 
     def live_versions(self) -> list[int]:
         """Versions of the policy and of the draft; 0 for weights that came from the disk at the start."""

@@ -16,6 +16,7 @@ def server():
     """The client of a server that is not there."""
     server = object.__new__(Server)
     server.url, server.timeout, server.model, server.headers = "http://here", 7.0, "policy", {}
+    server.verification = "rejection"
     return server
 
 

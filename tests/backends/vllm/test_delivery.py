@@ -17,7 +17,7 @@ class FakeEngine:
         self.live_schedule, self.sleeps, self.asleep = live_schedule, sleeps, False
         self.held, self.probed, self.pushes, self.steps = [0, 0], {}, 0, []
 
-    def generate(self, prompts, params, limits=None):
+    def generate(self, prompts, params, limits=None, keys=None):
         assert not self.asleep
         rows, gamma = len(prompts), self.controller.choose(len(prompts), 0)
         self.steps.append(StepStats(rows, gamma, 0, rows, [0] * gamma, verify_s=0.001 * (gamma + 1)))
