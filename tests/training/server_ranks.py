@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,7 +15,6 @@ import torch.distributed as dist
 from datasets import Dataset
 from transformers import LlamaForCausalLM
 
-from spec_rollout.backends.vllm.server import Server
 from spec_rollout.draft import refresh, watchman
 from spec_rollout.draft.budget import RefreshBudget
 from spec_rollout.engine.engine import RolloutEngine
@@ -35,7 +33,6 @@ def main(kind: str, folder: Path) -> None:
     refresh.MAX_EPOCHS = 8  # these rollouts are short
     watchman.WATCHED = 10**9
     RefreshBudget.seconds = lambda self, *_: 1e9
-    seed_each_row()
     join(kind)
     report(folder, {"digits": digits_run(kind, folder)})
 
@@ -93,26 +90,6 @@ def watched_pushes(trainer: SpecGRPOTrainer) -> list:
 
     trainer.sampler._make_backend = made
     return held
-
-
-def seed_each_row() -> None:
-    """A server draws from a stream of its own; with a seed for each row, its draws are the same in each run."""
-    draw, calls = Server._draw, []
-
-    def seeded(self, prompts, params, bound):
-        calls.append(None)
-
-        def one(index: int):
-            request, seed = self._request, 1000 * len(calls) + index
-            alone = object.__new__(Server)
-            alone.__dict__ |= self.__dict__
-            alone._request = lambda path, body, *others: request(path, {**body, "seed": seed}, *others)
-            return draw(alone, [prompts[index]], params, bound)[0]
-
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            return list(pool.map(one, range(len(prompts))))
-
-    Server._draw = seeded
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -58,12 +59,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         with claim(weights), TemporaryDirectory(prefix="spec-rollout-") as folder:
             command = serve_command(given, Path(folder, "draft")) + others
             environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", FOLDER: str(weights)}
-            return subprocess.run(command, env=environment, check=False).returncode
+            return _run(command, environment)
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _run(command: Sequence[str], environment: dict[str, str]) -> int:
+    """The exit status of the server, which ends with this process."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    server = subprocess.Popen(command, env=environment)
+    try:
+        return server.wait()
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def refuse_insecure(host: str, others: Sequence[str]) -> None:

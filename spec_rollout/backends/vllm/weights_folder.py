@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import stat
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from spec_rollout.backends.vllm.intake import MARK
 
@@ -23,10 +25,10 @@ def default_folder(port: int) -> Path:
 
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Make `folder` if it is missing, mark it anew and remove what an earlier push has left, now and at the end.
+    """Make `folder`, mark it and remove what an earlier push has left in it; at the end, remove it.
 
     Raises:
-        ValueError: others may write there, or it holds what no server put there.
+        ValueError: others may write there, it holds what no server put there, or another server uses it.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.lstat()
@@ -39,12 +41,27 @@ def claim(folder: Path) -> Iterator[None]:
     foreign = [file.name for file in folder.iterdir() if file.name != MARK and file.suffix != ".safetensors"]
     if foreign or (not (folder / MARK).is_file() and any(folder.iterdir())):
         raise ValueError(f"{folder} holds other files: give --weights a new folder, or an empty one.")
-    _clear(folder)
-    (folder / MARK).write_text(secrets.token_hex(16))
-    try:
-        yield
-    finally:
+    with (folder / MARK).open("a+") as mark:
+        _lock(mark, folder)
         _clear(folder)
+        mark.truncate(0)
+        mark.write(secrets.token_hex(16))
+        mark.flush()
+        try:
+            yield
+        finally:
+            _clear(folder)
+            (folder / MARK).unlink(missing_ok=True)
+            folder.rmdir()
+
+
+def _lock(mark: IO, folder: Path) -> None:
+    try:
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"{folder} belongs to a server that runs: give this one another --port, or --weights."
+        ) from error
 
 
 def _clear(folder: Path) -> None:
