@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from spec_rollout.backends.vllm.colocated import engine_options
 from spec_rollout.backends.vllm.worker import LiveWeights
-from spec_rollout.training import SpecGRPOConfig, SpecRLOOConfig, SpecRLOOTrainer
+from spec_rollout.training import PPOConfig, PPOTrainer, SpecGRPOConfig, SpecRLOOConfig, SpecRLOOTrainer
 from tests.backends.vllm.tiny import SIZES, needs_vllm
 from tests.training.conftest import OPTIONS, Digits
 
@@ -72,6 +72,21 @@ def test_rloo_and_a_measured_schedule(make_vllm_trainer):
     assert logged[-1]["sampling/sampling_logp_difference/max"] < 1e-3
     schedule = trainer.sampler.backend.controller.schedule(8, 64)
     assert schedule[0][0] == 1 and schedule[-1][1] == 8
+
+
+@needs_vllm
+def test_ppo_on_vllm(make_vllm_trainer):
+    given = {"num_generations": 1, "kl_coef": 0.0, "max_steps": 3, "num_iterations": 1}
+    trainer = make_vllm_trainer(PPOTrainer, PPOConfig, max_completion_length=24, **given)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "speculative/goodput" in entry]
+    assert [entry["speculative/draft_version"] for entry in logged] == [1, 2, 3]
+    assert all(entry["sampling/sampling_logp_difference/max"] < 1e-3 for entry in logged)
+    assert all(entry["speculative/draft_healthy"] == 1 for entry in logged)
+    assert logged[-1]["speculative/acceptance_rate"] > 0
+    weights = [name for name, _ in trainer.model.named_parameters() if name.startswith("value_function")]
+    pushed = [name for name, _ in trainer.sampler.backend.engine.policy()]
+    assert weights and len(pushed) == len(list(trainer.model.parameters())) - len(weights)
 
 
 @pytest.mark.parametrize(
