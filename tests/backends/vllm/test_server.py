@@ -1,11 +1,5 @@
 """A real vLLM server: weights that follow, and one that is killed in the middle of a rollout."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -13,35 +7,11 @@ from spec_rollout.backends.vllm.backend import VLLMBackend
 from spec_rollout.backends.vllm.server import Server
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
+from tests.backends.vllm.process import Process
 from tests.backends.vllm.tiny import GREEDY, PROMPTS, ROWS, needs_vllm, save_policy, teach
 from tests.tiny import VOCAB, assert_same, tokenizer
 
 pytestmark = [needs_vllm, pytest.mark.usefixtures("patient_watchman")]
-
-
-class Process:
-    """`spec-rollout serve` on a free port."""
-
-    def __init__(self, policy, log):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        line = f"serve --policy {policy} --max_slots {ROWS} --port {self.port} --dtype float32 --enforce-eager"
-        self.command = [sys.executable, "-m", "spec_rollout.cli", *line.split()]
-        self.log = log
-        self.start()
-
-    def start(self):
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-        environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                self.command, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-
-    def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +21,7 @@ def server(tmp_path_factory):
     model = save_policy(folder / "policy", tie_word_embeddings=True, vocab_size=VOCAB)
     tokenizer().save_pretrained(folder / "policy")
     process = Process(folder / "policy", folder / "log")
-    url = f"http://127.0.0.1:{process.port}"
+    url = process.url
     config = SpecConfig(max_slots=ROWS, num_speculative_tokens=3)
     backend = VLLMBackend(model, config, lambda *_: Server(url, model.named_parameters, config, 120))
     yield process, backend
