@@ -10,7 +10,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from spec_rollout.backends.vllm.backend import VLLMBackend
 from spec_rollout.backends.vllm.colocated import Colocated, engine_options
 from spec_rollout.backends.vllm.engine import VLLMEngine, speculative_config
-from spec_rollout.bench.workload import arithmetic_prompts, hardware, positive, positives, table, write_json
+from spec_rollout.bench.workload import arithmetic_prompts, hardware, positive, positives, write_json
 from spec_rollout.config import VERIFICATIONS, SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.gumbel_max import draw, noise_width
@@ -77,7 +77,9 @@ def same(model, tokenizer, guessing: VLLMBackend, plain: VLLMBackend, tokens: in
     keys = request_keys(SEED, len(prompts))
     expected = plain.generate(prompts, params, seed=SEED)
     ways = {"0": FixedGamma(0), "3": FixedGamma(3), "5": FixedGamma(5), "schedule": None}
-    found = {"embedded": (RolloutEngine(model, SpecConfig(max_slots=WIDEST)).generate(prompts, params, seed=SEED), 1.0)}
+    found = {
+        "embedded": (RolloutEngine(model, SpecConfig(max_slots=WIDEST)).generate(prompts, params, seed=SEED), 1.0)
+    }
     guessing.generate(prompts[:WIDEST], params)  # measures its steps
     for name, controller in ways.items():
         controller, guessing.controller = guessing.controller, controller or guessing.controller
@@ -155,7 +157,7 @@ def timed(engines: dict, tokenizer, size: int, turns: int) -> tuple[dict, dict]:
         order = list(engines) if turn % 2 else list(engines)[::-1]
         for name in order:
             engine, verification = engines[name]
-            engine.verification = engine._call("live_verify", verification)
+            engine.verification = engine._call("live_prepare", verification)
             engine.take_steps()
             began = time.perf_counter()
             drawn = engine.generate(prompts, params, keys=request_keys((turn, size), size))

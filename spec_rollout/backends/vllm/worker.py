@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from spec_rollout.backends.vllm.coupled import Coupled
+from spec_rollout.backends.vllm.lazy_head import LazyHead
+from spec_rollout.backends.vllm.repairs import repack_tied_heads, repair_sampling, stimulus
 
 EXTENSION = "spec_rollout.backends.vllm.worker.LiveWeights"
 
@@ -32,22 +34,25 @@ class LiveWeights:
         Raises:
             RuntimeError: the draft brings an output head while it shares the policy's.
         """
-        _repair_cpu_sampling()
+        repair_sampling(self.model_runner.device)
         if policy is not None:
             self.model_runner.reload_weights(weights_iterator=_pairs(policy))
-            _repack_tied_heads(self.model_runner.get_model())
+            repack_tied_heads(self.model_runner.get_model())
             self.live_policy = int(version)
         if draft is not None:
             self._load_draft(dict(_pairs(draft)))
             self.live_draft = int(version)
 
-    def live_verify(self, verification: str | None) -> str:
-        """Judge guesses by `verification`, 'coupled' or 'rejection', from now on; None is the first where this runner
+    def live_prepare(self, verification: str | None) -> str:
+        """Let the head rest while nothing is guessed, and judge guesses by `verification`, 'coupled' or 'rejection', from now on; None is the first where this runner
         was tested with it. Returns the one in force.
 
         Raises:
             ValueError: 'coupled' on a runner that it was not tested with.
         """
+        if not hasattr(self, "live_head") and LazyHead.fits(self.model_runner):
+            self.live_head = LazyHead(self.model_runner)
+            self.live_head.install()
         coupled = getattr(self, "live_coupled", None)
         if verification == "rejection":
             if coupled is not None:
@@ -139,52 +144,16 @@ def probe(tensors: dict[str, Tensor]) -> dict[str, float]:
     return found
 
 
-def _stimulus(width: int) -> Tensor:
-    return torch.arange(width, dtype=torch.float32).cos()[None]
-
-
 def _mean_response(weight: Tensor) -> float:
-    return nn.functional.linear(_stimulus(weight.shape[1]).to(weight.device), weight).abs().mean().item()
+    return nn.functional.linear(stimulus(weight.shape[1]).to(weight.device), weight).abs().mean().item()
 
 
 def _response(layer: nn.Module, size: int | None = None) -> float:
     """Of the first `size` outputs of a linear layer of vLLM's, or of an output head, by the kernel that serves it."""
     like = next(layer.parameters())
     width = layer.input_size if hasattr(layer, "input_size") else layer.embedding_dim
-    output = layer.quant_method.apply(layer, _stimulus(width).to(device=like.device, dtype=like.dtype))
+    output = layer.quant_method.apply(layer, stimulus(width).to(device=like.device, dtype=like.dtype))
     return output[:, :size].float().abs().mean().item()
-
-
-def _repair_cpu_sampling() -> None:
-    """vLLM 0.31 on a CPU never writes the temperature, top-k and top-p of each guess: it verifies guesses with what
-    happens to lie in memory, and samples do not have the policy's law."""
-    from vllm.platforms import current_platform
-    from vllm.v1.sample import rejection_sampler
-
-    if current_platform.is_cpu():
-        rejection_sampler.expand_batch_to_tokens = _expand
-
-
-def _expand(x: Tensor, ends: Tensor, size: int, replace_from: float = 0, replace_to: float = 0) -> Tensor:
-    """Each row's value of `x` [B] for each of its guesses, [size]; row b's guesses end at ends[b]."""
-    counts = torch.diff(ends, prepend=ends.new_zeros(1))
-    return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=size)
-
-
-def _repack_tied_heads(model: nn.Module) -> None:
-    """On a CPU an output head that is tied to the embedding computes with a packed copy of it, which a reload of the
-    embedding leaves as it was."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import (
-        ParallelLMHead,
-        UnquantizedEmbeddingMethod,
-        VocabParallelEmbedding,
-    )
-
-    heads = [m for m in model.modules() if isinstance(m, ParallelLMHead)]
-    tied = {id(m.weight) for m in model.modules() if isinstance(m, VocabParallelEmbedding) and m not in heads}
-    for head in heads:
-        if id(head.weight) in tied and isinstance(head.quant_method, UnquantizedEmbeddingMethod):
-            head.quant_method.process_weights_after_loading(head)
 
 
 def _pairs(weights: Weights) -> Iterator[tuple[str, Tensor]]:
