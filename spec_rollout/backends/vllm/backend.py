@@ -100,8 +100,8 @@ class VLLMBackend:
         """One completion per prompt entry, in order.
 
         Coupled draws follow from `seed` and the weights; by rejection sampling from the batch and the numbers of
-        guesses too, and a server has a stream of its own. `max_new_tokens` is a bound per entry. With `collect=False` the rollouts do not
-        count as training's.
+        guesses too, and a server has a stream of its own. `max_new_tokens` is a bound per entry. With `collect=False`
+        the rollouts do not count as training's.
         """
         self._step_began = self._step_began or time.perf_counter()
         params = params or SamplingParams()

@@ -178,10 +178,11 @@ def _refuse_untested(runner: Any) -> None:
         ValueError: vLLM runs otherwise than this was tested.
     """
     found = type(runner).__module__
-    remedy = "Set verification='rejection', which is vLLM's own."
+    remedy = "set verification='rejection', which is vLLM's own."
     if found != RUNNER:
         raise ValueError(
-            f"verification='coupled' was tested with vLLM's runner {RUNNER} (a CPU) only, and this is {found}. {remedy}"
+            f"verification='coupled' was tested with vLLM's runner {RUNNER} (a CPU) only, and this is {found}: "
+            f"{remedy}"
         )
     drafter = getattr(runner, "drafter", None)
     for what, there in (
@@ -191,4 +192,4 @@ def _refuse_untested(runner: Any) -> None:
         (f"logprobs_mode={runner.sampler.logprobs_mode}", runner.sampler.logprobs_mode != "processed_logprobs"),
     ):
         if there:
-            raise ValueError(f"verification='coupled' does not go with {what} in vLLM. {remedy}")
+            raise ValueError(f"verification='coupled' does not go with {what} in vLLM: {remedy}")

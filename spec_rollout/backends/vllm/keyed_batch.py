@@ -18,8 +18,8 @@ from spec_rollout.engine.transfers import on_both_sides
 from spec_rollout.records import SamplingParams
 
 KEYS, MIN_P = "spec_rollout_keys", "spec_rollout_min_p"
-"""Entries of a request's `extra_args`: the noise keys of the prompts that were sent with it, two integers for each, and
-min-p, which vLLM itself refuses beside guesses."""
+"""Entries of a request's `extra_args`: the noise keys of the prompts that were sent with it, two integers for each,
+and min-p, which vLLM itself refuses beside guesses."""
 PLACE = re.compile(r"-(\d+)(?:-[0-9a-f]{8})?$")
 """End of the id that vLLM's server gives to each prompt of a request: which one it is, and vLLM's own random part."""
 

@@ -1,8 +1,8 @@
 """A draft head that rests while nothing is guessed, and catches up before it guesses again.
 
-vLLM passes its draft over every new token, so that the draft's keys and values are there if it should guess in the next
-step. Here, in steps without guesses, what that pass would have read is kept, and read in one pass before the next guess.
-A completion that ends meanwhile is never read.
+vLLM passes its draft over every new token, so that the draft's keys and values are there if it should guess in the
+next step. Here, in steps without guesses, what that pass would have read is kept, and read in one pass before the next
+guess. A completion that ends meanwhile is never read.
 """
 
 from __future__ import annotations

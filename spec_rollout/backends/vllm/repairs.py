@@ -10,8 +10,8 @@ CLOSE = 0.004
 
 
 def repair_sampling(device: torch.device) -> None:
-    """vLLM 0.31 and 0.32 on a CPU never write the temperature, top-k and top-p of each guess: by rejection sampling they
-    verify guesses with what happens to lie in memory, and samples do not have the policy's law."""
+    """vLLM 0.31 and 0.32 on a CPU never write the temperature, top-k and top-p of each guess: by rejection sampling
+    they verify guesses with what happens to lie in memory, and samples do not have the policy's law."""
     from vllm.v1.sample import rejection_sampler
 
     if device.type == "cpu" and not _expands(rejection_sampler.expand_batch_to_tokens):

@@ -44,8 +44,8 @@ class LiveWeights:
             self.live_draft = int(version)
 
     def live_prepare(self, verification: str | None) -> str:
-        """Let the head rest while nothing is guessed, and judge guesses by `verification`, 'coupled' or 'rejection', from now on; None is the first where this runner
-        was tested with it. Returns the one in force.
+        """Let the head rest while nothing is guessed, and judge guesses by `verification` from now on: 'coupled',
+        'rejection', or None for the first where this runner was tested with it. Returns what is in force.
 
         Raises:
             ValueError: 'coupled' on a runner that it was not tested with.
