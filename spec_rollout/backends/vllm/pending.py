@@ -57,7 +57,7 @@ class Pending:
         self.counts[: len(features)] += 1
 
     def portions(self, most: int) -> Iterator[np.ndarray]:
-        """Rows with entries, in turns of at most `most` entries together; a row has less."""
+        """Rows with entries, in turns of at most `most` entries together."""
         rows = np.flatnonzero(self.counts)
         turn = np.cumsum(self.counts[rows]) // (most - self.depth)
         for number in np.unique(turn):
@@ -72,4 +72,4 @@ class Pending:
         entry = torch.from_numpy(np.arange(ends[-1]) - np.repeat(ends - counts, counts))
         following, places, slots = self.numbers[row, entry].unbind(1)
         self.counts[rows] = 0
-        return self.features[row, entry], following.contiguous(), places.contiguous(), slots.contiguous(), ends
+        return self.features[row, entry], following.int(), places.contiguous(), slots.contiguous(), ends
