@@ -157,7 +157,7 @@ def timed(engines: dict, tokenizer, size: int, turns: int) -> tuple[dict, dict]:
         order = list(engines) if turn % 2 else list(engines)[::-1]
         for name in order:
             engine, verification = engines[name]
-            engine.verification = engine._call("live_prepare", verification)
+            engine.verification = engine._call("live_verify", verification)
             engine.take_steps()
             began = time.perf_counter()
             drawn = engine.generate(prompts, params, keys=request_keys((turn, size), size))

@@ -75,7 +75,7 @@ class Colocated:
 
     def load(self, draft: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
         self._wake()
-        self.verification = self._call("live_prepare", self.verification)
+        self.verification = self._call("live_verify", self.verification)
         self._call("live_load", self.policy(), draft, version)
         self.llm.reset_prefix_cache()
 

@@ -34,11 +34,6 @@ def _expands(function) -> bool:
     return True
 
 
-def stimulus(width: int) -> Tensor:
-    """A fixed input [1, width] of a linear layer."""
-    return torch.arange(width, dtype=torch.float32).cos()[None]
-
-
 def repack_tied_heads(model: nn.Module) -> None:
     """On a CPU an output head that is tied to the embedding computes with a packed copy of it, which a reload of the
     embedding leaves as it was.
@@ -67,6 +62,6 @@ def repack_tied_heads(model: nn.Module) -> None:
 
 
 def _holds_its_weight(head: nn.Module) -> bool:
-    given = stimulus(head.weight.shape[1]).to(head.weight)
+    given = torch.arange(head.weight.shape[1]).cos()[None].to(head.weight)
     found, own = head.quant_method.apply(head, given).float(), nn.functional.linear(given, head.weight).float()
     return bool((found[:, : own.shape[1]] - own).norm() <= CLOSE * own.norm())

@@ -98,7 +98,7 @@ class Server(Connection):
         with TemporaryDirectory(dir=self.folder) as folder:
             files = [_write(Path(folder, "policy.safetensors"), self.policy())]
             files.append(None if draft is None else _write(Path(folder, "draft.safetensors"), draft))
-            self.verification = self._call("live_prepare", self.verification)
+            self.verification = self._call("live_verify", self.verification)
             self._call("live_load", *files, version, seconds=LONGEST_S)
         self._request("/reset_prefix_cache", {})
         self._held = self.versions()

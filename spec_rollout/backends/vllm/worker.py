@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spec_rollout.backends.vllm.coupled import Coupled
 from spec_rollout.backends.vllm.lazy_head import LazyHead
-from spec_rollout.backends.vllm.repairs import repack_tied_heads, repair_sampling, stimulus
+from spec_rollout.backends.vllm.repairs import repack_tied_heads, repair_sampling
 
 EXTENSION = "spec_rollout.backends.vllm.worker.LiveWeights"
 
@@ -43,7 +43,7 @@ class LiveWeights:
             self._load_draft(dict(_pairs(draft)))
             self.live_draft = int(version)
 
-    def live_prepare(self, verification: str | None) -> str:
+    def live_verify(self, verification: str | None) -> str:
         """Let the head rest while nothing is guessed, and judge guesses by `verification` from now on: 'coupled',
         'rejection', or None for the first where this runner was tested with it. Returns what is in force.
 
@@ -144,15 +144,19 @@ def probe(tensors: dict[str, Tensor]) -> dict[str, float]:
     return found
 
 
+def _stimulus(width: int) -> Tensor:
+    return torch.arange(width, dtype=torch.float32).cos()[None]
+
+
 def _mean_response(weight: Tensor) -> float:
-    return nn.functional.linear(stimulus(weight.shape[1]).to(weight.device), weight).abs().mean().item()
+    return nn.functional.linear(_stimulus(weight.shape[1]).to(weight.device), weight).abs().mean().item()
 
 
 def _response(layer: nn.Module, size: int | None = None) -> float:
     """Of the first `size` outputs of a linear layer of vLLM's, or of an output head, by the kernel that serves it."""
     like = next(layer.parameters())
     width = layer.input_size if hasattr(layer, "input_size") else layer.embedding_dim
-    output = layer.quant_method.apply(layer, stimulus(width).to(device=like.device, dtype=like.dtype))
+    output = layer.quant_method.apply(layer, _stimulus(width).to(device=like.device, dtype=like.dtype))
     return output[:, :size].float().abs().mean().item()
 
 

@@ -151,11 +151,11 @@ def test_another_runner_is_refused_or_keeps_its_own_verification(backend, draw, 
 
     with pytest.raises(ValueError, match=r"'coupled' was tested with .*cpu_model_runner.*verification='rejection'"):
         Coupled(object())
-    backend.engine._call("live_prepare", "rejection")
+    backend.engine._call("live_verify", "rejection")
     monkeypatch.setattr("spec_rollout.backends.vllm.coupled.RUNNER", "another")
-    assert backend.engine._call("live_prepare", None) == "rejection"
+    assert backend.engine._call("live_verify", None) == "rejection"
     with pytest.raises(ValueError, match="'coupled' was tested"):
-        backend.engine._call("live_prepare", "coupled")
+        backend.engine._call("live_verify", "coupled")
 
 
 def test_a_head_that_rested_guesses_as_one_that_read_every_token(backend, draw, monkeypatch):

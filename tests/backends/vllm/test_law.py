@@ -60,12 +60,12 @@ def guessing(backend):
 
 @pytest.mark.parametrize("verification", VERIFICATIONS)
 def test_the_law_is_the_policys(guessing, verification, monkeypatch):
-    guessing.engine._call("live_prepare", verification)
+    guessing.engine._call("live_verify", verification)
     monkeypatch.setattr(guessing.engine, "verification", verification)
     expected = law(guessing.model, 1.0)
     assert len(expected) > 30
     assert p_value(guessing, expected, seed=1) > FALSE_ALARM
-    guessing.engine._call("live_prepare", "rejection")
+    guessing.engine._call("live_verify", "rejection")
 
 
 def test_another_temperature_is_seen(guessing):
