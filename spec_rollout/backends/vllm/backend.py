@@ -112,6 +112,7 @@ class VLLMBackend:
         steps, prefill_s = self.engine.take_steps()
         self.stats.steps += steps
         self.stats.prefill_s += prefill_s
+        self.stats.near_ties += self.engine.near_ties()
         if collect and self.learner is not None:
             self.learner.temperature = max(params.temperature, COLDEST)
             self._trace += steps

@@ -27,7 +27,8 @@ class Coupled:
     """Samples, verifies and guesses for `runner`.
 
     Attributes:
-        near_ties: samples that a pass of another shape might have drawn otherwise; 0 unless vLLM computes in float32.
+        near_ties: samples that a pass of another shape might have drawn otherwise; 0 unless vLLM computes in float32
+            (in fewer digits there are too many).
 
     Raises:
         ValueError: another runner than the one that this was tested with, or one that is driven otherwise.

@@ -54,6 +54,9 @@ class VLLMEngine(Protocol):
     def draft_probe(self) -> dict[str, float]:
         """The draft's response; see `worker.probe`."""
 
+    def near_ties(self) -> int:
+        """Samples since the last call that rounding might have made others; 0 unless coupled and in float32."""
+
     def control(self, controller: Controller) -> None:
         """Let `controller` see the steps from now on, and choose where `live_schedule` is true."""
 

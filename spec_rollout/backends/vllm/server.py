@@ -114,6 +114,9 @@ class Server(Connection):
     def draft_probe(self) -> dict[str, float]:
         return self._call("live_probe")
 
+    def near_ties(self) -> int:
+        return int(self._call("live_near_ties"))
+
     def control(self, controller: Controller) -> None:
         self.controller = controller
 

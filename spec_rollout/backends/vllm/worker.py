@@ -70,9 +70,12 @@ class LiveWeights:
         return "coupled"
 
     def live_near_ties(self) -> int:
-        """Samples so far that rounding might have made others; see `Coupled`."""
+        """Samples since the last call that rounding might have made others; see `Coupled`."""
         coupled = getattr(self, "live_coupled", None)
-        return coupled.near_ties if coupled else 0
+        if coupled is None:
+            return 0
+        found, coupled.near_ties = coupled.near_ties, 0
+        return found
 
     def live_versions(self) -> list[int]:
         """Versions of the policy and of the draft; 0 for weights that came from the disk at the start."""

@@ -34,6 +34,9 @@ class FakeEngine:
     def draft_probe(self):
         return self.probed
 
+    def near_ties(self):
+        return 0
+
     def control(self, controller):
         self.controller = controller
 
