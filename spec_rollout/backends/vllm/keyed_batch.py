@@ -34,7 +34,7 @@ class KeyedBatch:
 
     Attributes:
         groups: for each way to sample that occurs, its rows [N]; None where all rows share one.
-        temperature: what the draft divides its scores by, [B, 1] float32.
+        temperature: what the draft divides its scores by, [B, 1] float32; None where that is 1 for all.
         greedy: rows without noise, [B] bool; None where there are none, or no others.
         plain: whether no request asks for a penalty, or for anything else that vLLM applies before the temperature.
     """
@@ -47,20 +47,21 @@ class KeyedBatch:
         self.key = torch.zeros(slots, 2, dtype=torch.int32, device=device)
         self.window: NoiseWindow | None = None
         self.groups: list[tuple[Processor, Tensor | None]] = []
-        self.temperature = torch.ones(0, 1, device=device)
+        self.temperature: Tensor | None = None
         self.greedy: Tensor | None = None
+        self.all_greedy = True
         self.plain = True
         self._ids: list[str] = []
+        self._taken: Tensor | None = None
+        """The noise that was asked for last, for this batch."""
+        self._from = np.zeros(0, dtype=np.int64)
         self._processors: dict[str, Processor] = {}
-
-    @property
-    def all_greedy(self) -> bool:
-        return all(processor.params.greedy for processor, _ in self.groups)
 
     def follow(self, ids: Sequence[str], requests: Mapping[str, Any]) -> None:
         """The batch now consists of `ids`, in this order; `requests` are vLLM's records of them."""
         if ids == self._ids:
             return
+        self._taken = None
         before = {name: row for row, name in enumerate(self._ids)}
         source = on_both_sides([before[name] for name in ids if name in before], self.device)
         target = on_both_sides([row for row, name in enumerate(ids) if name in before], self.device)
@@ -78,10 +79,13 @@ class KeyedBatch:
         """Noise [B, width, N] of the completion tokens `progress` [B] and the next ones; None if all are greedy."""
         if self.all_greedy:
             return None
+        if self._taken is not None and width <= self._taken.shape[1] and np.array_equal(progress, self._from):
+            return self._taken[:, :width]  # what was guessed by
         # The rest of a prompt is sampled from as well, and what comes of it thrown away.
         self.lengths[: self.count] = np.maximum(progress, 0) - 1
         self.window = self.window or NoiseWindow(self, noise_width(vocab_size))
-        return self.window.take(self, width)
+        self._taken, self._from = self.window.take(self, width), progress
+        return self._taken
 
     def progress(self) -> Tensor:
         """Index [B] of the completion token that each row samples next."""
@@ -108,8 +112,10 @@ class KeyedBatch:
             (found[places[0]], None if single else torch.tensor(places, device=self.device))
             for places in rows.values()
         ]
-        self.temperature = torch.tensor([[p.temperature] for p in found], device=self.device)
+        ones = all(p.temperature == 1 for p in found)
+        self.temperature = None if ones else torch.tensor([[p.temperature] for p in found], device=self.device)
         greedy = [p.params.greedy for p in found]
+        self.all_greedy = all(greedy)
         self.greedy = torch.tensor(greedy, device=self.device) if any(greedy) and not all(greedy) else None
         self.plain = all(map(_plain, given))
 
