@@ -65,6 +65,8 @@ class VLLMBackend:
         self._watched = 0
         self._trace: list[StepStats] = []
         self._step_began: float | None = None
+        self._told = False
+        """Whether a verification that was not asked for was told."""
         self.delivery = Delivery()
         if fixed != 0:
             refuse_recurrent(model)
@@ -131,6 +133,7 @@ class VLLMBackend:
         for _ in range(MOST_RESTARTS):
             try:
                 self.delivery.push(self.engine, self.learner, (self.policy_version, self.draft_version))
+                self._tell_verification()
                 self._stand_watch()
                 keys = request_keys(seed, max(len(prompts), 1))
                 torch.manual_seed(keys[0][0] & 0x7FFFFFFF)  # the stream of a vLLM in here that does not go by keys
@@ -140,6 +143,17 @@ class VLLMBackend:
         raise ConnectionError(
             f"vLLM was restarted in each of {MOST_RESTARTS} attempts at one rollout: see its own log."
         )
+
+    def _tell_verification(self) -> None:
+        if self.config.verification is None and self.engine.verification == "rejection" and not self._told:
+            self._told = True
+            warnings.warn(
+                "Coupled verification was not tested with this vLLM's runner, so guesses are judged by rejection "
+                "sampling: the same law, but other tokens with guesses than without. verification='rejection' says "
+                "that this is meant.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     @contextmanager
     def listen(self, ids: Tensor, mask: Tensor, prompts: Sequence[int]) -> Iterator[None]:

@@ -30,6 +30,8 @@ class VLLMEngine(Protocol):
 
     live_schedule: bool
     """Whether a controller may choose before each step; otherwise the schedule is the one vLLM was started with."""
+    verification: str | None
+    """How guesses are judged: before the first push what is asked for, as in `SpecConfig`, then what is in force."""
 
     def generate(
         self,
