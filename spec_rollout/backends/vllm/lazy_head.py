@@ -63,18 +63,17 @@ class LazyHead:
         if scheduler_output.num_spec_tokens_to_schedule or metadata is not None:
             self.catch_up(attention)
             return self.propose(*given, slot_mappings)
-        tokens = np.diff(attention.query_start_loc_cpu.numpy()[: rows + 1])
-        reads = (tokens > 1) | (batch.num_computed_tokens_cpu[:rows] < batch.num_prompt_tokens[:rows])
-        if reads.any():
+        reads = batch.num_computed_tokens_cpu[:rows] < batch.num_prompt_tokens[:rows]
+        if attention.max_query_len > 1 or reads.any():
             # A prompt's keys and values serve others with the same beginning.
             return self.propose(*given, slot_mappings)
-        self._keep(torch.cat([layer[:rows] for layer in features], -1), sampled, attention)
+        self._keep(features, sampled, attention)
         self.drafter.num_speculative_tokens = 0
         return sampled.new_empty(rows, 0, dtype=torch.int64)
 
     def catch_up(self, attention: Any) -> None:
         """Let the head read what it has not; `attention` is vLLM's record of the batch."""
-        if self.pending is None or not self.pending.counts.any():
+        if self.pending is None or self.pending.empty:
             return
         for rows in self.pending.portions(self.drafter.max_num_tokens):
             features, following, places, slots, ends = self.pending.take(rows)
@@ -105,14 +104,18 @@ class LazyHead:
                 sampling_metadata=self.runner.input_batch.sampling_metadata,
             )
 
-    def _keep(self, features: Tensor, sampled: Tensor, attention: Any) -> None:
+    def _keep(self, features: list[Tensor], sampled: Tensor, attention: Any) -> None:
         batch = self.runner.input_batch
         if self.pending is None:
-            slots = self.runner.max_num_reqs
-            depth = min(KEPT_BYTES // (slots * features[0].nbytes), self.drafter.max_num_tokens // 2, LONGEST)
-            self.pending = Pending(slots, max(depth, 1), features[0])
+            slots, width = self.runner.max_num_reqs, sum(layer.shape[1] for layer in features)
+            depth = min(
+                KEPT_BYTES // (slots * width * features[0].itemsize), self.drafter.max_num_tokens // 2, LONGEST
+            )
+            self.pending = Pending(slots, max(depth, 1), features[0].new_empty(width))
             self.pending.follow(batch.req_ids)
         if self.pending.full:
             self.catch_up(attention)
-        places = self.runner.positions[: len(features)]
-        self.pending.keep(features, sampled[:, 0], places, attention.slot_mapping[: len(features)])
+        rows = batch.num_reqs
+        # vLLM uses the memory of the last two again in its next step.
+        places, slots = self.runner.positions[:rows].clone(), attention.slot_mapping[:rows].clone()
+        self.pending.keep([layer[:rows] for layer in features], sampled[:, 0], places, slots)

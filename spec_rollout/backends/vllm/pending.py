@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 class Pending:
-    """Of row b the first `counts[b]` entries are of tokens that the head has not read, at most `depth`.
+    """Of row b the first `counts[b]` entries are of tokens that the head has not read, at most `depth`; and those of
+    the latest steps, one for each row, until the batch changes.
 
     Args:
         slots: rows.
@@ -26,42 +27,47 @@ class Pending:
         self.numbers = torch.empty(slots, self.depth, 3, dtype=torch.int64, device=like.device)
         """The token behind it, its position, and where in vLLM's cache its keys and values belong."""
         self._ids: list[str] = []
+        self._steps: list[tuple[Sequence[Tensor], Tensor, Tensor, Tensor]] = []
+        self._most = 0
+        """Entries of the fullest row."""
 
     @property
     def full(self) -> bool:
         """Whether a row has no room for one more."""
-        return bool((self.counts == self.depth).any())
+        return self._most + len(self._steps) >= self.depth
+
+    @property
+    def empty(self) -> bool:
+        return not (self._most or self._steps)
 
     def follow(self, ids: Sequence[str]) -> None:
         """The batch now consists of the requests `ids`, in this order; what is kept of others is dropped."""
         if ids == self._ids:
             return
+        self._sort_in()
         before = {name: row for row, name in enumerate(self._ids)}
-        moves = [(before[name], row) for row, name in enumerate(ids) if before.get(name, row) != row]
+        source = [before[name] for name in ids if name in before]
+        target = [row for row, name in enumerate(ids) if name in before]
         counts = np.zeros_like(self.counts)
-        stays = [(before[name], row) for row, name in enumerate(ids) if name in before]
-        if stays:
-            source, target = map(list, zip(*stays, strict=True))
-            counts[target] = self.counts[source]
-        if moves and counts.any():
-            source, target = map(list, zip(*moves, strict=True))
-            self.features[target], self.numbers[target] = self.features[source], self.numbers[source]
-        self.counts, self._ids = counts, list(ids)
+        counts[target] = self.counts[source]
+        moved = [(a, b) for a, b in zip(source, target, strict=True) if a != b and counts[b]]
+        if moved:
+            old, new = map(list, zip(*moved, strict=True))
+            self.features[new], self.numbers[new] = self.features[old], self.numbers[old]
+        self.counts, self._ids, self._most = counts, list(ids), int(counts.max())
 
-    def keep(self, features: Tensor, following: Tensor, places: Tensor, slots: Tensor) -> None:
-        """One more entry for each row: features [B, F], the rest [B]."""
-        rows = torch.arange(len(features), device=features.device)
-        entry = torch.from_numpy(self.counts[: len(features)]).to(features.device)
-        self.features[rows, entry] = features
-        self.numbers[rows, entry] = torch.stack([following.long(), places.long(), slots.long()], 1)
-        self.counts[: len(features)] += 1
+    def keep(self, features: Sequence[Tensor], following: Tensor, places: Tensor, slots: Tensor) -> None:
+        """One more entry for each row: features [B, ...] in pieces, the rest [B]. All stay as they are."""
+        self._steps.append((features, following, places, slots))
 
     def portions(self, most: int) -> Iterator[np.ndarray]:
         """Rows with entries, in turns of at most `most` entries together."""
+        self._sort_in()
         rows = np.flatnonzero(self.counts)
         turn = np.cumsum(self.counts[rows]) // (most - self.depth)
         for number in np.unique(turn):
             yield rows[turn == number]
+        self._most = 0
 
     def take(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, np.ndarray]:
         """Features [N, F] of all entries of `rows`, row after row; the tokens behind them, positions and places in the
@@ -73,3 +79,17 @@ class Pending:
         following, places, slots = self.numbers[row, entry].unbind(1)
         self.counts[rows] = 0
         return self.features[row, entry], following.int(), places.contiguous(), slots.contiguous(), ends
+
+    def _sort_in(self) -> None:
+        """Put the latest steps behind what the rows have."""
+        if not self._steps:
+            return
+        features, *others = zip(*self._steps, strict=True)
+        numbers = torch.stack([torch.stack(part).long() for part in others], 2)  # [T, B, 3]
+        steps, rows = numbers.shape[:2]
+        row = torch.arange(rows)
+        entry = torch.from_numpy(self.counts[:rows]) + torch.arange(steps)[:, None]
+        self.features[row, entry] = torch.cat([torch.stack(part) for part in zip(*features, strict=True)], 2)
+        self.numbers[row, entry] = numbers
+        self.counts[:rows] += steps
+        self._most, self._steps = int(self.counts.max()), []
