@@ -20,6 +20,8 @@ from spec_rollout.records import SamplingParams
 KEYS, MIN_P = "spec_rollout_keys", "spec_rollout_min_p"
 """Entries of a request's `extra_args`: the noise keys of the prompts that were sent with it, two integers for each,
 and min-p, which vLLM itself refuses beside guesses."""
+STEPS = 8
+"""Positions for which noise is looked up at once while nothing is guessed, and all rows go on by one."""
 PLACE = re.compile(r"-(\d+)(?:-[0-9a-f]{8})?$")
 """End of the id that vLLM's server gives to each prompt of a request: which one it is, and vLLM's own random part."""
 
@@ -79,13 +81,16 @@ class KeyedBatch:
         """Noise [B, width, N] of the completion tokens `progress` [B] and the next ones; None if all are greedy."""
         if self.all_greedy:
             return None
-        if self._taken is not None and width <= self._taken.shape[1] and np.array_equal(progress, self._from):
-            return self._taken[:, :width]  # what was guessed by
+        if self._taken is not None:  # often that of what was guessed, or of the step before
+            offset = progress - self._from
+            begin = int(offset[0])
+            if 0 <= begin <= self._taken.shape[1] - width and (offset == begin).all():
+                return self._taken[:, begin : begin + width]
         # The rest of a prompt is sampled from as well, and what comes of it thrown away.
         self.lengths[: self.count] = np.maximum(progress, 0) - 1
         self.window = self.window or NoiseWindow(self, noise_width(vocab_size))
-        self._taken, self._from = self.window.take(self, width), progress
-        return self._taken
+        self._taken, self._from = self.window.take(self, width if width > 1 else STEPS), progress
+        return self._taken[:, :width]
 
     def progress(self) -> Tensor:
         """Index [B] of the completion token that each row samples next."""
