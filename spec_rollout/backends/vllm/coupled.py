@@ -88,15 +88,16 @@ class Coupled:
         noise = self.batch.noise(first, width, self._vocab_size)
         lanes = None if noise is None else _listed(noise, places)
         drawn = self._draw(self._constrained(logits, metadata), lanes, guesses + 1)
-        grid = _gridded(drawn.samples, places, rows, width)
-        kept = _kept(grid, guesses, metadata)
+        grid, close, emitted = _gridded(drawn.samples, places, rows, width), drawn.close, 1
+        logprobs, self._guessed = self._logprobs(drawn, grid, places), 0
+        if metadata is not None:
+            kept = _kept(grid, guesses, metadata.draft_token_ids.long())
+            close, emitted = close & _listed(kept, places), kept.sum(1).numpy()
+            grid = grid.masked_fill(~kept, NOTHING)
+        self._next = first + emitted
         if self._bound:
-            self.near_ties += int((drawn.close & _listed(kept, places)).sum())
-        self._next, self._guessed = first + kept.sum(1).numpy(), 0
-        return SamplerOutput(
-            sampled_token_ids=grid.masked_fill(~kept, NOTHING).int(),
-            logprobs_tensors=self._logprobs(drawn, grid, places),
-        )
+            self.near_ties += int(close.sum())
+        return SamplerOutput(sampled_token_ids=grid.int(), logprobs_tensors=logprobs)
 
     def guess(self, hidden: Tensor, sampling: Any) -> tuple[Tensor, None]:
         """vLLM's `_sample_draft_tokens`: the next guess [B] int64 of each row, from the draft's `hidden` [B, H]."""
@@ -201,13 +202,13 @@ def _gridded(values: Tensor, places: Tensor | None, rows: int, width: int) -> Te
     return values.new_full((rows * width,), NOTHING).index_put_((places,), values).view(rows, width)
 
 
-def _kept(grid: Tensor, guesses: np.ndarray, metadata: Any) -> Tensor:
-    """Which of the samples `grid` [B, γ + 1] are emitted, bool: those behind nothing but true guesses."""
+def _kept(grid: Tensor, guesses: np.ndarray, guessed: Tensor) -> Tensor:
+    """Which of the samples `grid` [B, γ + 1] are emitted, bool: those behind nothing but true guesses, of which row b
+    has guesses[b], one row's behind the other's in `guessed`."""
     rows, width = grid.shape
     kept = torch.ones(rows, width, dtype=torch.bool)
-    if metadata is not None:
-        guessed = _gridded(metadata.draft_token_ids.long(), _places(guesses, width - 1), rows, width - 1)
-        kept[:, 1:] = (guessed == grid[:, :-1]).cumprod(1)
+    there = _gridded(guessed, _places(guesses, width - 1), rows, width - 1)
+    kept[:, 1:] = (there == grid[:, :-1]).cumprod(1)
     return kept
 
 

@@ -32,8 +32,6 @@ FUNCTIONS = {
     f"{RUNNER}.get_draft_model": "",
     "vllm.model_executor.model_loader.reload.initialize_layerwise_reload": "model",
     "vllm.model_executor.model_loader.reload.finalize_layerwise_reload": "args kwargs",
-    # repairs.py
-    "vllm.v1.sample.rejection_sampler.expand_batch_to_tokens": "x cu_num_tokens num_tokens replace_from replace_to",
 }
 FIELDS = {
     "vllm.v1.outputs.SamplerOutput": {"sampled_token_ids", "logprobs_tensors"},
@@ -76,6 +74,11 @@ def found(path):
 @pytest.mark.parametrize("path", FUNCTIONS)
 def test_a_function_takes_what_it_is_given(path):
     assert [name for name in inspect.signature(found(path)).parameters if name != "self"] == FUNCTIONS[path].split()
+
+
+def test_a_guesss_parameters_come_from_the_function_that_is_replaced():
+    source = inspect.getsource(found("vllm.v1.sample.rejection_sampler.apply_sampling_constraints"))
+    assert source.count("= expand_batch_to_tokens(") == 3
 
 
 @pytest.mark.parametrize("path", FIELDS)
