@@ -80,6 +80,7 @@ class Coupled:
         runner, given = self.runner, self.runner.input_batch
         rows, self._vocab_size = given.num_reqs, logits.shape[-1]
         self.batch.follow(given.req_ids, runner.requests)
+        metadata = metadata if guessed_any(metadata) else None
         guesses = np.array([0] * rows if metadata is None else metadata.num_draft_tokens)
         scheduled = np.diff(runner.query_start_loc.np[: rows + 1])
         first = given.num_computed_tokens_cpu[:rows] + scheduled - guesses - given.num_prompt_tokens[:rows]
@@ -181,6 +182,11 @@ class Coupled:
         line = torch.zeros(grid.numel(), dtype=torch.int64)
         line[places] = torch.arange(len(places))
         return LogprobsTensors(*(part[line] for part in table[:3]))
+
+
+def guessed_any(metadata: Any) -> bool:
+    """Whether any row of a step had guesses to verify; from 0.32 on vLLM keeps a record of them in any case."""
+    return metadata is not None and metadata.max_spec_len > 0
 
 
 def _places(counts: np.ndarray, width: int) -> Tensor | None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spec_rollout.backends.vllm.coupled import RUNNER
+from spec_rollout.backends.vllm.coupled import RUNNER, guessed_any
 from spec_rollout.backends.vllm.pending import Pending
 
 KEPT_BYTES = 2**27
@@ -60,7 +60,7 @@ class LazyHead:
         batch, rows = self.runner.input_batch, self.runner.input_batch.num_reqs
         if self.pending is not None:
             self.pending.follow(batch.req_ids)
-        if scheduler_output.num_spec_tokens_to_schedule or metadata is not None:
+        if scheduler_output.num_spec_tokens_to_schedule or guessed_any(metadata):
             self.catch_up(attention)
             return self.propose(*given, slot_mappings)
         reads = batch.num_computed_tokens_cpu[:rows] < batch.num_prompt_tokens[:rows]

@@ -36,7 +36,7 @@ FUNCTIONS = {
 FIELDS = {
     "vllm.v1.outputs.SamplerOutput": {"sampled_token_ids", "logprobs_tensors"},
     "vllm.v1.spec_decode.metadata.SpecDecodeMetadata": {
-        *("draft_token_ids", "num_draft_tokens", "target_logits_indices", "bonus_logits_indices"),
+        *("draft_token_ids", "num_draft_tokens", "target_logits_indices", "bonus_logits_indices"),  # and max_spec_len
     },
     "vllm.v1.sample.metadata.SamplingMetadata": {"max_num_logprobs"},
     "vllm.v1.attention.backend.CommonAttentionMetadata": {
