@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ from spec_rollout.records import Completion, SamplingParams
 
 MOST, WIDEST = 5, 32
 SEED = (24, 6)
+TOKENS = 256
+"""Of each row, where time is taken."""
 
 
 def main() -> None:
@@ -80,13 +83,14 @@ def same(model, tokenizer, guessing: VLLMBackend, plain: VLLMBackend, tokens: in
     found = {
         "embedded": (RolloutEngine(model, SpecConfig(max_slots=WIDEST)).generate(prompts, params, seed=SEED), 1.0)
     }
+    counted: dict[str, int] = {}
     guessing.generate(prompts[:WIDEST], params)  # measures its steps
     for name, controller in ways.items():
         controller, guessing.controller = guessing.controller, controller or guessing.controller
         guessing._watchman = None
         guessing.take_stats()
-        drawn = guessing.generate(prompts, params, seed=SEED)
-        found[name] = drawn, guessing.take_stats().mean_acceptance_length
+        drawn, stats = guessing.generate(prompts, params, seed=SEED), guessing.take_stats()
+        found[name], counted[name] = (drawn, stats.mean_acceptance_length), stats.near_ties
         guessing.controller = controller
     guessing.controller, guessing._watchman = FixedGamma(3), None
     guessing._stand_watch()
@@ -103,12 +107,11 @@ def same(model, tokenizer, guessing: VLLMBackend, plain: VLLMBackend, tokens: in
                 "completions": len(drawn),
                 "different": len(different),
                 "near_ties_of_the_first_50": sum(judged),
+                "near_ties_drawn": counted.get(name),
                 "acceptance_length": length,
             }
         )
         print(rows[-1], file=sys.stderr)
-    rows.append({"near_ties_counted": guessing.engine.near_ties()})
-    print(rows[-1], file=sys.stderr)
     return rows
 
 
@@ -124,12 +127,17 @@ def near_tie(model, prompt: list[int], key: tuple[int, int], one: Completion, ot
 def cost(tokenizer, guessing: VLLMBackend, given: argparse.Namespace) -> list[dict]:
     """Tokens per second of the two verifications, in turns."""
     guessing.generate(arithmetic_prompts(tokenizer, 1), SamplingParams(max_new_tokens=8))
+
+    def judge(verification: str) -> VLLMEngine:
+        guessing.engine.verification = guessing.engine._call("live_verify", verification)
+        return guessing.engine
+
     rows = []
     for size in given.batch_sizes:
         for gamma in (3, 0):
             guessing.engine.control(FixedGamma(gamma))
-            speeds, lengths = timed({v: (guessing.engine, v) for v in VERIFICATIONS}, tokenizer, size, given.turns)
-            rows.append({"batch_size": size, "guesses": gamma, **speeds, "acceptance_length": lengths})
+            found = timed({v: partial(judge, v) for v in VERIFICATIONS}, tokenizer, size, given.turns)
+            rows.append({"batch_size": size, "guesses": gamma, **found})
             print(rows[-1], file=sys.stderr)
     return rows
 
@@ -139,25 +147,34 @@ def idle(tokenizer, guessing: VLLMBackend, plain: VLLMBackend, given: argparse.N
     for backend in (guessing, plain):
         backend.generate(arithmetic_prompts(tokenizer, 1), SamplingParams(max_new_tokens=8))
         backend.engine.control(FixedGamma(0))
-    engines = {"head, no guesses": (guessing.engine, "coupled"), "no head": (plain.engine, "coupled")}
+    worker = guessing.engine.llm.llm_engine.model_executor.driver_worker.worker
+
+    def head(propose: Callable) -> VLLMEngine:
+        worker.model_runner.propose_draft_token_ids = propose
+        return guessing.engine
+
+    engines = {
+        "head that reads every token": partial(head, worker.live_head.propose),
+        "head that rests": partial(head, worker.live_head.guess),
+        "no head": lambda: plain.engine,
+    }
     rows = []
     for size in given.batch_sizes:
-        rows.append({"batch_size": size, **timed(engines, tokenizer, size, given.turns)[0]})
+        rows.append({"batch_size": size, **timed(engines, tokenizer, size, given.turns)})
         print(rows[-1], file=sys.stderr)
     return rows
 
 
-def timed(engines: dict, tokenizer, size: int, turns: int) -> tuple[dict, dict]:
-    """Medians over the turns, of the ratios too; the first turn warms up."""
-    params = SamplingParams(max_new_tokens=max(64, 256 // size))
+def timed(engines: dict[str, Callable[[], VLLMEngine]], tokenizer, size: int, turns: int) -> dict:
+    """Medians over the turns: tokens per second, their ratios to those of the last engine, and acceptance lengths; the
+    first turn warms up."""
+    params = SamplingParams(max_new_tokens=TOKENS)
     prompts = arithmetic_prompts(tokenizer, size)
     speeds: dict[str, list[float]] = {name: [] for name in engines}
     lengths: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(turns + 1):
-        order = list(engines) if turn % 2 else list(engines)[::-1]
-        for name in order:
-            engine, verification = engines[name]
-            engine.verification = engine._call("live_verify", verification)
+        for name in list(engines)[:: -1 if turn % 2 else 1]:
+            engine = engines[name]()
             engine.take_steps()
             began = time.perf_counter()
             drawn = engine.generate(prompts, params, keys=request_keys((turn, size), size))
@@ -165,10 +182,12 @@ def timed(engines: dict, tokenizer, size: int, turns: int) -> tuple[dict, dict]:
             if turn:
                 speeds[name].append(sum(len(c.token_ids) for c in drawn) / seconds)
                 lengths[name].append(acceptance_length(engine))
-    first, second = speeds.values()
-    figures = {name: round(statistics.median(found), 1) for name, found in speeds.items()}
-    figures["ratio"] = round(statistics.median(a / b for a, b in zip(first, second, strict=True)), 3)
-    return figures, {name: round(statistics.median(found), 3) for name, found in lengths.items()}
+    last = list(speeds.values())[-1]
+    ratios = {name: [a / b for a, b in zip(found, last, strict=True)] for name, found in speeds.items()}
+    return {
+        kind: {name: round(statistics.median(found), 3) for name, found in figures.items()}
+        for kind, figures in (("tokens_per_s", speeds), ("ratio", ratios), ("acceptance_length", lengths))
+    }
 
 
 def acceptance_length(engine: VLLMEngine) -> float:

@@ -70,8 +70,8 @@ class SpecConfig:
         default=None,
         metadata={
             "help": "How guesses are judged: `coupled` compares them with the target's own samples, the same at any "
-            "number of guesses; `rejection` is classical rejection sampling, lossless in law only. `None` is `coupled` "
-            "wherever that was tested: in the embedded engine, and in vLLM on a CPU.",
+            "number of guesses; `rejection` is classical rejection sampling, lossless in law only. `None` is "
+            "`coupled` wherever that was tested: in the embedded engine, and in vLLM on a CPU.",
             "choices": VERIFICATIONS,
         },
     )

@@ -90,6 +90,11 @@ class SpeculativeRollouts:
             self._turns.append((prompt_ids, completions))
         return completions
 
+    def _settle(self) -> None:
+        """This rank has no more turns in its tool loop; others that share an engine with it may have."""
+        while not getattr(getattr(self.sampler.backend, "engine", None), "finished", True):
+            self.sampler.sample(self, [], None, {}, clip=True)
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         return super()._calculate_rewards(inputs, prompts, completions, plain(completion_ids_list))
 

@@ -109,12 +109,6 @@ class TrainerSampler:
         self._seconds += time.perf_counter() - began
         return completions
 
-    def settle(self, trainer: Trainer) -> None:
-        """This rank has no more turns in its tool loop; others that share an engine with it may have."""
-        engine = getattr(self.backend, "engine", None)
-        while not getattr(engine, "finished", True):
-            self.sample(trainer, [], None, {}, clip=True)
-
     @contextmanager
     def listening(self, ids: Tensor, mask: Tensor, width: int) -> Iterator[None]:
         """Within it the policy reads `ids` [N, T], whose last `width` columns are completions, with `mask` [N, T]; the

@@ -16,7 +16,7 @@ from spec_rollout.backends.embedded import COLDEST
 from spec_rollout.backends.vllm.calibration import measured_cost
 from spec_rollout.backends.vllm.delivery import Delivery, Whole
 from spec_rollout.backends.vllm.draft import refuse_recurrent, save_start, start_vocabulary
-from spec_rollout.backends.vllm.engine import EngineRestarted, VLLMEngine
+from spec_rollout.backends.vllm.engine import UNTESTED, EngineRestarted, VLLMEngine
 from spec_rollout.backends.vllm.steps import Plain
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.learner import DraftLearner
@@ -69,6 +69,8 @@ class VLLMBackend:
         self._watched = 0
         self._trace: list[StepStats] = []
         self._step_began: float | None = None
+        self._told = False
+        """Whether a verification that was not asked for was told."""
         self.delivery = Delivery()
         if fixed != 0:
             refuse_recurrent(model)
@@ -105,8 +107,8 @@ class VLLMBackend:
         """One completion per prompt entry, in order.
 
         Coupled draws follow from `seed` and the weights; by rejection sampling from the batch and the numbers of
-        guesses too, and a server has a stream of its own. `max_new_tokens` is a bound per entry. With `collect=False` the rollouts do not
-        count as training's.
+        guesses too, and a server has a stream of its own. `max_new_tokens` is a bound per entry. With `collect=False`
+        the rollouts do not count as training's.
         """
         self._step_began = self._step_began or time.perf_counter()
         params = params or SamplingParams()
@@ -117,6 +119,7 @@ class VLLMBackend:
         steps, prefill_s = self.engine.take_steps()
         self.stats.steps += steps
         self.stats.prefill_s += prefill_s
+        self.stats.near_ties += self.engine.near_ties()
         if collect and self.learner is not None:
             self.learner.temperature = max(params.temperature, COLDEST)
             self._trace += steps
@@ -136,6 +139,7 @@ class VLLMBackend:
             try:
                 versions = self.policy_version, self.draft_version
                 self.delivery.push(self.engine, self.learner, versions, self.whole)
+                self._tell_verification()
                 self._stand_watch()
                 keys = request_keys(seed, max(len(prompts), 1))
                 torch.manual_seed(keys[0][0] & 0x7FFFFFFF)  # the stream of a vLLM in here that does not go by keys
@@ -145,6 +149,11 @@ class VLLMBackend:
         raise ConnectionError(
             f"vLLM was restarted in each of {MOST_RESTARTS} attempts at one rollout: see its own log."
         )
+
+    def _tell_verification(self) -> None:
+        if self.config.verification is None and self.engine.verification == "rejection" and not self._told:
+            self._told = True
+            warnings.warn(UNTESTED, RuntimeWarning, stacklevel=4)
 
     @contextmanager
     def listen(self, ids: Tensor, mask: Tensor, prompts: Sequence[int]) -> Iterator[None]:

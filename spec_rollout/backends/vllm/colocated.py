@@ -87,7 +87,6 @@ class Colocated:
         return [self._call("live_probe")]
 
     def near_ties(self) -> int:
-        """Samples so far that rounding might have made others, where verification is coupled and in float32."""
         return self._call("live_near_ties")
 
     def control(self, controller: Controller) -> None:

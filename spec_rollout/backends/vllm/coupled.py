@@ -6,7 +6,7 @@ It takes the place of two private methods of vLLM's first model runner, which is
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +20,24 @@ RUNNER = "vllm.v1.worker.cpu_model_runner"
 """The module of the runner that this was tested with."""
 NOTHING = -1
 """What vLLM reads as no token."""
-NO_GUESS = -2
+
+
+class Drawn(NamedTuple):
+    """Samples [R] int64; which of them are near-ties [R] bool; the scores z [R, V] that they were drawn from, and
+    logsumexp(z) [R]."""
+
+    samples: Tensor
+    close: Tensor
+    z: Tensor
+    normaliser: Tensor
 
 
 class Coupled:
     """Samples, verifies and guesses for `runner`.
 
     Attributes:
-        near_ties: samples that a pass of another shape might have drawn otherwise; 0 unless vLLM computes in float32.
+        near_ties: samples that a pass of another shape might have drawn otherwise; 0 unless vLLM computes in float32
+            (in fewer digits there are too many).
 
     Raises:
         ValueError: another runner than the one that this was tested with, or one that is driven otherwise.
@@ -70,33 +80,37 @@ class Coupled:
         runner, given = self.runner, self.runner.input_batch
         rows, self._vocab_size = given.num_reqs, logits.shape[-1]
         self.batch.follow(given.req_ids, runner.requests)
+        metadata = metadata if guessed_any(metadata) else None
         guesses = np.array([0] * rows if metadata is None else metadata.num_draft_tokens)
         scheduled = np.diff(runner.query_start_loc.np[: rows + 1])
         first = given.num_computed_tokens_cpu[:rows] + scheduled - guesses - given.num_prompt_tokens[:rows]
         width = int(guesses.max()) + 1
         places = _places(guesses + 1, width)  # of the R samples in a grid [B, γ + 1]
         noise = self.batch.noise(first, width, self._vocab_size)
-        lanes = None if noise is None else noise.flatten(0, 1)[places]
-        samples, close, scores = self._draw(self._constrained(logits, metadata), lanes, guesses + 1)
-        grid = samples.new_full((rows * width,), NOTHING).index_put_((places,), samples)
-        kept = _kept(grid, guesses, metadata, width)
-        self.near_ties += int((close & kept.flatten()[places]).sum())
-        self._next, self._guessed = first + kept.sum(1).numpy(), 0
-        return SamplerOutput(
-            sampled_token_ids=grid.view(rows, width).masked_fill(~kept, NOTHING).int(),
-            logprobs_tensors=self._logprobs(scores, grid, places),
-        )
+        lanes = None if noise is None else _listed(noise, places)
+        drawn = self._draw(self._constrained(logits, metadata), lanes, guesses + 1)
+        grid, close, emitted = _gridded(drawn.samples, places, rows, width), drawn.close, 1
+        logprobs, self._guessed = self._logprobs(drawn, grid, places), 0
+        if metadata is not None:
+            kept = _kept(grid, guesses, metadata.draft_token_ids.long())
+            close, emitted = close & _listed(kept, places), kept.sum(1).numpy()
+            grid = grid.masked_fill(~kept, NOTHING)
+        self._next = first + emitted
+        if self._bound:
+            self.near_ties += int(close.sum())
+        return SamplerOutput(sampled_token_ids=grid.int(), logprobs_tensors=logprobs)
 
     def guess(self, hidden: Tensor, sampling: Any) -> tuple[Tensor, None]:
         """vLLM's `_sample_draft_tokens`: the next guess [B] int64 of each row, from the draft's `hidden` [B, H]."""
         batch = self.batch
         if batch.all_greedy:
             return self.drafter._greedy_sample(hidden), None
-        if self._guessed == 0:
-            self._noise = batch.noise(self._next, self.drafter.num_speculative_tokens, self._vocab_size)
+        if self._guessed == 0:  # with that of the sample behind the guesses, which the next pass takes
+            self._noise = batch.noise(self._next, self.drafter.num_speculative_tokens + 1, self._vocab_size)
         scores, ids = self._guess_scores(hidden)
         best = scores.argmax(-1) if batch.greedy is not None else None
-        chosen = draw_among(scores / batch.temperature, self._noise[:, self._guessed], ids, self._vocab_size)
+        scores = scores if batch.temperature is None else scores / batch.temperature
+        chosen = draw_among(scores, self._noise[:, self._guessed], ids, self._vocab_size)
         chosen = chosen if best is None else torch.where(batch.greedy, best, chosen)
         self._guessed += 1
         return (chosen if ids is None else ids[chosen]), None
@@ -125,51 +139,83 @@ class Coupled:
         z[ours] = guessed
         return z
 
-    def _draw(self, logits: Tensor, noise: Tensor | None, counts: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples [R], which of them are near-ties [R], and log-probs [R, V] of what they were drawn from."""
+    def _draw(self, logits: Tensor, noise: Tensor | None, counts: np.ndarray) -> Drawn:
+        """A sample of each of the R logits; row b has counts[b] of them."""
         groups = self.batch.groups
         if len(groups) == 1:
             return self._draw_alike(groups[0][0], logits, noise)
-        samples = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        close, scores = torch.empty_like(samples, dtype=torch.bool), torch.empty_like(logits, dtype=torch.float32)
         owner = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+        found = Drawn(
+            torch.empty(len(logits), dtype=torch.int64),
+            torch.empty(len(logits), dtype=torch.bool),
+            torch.empty_like(logits, dtype=torch.float32),
+            torch.empty(len(logits)),
+        )
         for processor, rows in groups:
             mine = torch.isin(owner, rows)
-            lanes = None if noise is None else noise[mine]
-            samples[mine], close[mine], scores[mine] = self._draw_alike(processor, logits[mine], lanes)
-        return samples, close, scores
+            drawn = self._draw_alike(processor, logits[mine], None if noise is None else noise[mine])
+            for whole, part in zip(found, drawn, strict=True):
+                whole[mine] = part.to(whole.dtype)
+        return found
 
-    def _draw_alike(self, processor: Any, logits: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _draw_alike(self, processor: Any, logits: Tensor, noise: Tensor | None) -> Drawn:
         z = processor.process(logits, None)
         samples, margin, normaliser = draw(z, None if processor.params.greedy else noise)
-        size = normaliser.abs().div(USUAL).clamp(min=1 / min(processor.temperature, 1.0))
-        return samples, margin < self._bound * size, z.float() - normaliser[:, None]
+        size = normaliser.abs().clamp_(min=USUAL / min(processor.temperature, 1.0))
+        return Drawn(samples, margin < size.mul_(self._bound / USUAL), z, normaliser)
 
-    def _logprobs(self, scores: Tensor, grid: Tensor, places: np.ndarray) -> Any:
+    def _logprobs(self, drawn: Drawn, grid: Tensor, places: Tensor | None) -> Any:
         """vLLM's table of log-probs, a line for each place of the grid [B, γ + 1], or None if nobody asks."""
+        from vllm.v1.outputs import LogprobsTensors
+
         asked = self.runner.input_batch.sampling_metadata.max_num_logprobs
         if asked is None:
             return None
-        if len(grid) > len(places):
-            line = np.zeros(len(grid), dtype=np.int64)
-            line[places] = np.arange(len(places))
-            scores = scores[line]
-        return self.runner.sampler.gather_logprobs(scores, asked, grid.clamp(min=0))
+        z, normaliser, samples = drawn.z, drawn.normaliser[:, None], drawn.samples[:, None]
+        if asked:
+            table = self.runner.sampler.gather_logprobs(z.float() - normaliser, asked, drawn.samples)
+        else:  # in fewer steps than vLLM takes
+            score = z.gather(1, samples)
+            table = LogprobsTensors(samples.int(), score.float() - normaliser, (z >= score).sum(1))
+        if places is None:
+            return table
+        line = torch.zeros(grid.numel(), dtype=torch.int64)
+        line[places] = torch.arange(len(places))
+        return LogprobsTensors(*(part[line] for part in table[:3]))
 
 
-def _places(counts: np.ndarray, width: int) -> Tensor:
-    """Where in a grid [B, width], flat, the first `counts` [B] places of each row are."""
+def guessed_any(metadata: Any) -> bool:
+    """Whether any row of a step had guesses to verify; from 0.32 on vLLM keeps a record of them in any case."""
+    return metadata is not None and metadata.max_spec_len > 0
+
+
+def _places(counts: np.ndarray, width: int) -> Tensor | None:
+    """Where in a grid [B, width], flat, the first `counts` [B] places of each row are; None if that is everywhere."""
+    if counts.min() == width:
+        return None
     return torch.from_numpy(np.flatnonzero(np.arange(width) < counts[:, None]))
 
 
-def _kept(grid: Tensor, guesses: np.ndarray, metadata: Any, width: int) -> Tensor:
-    """Which of the samples `grid` [B * width] are emitted, [B, width]: those behind nothing but true guesses."""
-    if metadata is None:
-        return torch.ones(len(grid), 1, dtype=torch.bool)
-    guessed = torch.full_like(grid, NO_GUESS)
-    guessed[_places(guesses, width)] = metadata.draft_token_ids.long()
-    true = (guessed == grid).view(-1, width).cumprod(1)
-    return torch.cat([torch.ones_like(true[:, :1]), true[:, :-1]], 1).bool()
+def _listed(grid: Tensor, places: Tensor | None) -> Tensor:
+    """What is at `places` [R] of a grid [B, width, ...]: [R, ...]."""
+    return grid.flatten(0, 1) if places is None else grid.flatten(0, 1)[places]
+
+
+def _gridded(values: Tensor, places: Tensor | None, rows: int, width: int) -> Tensor:
+    """A grid [B, width] with `values` [R] at `places`, elsewhere what no token is."""
+    if places is None:
+        return values.view(rows, width)
+    return values.new_full((rows * width,), NOTHING).index_put_((places,), values).view(rows, width)
+
+
+def _kept(grid: Tensor, guesses: np.ndarray, guessed: Tensor) -> Tensor:
+    """Which of the samples `grid` [B, γ + 1] are emitted, bool: those behind nothing but true guesses, of which row b
+    has guesses[b], one row's behind the other's in `guessed`."""
+    rows, width = grid.shape
+    kept = torch.ones(rows, width, dtype=torch.bool)
+    there = _gridded(guessed, _places(guesses, width - 1), rows, width - 1)
+    kept[:, 1:] = (there == grid[:, :-1]).cumprod(1)
+    return kept
 
 
 def _refuse_untested(runner: Any) -> None:
@@ -178,10 +224,11 @@ def _refuse_untested(runner: Any) -> None:
         ValueError: vLLM runs otherwise than this was tested.
     """
     found = type(runner).__module__
-    remedy = "Set verification='rejection', which is vLLM's own."
+    remedy = "set verification='rejection', which is vLLM's own."
     if found != RUNNER:
         raise ValueError(
-            f"verification='coupled' was tested with vLLM's runner {RUNNER} (a CPU) only, and this is {found}. {remedy}"
+            f"verification='coupled' was tested with vLLM's runner {RUNNER} (a CPU) only, and this is {found}: "
+            f"{remedy}"
         )
     drafter = getattr(runner, "drafter", None)
     for what, there in (
@@ -191,4 +238,4 @@ def _refuse_untested(runner: Any) -> None:
         (f"logprobs_mode={runner.sampler.logprobs_mode}", runner.sampler.logprobs_mode != "processed_logprobs"),
     ):
         if there:
-            raise ValueError(f"verification='coupled' does not go with {what} in vLLM. {remedy}")
+            raise ValueError(f"verification='coupled' does not go with {what} in vLLM: {remedy}")

@@ -16,6 +16,11 @@ INSTALL = (
     "torchvision torchaudio torchcodec"
 )
 
+UNTESTED = (
+    "Coupled verification was not tested with this vLLM's runner, so guesses are judged by rejection sampling: the same "
+    "law, but other tokens with guesses than without. verification='rejection' says that this is meant."
+)
+
 
 PolicyWeights = Callable[[], Iterable[tuple[str, Tensor]]]
 """Names, as in a checkpoint, and tensors of the live policy, one at a time. Every rank calls it together."""
@@ -30,6 +35,8 @@ class VLLMEngine(Protocol):
 
     live_schedule: bool
     """Whether a controller may choose before each step; otherwise the schedule is the one vLLM was started with."""
+    verification: str | None
+    """How guesses are judged: before the first push what is asked for, as in `SpecConfig`, then what is in force."""
 
     def generate(
         self,
@@ -53,6 +60,9 @@ class VLLMEngine(Protocol):
 
     def draft_probe(self) -> list[dict[str, float]]:
         """Each worker's response of its shard of the draft, and the shard's place; see `worker.probe`."""
+
+    def near_ties(self) -> int:
+        """Samples since the last call that rounding might have made others; 0 unless coupled and in float32."""
 
     def control(self, controller: Controller) -> None:
         """Let `controller` see the steps from now on, and choose where `live_schedule` is true."""

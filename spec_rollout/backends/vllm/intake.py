@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spec_rollout.backends.vllm.repairs import repack_tied_heads, repair_sampling
+
 FOLDER = "SPEC_ROLLOUT_WEIGHTS"
 """Names, in a server's environment, the folder that weights are read from."""
 MARK = "mark"
@@ -123,14 +125,12 @@ class Intake:
     def _finalize(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        from spec_rollout.backends.vllm.worker import _repack_tied_heads, _repair_cpu_sampling
-
-        _repair_cpu_sampling()
         runner = self.model_runner
+        repair_sampling(runner.device)
         with torch.inference_mode(), self._config():
             finalize_layerwise_reload(runner.get_model(), runner.model_config)
             runner.reset_lora_state()
-            _repack_tied_heads(runner.get_model())
+            repack_tied_heads(runner.get_model())
 
     def _config(self) -> Any:
         from vllm.config import set_current_vllm_config

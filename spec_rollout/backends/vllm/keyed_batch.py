@@ -18,8 +18,10 @@ from spec_rollout.engine.transfers import on_both_sides
 from spec_rollout.records import SamplingParams
 
 KEYS, MIN_P = "spec_rollout_keys", "spec_rollout_min_p"
-"""Entries of a request's `extra_args`: the noise keys of the prompts that were sent with it, two integers for each, and
-min-p, which vLLM itself refuses beside guesses."""
+"""Entries of a request's `extra_args`: the noise keys of the prompts that were sent with it, two integers for each,
+and min-p, which vLLM itself refuses beside guesses."""
+STEPS = 8
+"""Positions for which noise is looked up at once while nothing is guessed, and all rows go on by one."""
 PLACE = re.compile(r"-(\d+)(?:-[0-9a-f]{8})?$")
 """End of the id that vLLM's server gives to each prompt of a request: which one it is, and vLLM's own random part."""
 
@@ -34,7 +36,7 @@ class KeyedBatch:
 
     Attributes:
         groups: for each way to sample that occurs, its rows [N]; None where all rows share one.
-        temperature: what the draft divides its scores by, [B, 1] float32.
+        temperature: what the draft divides its scores by, [B, 1] float32; None where that is 1 for all.
         greedy: rows without noise, [B] bool; None where there are none, or no others.
         plain: whether no request asks for a penalty, or for anything else that vLLM applies before the temperature.
     """
@@ -47,20 +49,21 @@ class KeyedBatch:
         self.key = torch.zeros(slots, 2, dtype=torch.int32, device=device)
         self.window: NoiseWindow | None = None
         self.groups: list[tuple[Processor, Tensor | None]] = []
-        self.temperature = torch.ones(0, 1, device=device)
+        self.temperature: Tensor | None = None
         self.greedy: Tensor | None = None
+        self.all_greedy = True
         self.plain = True
         self._ids: list[str] = []
+        self._taken: Tensor | None = None
+        """The noise that was asked for last, for this batch."""
+        self._from = np.zeros(0, dtype=np.int64)
         self._processors: dict[str, Processor] = {}
-
-    @property
-    def all_greedy(self) -> bool:
-        return all(processor.params.greedy for processor, _ in self.groups)
 
     def follow(self, ids: Sequence[str], requests: Mapping[str, Any]) -> None:
         """The batch now consists of `ids`, in this order; `requests` are vLLM's records of them."""
         if ids == self._ids:
             return
+        self._taken = None
         before = {name: row for row, name in enumerate(self._ids)}
         source = on_both_sides([before[name] for name in ids if name in before], self.device)
         target = on_both_sides([row for row, name in enumerate(ids) if name in before], self.device)
@@ -78,10 +81,16 @@ class KeyedBatch:
         """Noise [B, width, N] of the completion tokens `progress` [B] and the next ones; None if all are greedy."""
         if self.all_greedy:
             return None
+        if self._taken is not None:  # often that of what was guessed, or of the step before
+            offset = progress - self._from
+            begin = int(offset[0])
+            if 0 <= begin <= self._taken.shape[1] - width and (offset == begin).all():
+                return self._taken[:, begin : begin + width]
         # The rest of a prompt is sampled from as well, and what comes of it thrown away.
         self.lengths[: self.count] = np.maximum(progress, 0) - 1
         self.window = self.window or NoiseWindow(self, noise_width(vocab_size))
-        return self.window.take(self, width)
+        self._taken, self._from = self.window.take(self, width if width > 1 else STEPS), progress
+        return self._taken[:, :width]
 
     def progress(self) -> Tensor:
         """Index [B] of the completion token that each row samples next."""
@@ -108,8 +117,10 @@ class KeyedBatch:
             (found[places[0]], None if single else torch.tensor(places, device=self.device))
             for places in rows.values()
         ]
-        self.temperature = torch.tensor([[p.temperature] for p in found], device=self.device)
+        ones = all(p.temperature == 1 for p in found)
+        self.temperature = None if ones else torch.tensor([[p.temperature] for p in found], device=self.device)
         greedy = [p.params.greedy for p in found]
+        self.all_greedy = all(greedy)
         self.greedy = torch.tensor(greedy, device=self.device) if any(greedy) and not all(greedy) else None
         self.plain = all(map(_plain, given))
 

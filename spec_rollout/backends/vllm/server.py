@@ -143,6 +143,9 @@ class Server(Connection):
     def draft_probe(self) -> list[dict[str, float]]:
         return self._call("live_probe")
 
+    def near_ties(self) -> int:
+        return int(self._call("live_near_ties")[0])
+
     def control(self, controller: Controller) -> None:
         self.controller = controller
 

@@ -43,6 +43,7 @@ class SharedServer:
         self.policy, self.rank = policy, dist.get_rank()
         self.server: Server | None = None
         self.controller: Controller | None = None
+        self.verification: str | None = None
         self._steps: list[StepStats] = []
         self.finished = True
         """Whether every rank that took part in the last `generate` had no rows of its own, and none to come."""
@@ -96,17 +97,21 @@ class SharedServer:
         for _ in walk:
             pass  # the others gather on until the end, and so does a rank 0 that failed on the way
 
-        def report() -> None:
+        def report() -> str | None:
             if failure is not None:
                 raise failure
+            return self.server.verification
 
-        self._heard(report)
+        self.verification = self._heard(report)
 
     def versions(self) -> list[int]:
         return self._heard(lambda: self.server.versions())
 
     def draft_probe(self) -> list[dict[str, float]]:
         return self._heard(lambda: self.server.draft_probe())
+
+    def near_ties(self) -> int:
+        return self._heard(lambda: self.server.near_ties())
 
     def control(self, controller: Controller) -> None:
         self.controller = controller

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from spec_rollout.backends.vllm.coupled import Coupled
 from spec_rollout.backends.vllm.intake import Intake
+from spec_rollout.backends.vllm.lazy_head import LazyHead
+from spec_rollout.backends.vllm.repairs import repack_tied_heads, repair_sampling
 
 EXTENSION = "spec_rollout.backends.vllm.worker.LiveWeights"
 
@@ -28,22 +30,25 @@ class LiveWeights(Intake):
         Raises:
             RuntimeError: the draft brings an output head while it shares the policy's.
         """
-        _repair_cpu_sampling()
+        repair_sampling(self.model_runner.device)
         if policy is not None:
             self.model_runner.reload_weights(weights_iterator=iter(policy))
-            _repack_tied_heads(self.model_runner.get_model())
+            repack_tied_heads(self.model_runner.get_model())
             self.live_policy = int(version)
         if draft is not None:
             self._load_draft(dict(draft))
             self.live_draft = int(version)
 
     def live_verify(self, verification: str | None) -> str:
-        """Judge guesses by `verification`, 'coupled' or 'rejection', from now on; None is the first where this runner
-        was tested with it. Returns the one in force.
+        """Let the head rest while nothing is guessed, and judge guesses by `verification` from now on: 'coupled',
+        'rejection', or None for the first where this runner was tested with it. Returns what is in force.
 
         Raises:
             ValueError: 'coupled' on a runner that it was not tested with.
         """
+        if not hasattr(self, "live_head") and LazyHead.fits(self.model_runner):
+            self.live_head = LazyHead(self.model_runner)
+            self.live_head.install()
         coupled = getattr(self, "live_coupled", None)
         if verification == "rejection":
             if coupled is not None:
@@ -61,9 +66,12 @@ class LiveWeights(Intake):
         return "coupled"
 
     def live_near_ties(self) -> int:
-        """Samples so far that rounding might have made others; see `Coupled`."""
+        """Samples since the last call that rounding might have made others; see `Coupled`."""
         coupled = getattr(self, "live_coupled", None)
-        return coupled.near_ties if coupled else 0
+        if coupled is None:
+            return 0
+        found, coupled.near_ties = coupled.near_ties, 0
+        return found
 
     def live_versions(self) -> list[int]:
         """Versions of the policy and of the draft; 0 for weights that came from the disk at the start."""
@@ -179,35 +187,3 @@ def _response(layer: nn.Module, size: int | None = None) -> float:
     begin = layer.tp_rank * own if own != width else 0
     output = layer.quant_method.apply(layer, _stimulus(begin, own).to(device=like.device, dtype=like.dtype))
     return output[:, :size].float().abs().mean().item() if size != 0 else 0.0
-
-
-def _repair_cpu_sampling() -> None:
-    """vLLM 0.31 on a CPU never writes the temperature, top-k and top-p of each guess: it verifies guesses with what
-    happens to lie in memory, and samples do not have the policy's law."""
-    from vllm.platforms import current_platform
-    from vllm.v1.sample import rejection_sampler
-
-    if current_platform.is_cpu():
-        rejection_sampler.expand_batch_to_tokens = _expand
-
-
-def _expand(x: Tensor, ends: Tensor, size: int, replace_from: float = 0, replace_to: float = 0) -> Tensor:
-    """Each row's value of `x` [B] for each of its guesses, [size]; row b's guesses end at ends[b]."""
-    counts = torch.diff(ends, prepend=ends.new_zeros(1))
-    return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=size)
-
-
-def _repack_tied_heads(model: nn.Module) -> None:
-    """On a CPU an output head that is tied to the embedding computes with a packed copy of it, which a reload of the
-    embedding leaves as it was."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import (
-        ParallelLMHead,
-        UnquantizedEmbeddingMethod,
-        VocabParallelEmbedding,
-    )
-
-    heads = [m for m in model.modules() if isinstance(m, ParallelLMHead)]
-    tied = {id(m.weight) for m in model.modules() if isinstance(m, VocabParallelEmbedding) and m not in heads}
-    for head in heads:
-        if id(head.weight) in tied and isinstance(head.quant_method, UnquantizedEmbeddingMethod):
-            head.quant_method.process_weights_after_loading(head)

@@ -13,6 +13,8 @@ from tests.tiny import policy
 class FakeEngine:
     """A `VLLMEngine` whose completions are one token long and whose guesses all fail."""
 
+    verification = "coupled"
+
     def __init__(self, live_schedule=True, sleeps=False):
         self.live_schedule, self.sleeps, self.asleep = live_schedule, sleeps, False
         self.held, self.probed, self.pushes, self.steps = [0, 0], {}, 0, []
@@ -34,6 +36,9 @@ class FakeEngine:
     def draft_probe(self):
         return [self.probed]
 
+    def near_ties(self):
+        return 0
+
     def control(self, controller):
         self.controller = controller
 
@@ -49,6 +54,17 @@ def fake_backend(engine, trained=False, **options):
     backend = VLLMBackend(policy("llama"), SpecConfig(**{"max_slots": 4, **options}), lambda *_: engine)
     backend.learner.trained = trained
     return backend
+
+
+def test_a_verification_that_was_not_asked_for_is_told_once():
+    engine = FakeEngine()
+    engine.verification = "rejection"
+    backend = fake_backend(engine)
+    with pytest.warns(RuntimeWarning, match="judged by rejection sampling") as told:
+        backend.generate([[1, 2]])
+        backend.generate([[1, 2]])
+    assert len(told) == 1
+    fake_backend(engine, verification="rejection").generate([[1, 2]])
 
 
 @pytest.mark.parametrize("trained", [False, True])

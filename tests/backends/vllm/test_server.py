@@ -7,11 +7,14 @@ from spec_rollout.backends.vllm.backend import VLLMBackend
 from spec_rollout.backends.vllm.server import Server
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.records import SamplingParams
 from tests.backends.vllm.process import Process
 from tests.backends.vllm.tiny import GREEDY, PROMPTS, ROWS, needs_vllm, save_policy, teach
 from tests.tiny import VOCAB, assert_same, tokenizer
 
 pytestmark = [needs_vllm, pytest.mark.usefixtures("patient_watchman")]
+
+SAMPLED = SamplingParams(max_new_tokens=48, temperature=0.5, min_p=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,18 @@ def test_policy_and_draft_follow(server):
     assert stats.emitted == sum(limits)
 
 
+def test_what_is_drawn_follows_from_the_seed_here_too(server):
+    backend = server[1]
+    limits = [30 + i % 2 for i in range(len(PROMPTS))]
+    drawn = backend.generate(PROMPTS, SAMPLED, seed=(3,), max_new_tokens=limits)
+    assert backend.engine.verification == "coupled"
+    expected = RolloutEngine(backend.model).generate(PROMPTS, SAMPLED, seed=(3,), max_new_tokens=limits)
+    assert_same(drawn, expected)
+    assert [c.token_ids for c in backend.generate(PROMPTS, SAMPLED, seed=(4,), max_new_tokens=limits)] != [
+        c.token_ids for c in expected
+    ]
+
+
 @pytest.mark.parametrize("after", ["_draw", "_told"])  # a rollout; a push that has just begun
 def test_a_server_that_is_killed_and_comes_back_costs_no_sample(server, monkeypatch, after):
     process, backend = server
@@ -49,7 +64,7 @@ def test_a_server_that_is_killed_and_comes_back_costs_no_sample(server, monkeypa
             weight.add_(0.03 * torch.randn(weight.shape, generator=noise))
     backend.policy_version += 1
     many = PROMPTS * 20
-    expected = RolloutEngine(backend.model).generate(PROMPTS, GREEDY)
+    expected = RolloutEngine(backend.model).generate(many, SAMPLED, seed=(5,))
     backend.take_stats()
 
     whole = getattr(Server, after)
@@ -64,6 +79,6 @@ def test_a_server_that_is_killed_and_comes_back_costs_no_sample(server, monkeypa
 
     monkeypatch.setattr(Server, after, accident)
     with pytest.warns(RuntimeWarning, match="drawn again"):
-        drawn = backend.generate(many, GREEDY)
-    assert_same(drawn, expected * 20)
-    assert backend.take_stats().emitted == len(many) * GREEDY.max_new_tokens
+        drawn = backend.generate(many, SAMPLED, seed=(5,))
+    assert_same(drawn, expected)
+    assert backend.take_stats().emitted == len(many) * SAMPLED.max_new_tokens
