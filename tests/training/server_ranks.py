@@ -1,7 +1,7 @@
 """What one of several processes does: trains a tiny policy on a vLLM server that all share, and writes what it saw.
 
-torchrun --nproc_per_node 2 -m tests.training.server_ranks KIND FOLDER, with the server's address in SERVER and the
-policy's folder in POLICY
+torchrun --nproc_per_node 2 -m tests.training.server_ranks KIND[+lora][+ppo] FOLDER, with the server's address in SERVER
+and the policy's folder in POLICY
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import LlamaForCausalLM
 
 from spec_rollout.draft import refresh, watchman
 from spec_rollout.draft.budget import RefreshBudget
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.records import SamplingParams
-from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
+from spec_rollout.training import PPOConfig, PPOTrainer, SpecGRPOConfig, SpecGRPOTrainer
 from spec_rollout.training.gathering import gathered_policy
 from tests.training.conftest import OPTIONS, PROMPTS, Digits, build_tokenizer
 from tests.training.processes import KINDS, join, report
@@ -33,7 +34,7 @@ def main(kind: str, folder: Path) -> None:
     refresh.MAX_EPOCHS = 8  # these rollouts are short
     watchman.WATCHED = 10**9
     RefreshBudget.seconds = lambda self, *_: 1e9
-    join(kind)
+    join(kind.split("+")[0])
     report(folder, {"digits": digits_run(kind, folder)})
 
 
@@ -57,6 +58,7 @@ def digits_run(kind: str, folder: Path) -> dict:
 
 
 def make_trainer(kind: str, folder: Path, **options) -> SpecGRPOTrainer:
+    kind, *parts = kind.split("+")
     chosen = {name: value for name, value in OPTIONS.items() if name != "use_cpu"} | KINDS[kind]
     served = {
         "rollout_backend": "vllm",
@@ -64,10 +66,17 @@ def make_trainer(kind: str, folder: Path, **options) -> SpecGRPOTrainer:
         "vllm_server_base_url": os.environ["SERVER"],
         "num_speculative_tokens": GUESSES,
     }
-    args = SpecGRPOConfig(str(folder), gradient_checkpointing=False, **(chosen | served | options))
+    make, config = SpecGRPOTrainer, SpecGRPOConfig
+    if "ppo" in parts:
+        make, config = PPOTrainer, PPOConfig
+        options |= {"num_generations": 1, "num_iterations": 1, "kl_coef": 0.0}
+    args = config(str(folder), gradient_checkpointing=False, **(chosen | served | options))
     rows = Dataset.from_dict({"prompt": PROMPTS})
     policy = LlamaForCausalLM.from_pretrained(os.environ["POLICY"])
-    return SpecGRPOTrainer(policy, Digits(), args, rows, processing_class=build_tokenizer())
+    adapter = (
+        LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False) if "lora" in parts else None
+    )
+    return make(policy, Digits(), args, rows, processing_class=build_tokenizer(), peft_config=adapter)
 
 
 def watched_pushes(trainer: SpecGRPOTrainer) -> list:

@@ -17,8 +17,8 @@ INSTALL = (
 )
 
 UNTESTED = (
-    "Coupled verification was not tested with this vLLM's runner, so guesses are judged by rejection sampling: the same "
-    "law, but other tokens with guesses than without. verification='rejection' says that this is meant."
+    "Coupled verification was not tested with this vLLM's runner, so guesses are judged by rejection sampling: the "
+    "same law, but other tokens with guesses than without. verification='rejection' says that this is meant."
 )
 
 
