@@ -1,7 +1,7 @@
 """What one of several processes does: trains a tiny policy on a vLLM server that all share, and writes what it saw.
 
-torchrun --nproc_per_node 2 -m tests.training.server_ranks KIND[+lora][+ppo] FOLDER, with the server's address in SERVER
-and the policy's folder in POLICY
+torchrun --nproc_per_node 2 -m tests.training.server_ranks KIND[+lora][+ppo] FOLDER, with the server's address in
+SERVER and the policy's folder in POLICY
 """
 
 from __future__ import annotations
