@@ -1,7 +1,7 @@
 """What one of several processes does: trains a tiny policy on a vLLM server that all share, and writes what it saw.
 
-torchrun --nproc_per_node 2 -m tests.training.server_ranks KIND[+lora][+ppo] FOLDER, with the server's address in
-SERVER and the policy's folder in POLICY
+torchrun --nproc_per_node 2 -m tests.training.server_ranks KIND[+lora][+ppo][+colocate] FOLDER, with the server's
+address in SERVER and the policy's folder in POLICY
 """
 
 from __future__ import annotations
@@ -66,12 +66,14 @@ def make_trainer(kind: str, folder: Path, **options) -> SpecGRPOTrainer:
         "vllm_server_base_url": os.environ["SERVER"],
         "num_speculative_tokens": GUESSES,
     }
+    if "colocate" in parts:
+        served |= {"vllm_mode": "colocate", "max_slots": 8}
     make, config = SpecGRPOTrainer, SpecGRPOConfig
     if "ppo" in parts:
         make, config = PPOTrainer, PPOConfig
         options |= {"num_generations": 1, "num_iterations": 1, "kl_coef": 0.0}
     args = config(str(folder), gradient_checkpointing=False, **(chosen | served | options))
-    rows = Dataset.from_dict({"prompt": PROMPTS})
+    rows = Dataset.from_dict({"prompt": PROMPTS * 2})  # PPO takes as many at once
     policy = LlamaForCausalLM.from_pretrained(os.environ["POLICY"])
     adapter = (
         LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False) if "lora" in parts else None

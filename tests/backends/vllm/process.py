@@ -23,6 +23,7 @@ class Process:
             self.port = probe.getsockname()[1]
         self.url, self.log, self.environment = f"http://127.0.0.1:{self.port}", log, environment or {}
         line = f"serve --policy {policy} --max_slots {ROWS} --port {self.port} --dtype float32 --enforce-eager"
+        line += f" --weights {log.parent / f'weights-{self.port}'}"
         self.command = [sys.executable, "-m", "spec_rollout.cli", *line.split(), *options]
         self.start()
 
