@@ -47,11 +47,10 @@ def refuse_partitioned(trainer: Trainer) -> None:
             "set ds3_gather_for_generation=True, or use ZeRO-2 or TRL's own trainer if the policy does not fit."
         )
     in_pieces = trainer._dist.is_zero3 or trainer._dist.is_fsdp
-    if served_by_vllm and in_pieces and trainer.args.vllm_enable_sleep_mode and getattr(trainer, "tools", None):
+    if served_by_vllm and in_pieces and trainer.args.vllm_mode == "colocate":
         raise ValueError(
-            "vllm_enable_sleep_mode=True has the policy pushed anew for each turn of a tool loop, but ranks take "
-            "unlike numbers of turns, and ZeRO-3 and FSDP need all ranks for a push: set it to False, or use DDP or "
-            "ZeRO-2."
+            "vllm_mode='colocate' was not tested with a policy in pieces, as ZeRO-3 and FSDP leave it: set it to "
+            "'server' and start `spec-rollout serve`, or use DDP or ZeRO-2."
         )
     if trainer._dist.fsdp_version == 1:
         raise ValueError(

@@ -176,12 +176,11 @@ class TrainerSampler:
 
     def _make_backend(self, policy: nn.Module, trainer: Trainer) -> None:
         if self.config.rollout_backend == "vllm":
-            from spec_rollout.training.vllm import engine_starter, push_together
+            from spec_rollout.training.vllm import engine_starter
 
             backend: EmbeddedBackend | VLLMBackend = VLLMBackend(
                 policy, self.config, engine_starter(trainer, self.config), whole=lambda: whole_for_draft(trainer)
             )
-            backend.delivery.retries = not push_together(trainer)
         else:
             backend = EmbeddedBackend(policy, self.config, trainer._tokenizer)
         if self._draft_folder is not None:

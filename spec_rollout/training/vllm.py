@@ -121,8 +121,3 @@ class SpeculativeVLLMGeneration(VLLMGeneration):
 def engine_starter(trainer: Trainer, config: SpecConfig) -> Callable[[Path | None, int], VLLMEngine]:
     """What `VLLMBackend` starts its engine with."""
     return lambda draft, most: SpeculativeVLLMGeneration(trainer, config, draft, most).engine
-
-
-def push_together(trainer: Trainer) -> bool:
-    """Whether each rank has a vLLM of its own but a part of the policy only."""
-    return trainer.args.vllm_mode == "colocate" and (trainer._dist.is_zero3 or trainer._dist.is_fsdp)

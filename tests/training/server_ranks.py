@@ -1,7 +1,7 @@
 """What one of several processes does: trains a tiny policy on a vLLM server that all share, and writes what it saw.
 
-torchrun --nproc_per_node 2 -m tests.training.server_ranks KIND[+lora][+ppo][+colocate] FOLDER, with the server's
-address in SERVER and the policy's folder in POLICY
+torchrun --nproc_per_node 2 -m tests.training.server_ranks KIND[+lora][+ppo] FOLDER, with the server's address in
+SERVER and the policy's folder in POLICY
 """
 
 from __future__ import annotations
@@ -66,8 +66,6 @@ def make_trainer(kind: str, folder: Path, **options) -> SpecGRPOTrainer:
         "vllm_server_base_url": os.environ["SERVER"],
         "num_speculative_tokens": GUESSES,
     }
-    if "colocate" in parts:
-        served |= {"vllm_mode": "colocate", "max_slots": 8}
     make, config = SpecGRPOTrainer, SpecGRPOConfig
     if "ppo" in parts:
         make, config = PPOTrainer, PPOConfig

@@ -20,14 +20,9 @@ class Delivery:
         version: pushes so far; vLLM holds both under the number of the last one.
         pushed: versions of the policy and of the draft in the last push; None makes the next one certain.
         lost: what is wrong with the draft that vLLM holds since the last push; None if nothing is.
-
-    Args:
-        retries: whether a draft that was lost is pushed again before anything has changed. Ranks that can push only
-            together, each to a vLLM of its own, cannot.
     """
 
-    def __init__(self, retries: bool = True):
-        self.retries = retries
+    def __init__(self):
         self.version = 0
         self.pushed: tuple[int, int] | None = None
         self.lost: str | None = None
@@ -46,8 +41,7 @@ class Delivery:
             RuntimeError: vLLM does not hold the policy that was pushed.
         """
         held = [self.version, 0 if learner is None else self.version]
-        again = self.lost and self.retries
-        if state == self.pushed and engine.versions() == held and not again:
+        if state == self.pushed and engine.versions() == held and not self.lost:
             return
         self.version = max(self.version, *engine.versions()) + 1  # a server may hold another run's
         tensors = None
