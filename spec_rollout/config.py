@@ -66,11 +66,12 @@ class SpecConfig:
     max_num_speculative_tokens: int = field(
         default=7, metadata={"help": "Upper bound of the adapted number of guessed tokens."}
     )
-    verification: str = field(
-        default="coupled",
+    verification: str | None = field(
+        default=None,
         metadata={
-            "help": "How the embedded engine judges guesses: `coupled` compares them with the target's own samples, "
-            "the same at any number of guesses; `rejection` is classical rejection sampling, lossless in law only.",
+            "help": "How guesses are judged: `coupled` compares them with the target's own samples, the same at any "
+            "number of guesses; `rejection` is classical rejection sampling, lossless in law only. `None` is "
+            "`coupled` wherever that was tested: in the embedded engine, and in vLLM on a CPU.",
             "choices": VERIFICATIONS,
         },
     )
@@ -172,7 +173,7 @@ class SpecConfig:
                 "draft_refresh=False without draft_model_path leaves nothing that could guess with draft_ngrams=False "
                 "or on vLLM: give a head, let it learn, or ask for plain decoding with num_speculative_tokens=0."
             )
-        if self.verification not in VERIFICATIONS:
+        if self.verification not in (None, *VERIFICATIONS):
             raise ValueError(
                 f"verification={self.verification!r} is unknown: give 'coupled' (the same tokens as plain decoding) "
                 "or 'rejection' (the same law)."

@@ -25,6 +25,14 @@ def head_config(model: nn.Module) -> HeadConfig:
     return config
 
 
+def read_by_head(model: nn.Module) -> list[nn.Module]:
+    """The parts of the policy `model` whose weights a head borrows or begins with, and its training reads."""
+    parts = [model.get_input_embeddings(), model.get_output_embeddings()]
+    layers = decoder_layers(model) or []
+    config = HeadConfig.for_target(model.config.get_text_config(decoder=True))
+    return [*parts, *(layers[i] for i in sorted({0, donor_index(config)}) if layers)]
+
+
 @torch.no_grad()
 def inherit(head: EagleHead, view: PolicyView, features: Tensor, tokens: Tensor) -> list[str]:
     """Copy the policy into `head`, whose features have been measured (`EagleHead.fit_scale`).

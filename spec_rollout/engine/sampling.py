@@ -19,29 +19,17 @@ from spec_rollout.engine.transfers import Slots
 from spec_rollout.records import SamplingParams
 
 
-class Sampler:
-    """Processed logits z, and noise that is a pure function of the request's key and the position: all that a sample
-    depends on (`gumbel_max.draw`). Greedy is the same without noise."""
+class Processor:
+    """What makes of a policy's logits the scores that are sampled from, by `params`."""
 
-    def __init__(self, params: SamplingParams, rows: Rows, numbers: int | None = None):
-        """`numbers` of noise per position; by default what one sample takes."""
+    def __init__(self, params: SamplingParams):
         self.params = params
         self.temperature_warper, self.filters = _temperature(params), _filters(params)
-        self.window = None if params.greedy else NoiseWindow(rows, numbers or noise_width(rows.vocab_size))
-        self.seen = None
-        self._room = torch.empty(0, device=rows.device)
-        if params.repetition_penalty != 1:
-            self.seen = torch.zeros(rows.slots, rows.vocab_size, dtype=torch.bool, device=rows.device)
 
     @property
     def temperature(self) -> float:
         """What the draft divides its scores by."""
         return self.params.temperature or 1.0
-
-    def noise(self, rows: Rows, width: int) -> Tensor | None:
-        """Gumbel noise [B, width, N] of the positions that the active rows sample next, N numbers for each; None
-        when greedy."""
-        return None if self.window is None else self.window.take(rows, width)
 
     def scale(self, logits: Tensor, seen: Tensor | None) -> Tensor:
         """Logits [..., V] after penalty and temperature: float32, or the logits themselves where neither is set."""
@@ -63,6 +51,25 @@ class Sampler:
     def process(self, logits: Tensor, seen: Tensor | None) -> Tensor:
         """Processed logits [..., V], in transformers' order: penalty, temperature, top-k, top-p, min-p."""
         return self.filter(self.scale(logits, seen))
+
+
+class Sampler(Processor):
+    """Processed logits z, and noise that is a pure function of the request's key and the position: all that a sample
+    depends on (`gumbel_max.draw`). Greedy is the same without noise."""
+
+    def __init__(self, params: SamplingParams, rows: Rows, numbers: int | None = None):
+        """`numbers` of noise per position; by default what one sample takes."""
+        super().__init__(params)
+        self.window = None if params.greedy else NoiseWindow(rows, numbers or noise_width(rows.vocab_size))
+        self.seen = None
+        self._room = torch.empty(0, device=rows.device)
+        if params.repetition_penalty != 1:
+            self.seen = torch.zeros(rows.slots, rows.vocab_size, dtype=torch.bool, device=rows.device)
+
+    def noise(self, rows: Rows, width: int) -> Tensor | None:
+        """Gumbel noise [B, width, N] of the positions that the active rows sample next, N numbers for each; None
+        when greedy."""
+        return None if self.window is None else self.window.take(rows, width)
 
     def room(self, z: Tensor) -> Tensor:
         """Memory of the shape of `z`, float32; the same in every step."""

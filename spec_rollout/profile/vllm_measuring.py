@@ -29,7 +29,7 @@ class VLLMMeasuring(Measuring):
     """`Measuring` on two vLLMs: one without a draft for plain decoding, since one with a draft runs it even where it
     guesses nothing, and one with the head in the folder `draft`.
 
-    Each sampler draws completions of its own, since vLLM's draws follow from the numbers of guesses.
+    Where vLLM judges guesses by rejection sampling, each sampler draws completions of its own.
     """
 
     def __init__(self, policy: Policy, draft: Path, slots: int, batch: list[list[int]], recorder: Timed):
@@ -49,9 +49,10 @@ class VLLMMeasuring(Measuring):
         self.recorder.source = HEAD if sampler.gamma != 0 else PLAIN
         requests = [Request(i, prompt, (0, 0), self.policy.params.max_new_tokens) for i, prompt in enumerate(batch)]
         engine = self._ready(sampler)
-        torch.manual_seed(request_keys(seed, 1)[0][0] & 0x7FFFFFFF)
+        keys = request_keys(seed, len(batch))
+        torch.manual_seed(keys[0][0] & 0x7FFFFFFF)
         began = time.perf_counter()
-        completions = engine.generate(batch, self.policy.params)
+        completions = engine.generate(batch, self.policy.params, keys=keys)
         seconds = time.perf_counter() - began
         self.recorder.rollout(requests, completions, RolloutStats(engine.take_steps()[0], seconds))
         if time.perf_counter() > self.recorder.deadline:

@@ -168,15 +168,13 @@ def _refuse_unserved_by_vllm(args: GRPOConfig | RLOOConfig) -> None:
     drafts = args.num_speculative_tokens != 0
     learns = drafts and args.draft_refresh
     for name, value, served, remedy in (
-        ("vllm_tensor_parallel_size", args.vllm_tensor_parallel_size, 1, "set it to 1"),
-        ("vllm_structured_outputs_regex", args.vllm_structured_outputs_regex, None, "leave it out"),
         (
-            "vllm_mode",
-            args.vllm_mode if args.world_size > 1 else "colocate",
-            "colocate",
-            f"a server counts the guesses of all {args.world_size} processes together; run one process, or set it to "
-            "'colocate'",
+            "vllm_tensor_parallel_size",
+            args.vllm_tensor_parallel_size,
+            1,
+            "set it to 1 and vllm_mode to 'server', and start `spec-rollout serve` with --tensor_parallel_size",
         ),
+        ("vllm_structured_outputs_regex", args.vllm_structured_outputs_regex, None, "leave it out"),
         ("calibration_cache", args.calibration_cache, None, "vLLM is measured anew in each run; leave it out"),
         ("min_p", args.min_p or None if drafts else None, None, "vLLM ignores it while it speculates; leave it out"),
         (

@@ -1,4 +1,5 @@
-"""The whole policy on every rank while it samples, so that no rank waits for another inside the decode loop."""
+"""A policy that lies in pieces, made whole: all of it on every rank while the embedded engine samples, so that no rank
+waits for another inside the decode loop; weight by weight, or the few that the draft reads, beside vLLM."""
 
 from __future__ import annotations
 
@@ -7,9 +8,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from trl.models import unwrap_model_for_generation
+from trl.models.utils import add_hooks, remove_hooks
 
+from spec_rollout.draft.inheritance import read_by_head
 from spec_rollout.engine.virtual_tokens import virtual_tokens
 
 if TYPE_CHECKING:
@@ -36,16 +40,17 @@ def refuse_partitioned(trainer: Trainer) -> None:
     Raises:
         ValueError: naming the setting and the remedy.
     """
-    if trainer._dist.is_zero3 and not trainer.args.ds3_gather_for_generation:
+    served_by_vllm = getattr(trainer.args, "rollout_backend", "embedded") == "vllm"
+    if trainer._dist.is_zero3 and not trainer.args.ds3_gather_for_generation and not served_by_vllm:
         raise ValueError(
             "ds3_gather_for_generation=False leaves the ZeRO-3 policy partitioned, but each rank samples on its own: "
             "set ds3_gather_for_generation=True, or use ZeRO-2 or TRL's own trainer if the policy does not fit."
         )
-    partitioned = trainer._dist.is_zero3 or trainer._dist.is_fsdp
-    if getattr(trainer.args, "rollout_backend", "embedded") == "vllm" and partitioned:
+    in_pieces = trainer._dist.is_zero3 or trainer._dist.is_fsdp
+    if served_by_vllm and in_pieces and trainer.args.vllm_mode == "colocate":
         raise ValueError(
-            "rollout_backend='vllm' takes a policy that is whole on each rank, but ZeRO-3 and FSDP partition it: use "
-            "DDP or ZeRO-2, or rollout_backend='embedded'."
+            "vllm_mode='colocate' was not tested with a policy in pieces, as ZeRO-3 and FSDP leave it: set it to "
+            "'server' and start `spec-rollout serve`, or use DDP or ZeRO-2."
         )
     if trainer._dist.fsdp_version == 1:
         raise ValueError(
@@ -91,6 +96,58 @@ def _unsharded(policy: nn.Module, trainer: Trainer) -> Iterator[None]:
         for module in shards:
             module.set_reshard_after_forward(reshard and module is not policy, recurse=False)
             module.reshard()
+
+
+@contextmanager
+def whole_for_draft(trainer: Trainer) -> Iterator[None]:
+    """The parts of the policy that a draft head reads have all their weights; every rank enters and leaves it
+    together. No forward pass of the policy may run within."""
+    policy = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    parts = read_by_head(policy) if trainer._dist.is_zero3 or trainer._dist.fsdp_version == 2 else []
+    if trainer._dist.is_zero3:
+        import deepspeed
+
+        weights = {id(weight): weight for part in parts for weight in part.parameters()}
+        remove_hooks(trainer.model_wrapped)  # a norm that is tried out would give its weight away again
+        try:
+            with deepspeed.zero.GatheredParameters(list(weights.values())):
+                yield
+        finally:
+            add_hooks(trainer.model_wrapped)
+        return
+    shards = _shards_of(policy, parts) if parts else []
+    for module in shards:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.reshard()
+
+
+def _shards_of(policy: nn.Module, parts: list[nn.Module]) -> list[nn.Module]:
+    """The modules by which FSDP2 shards the `parts` of `policy`: each the innermost one around it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    names = {id(module): name for name, module in policy.named_modules()}
+    shards = {name: module for name, module in policy.named_modules() if isinstance(module, FSDPModule)}
+    found = {}
+    for part in parts:
+        around = [name for name in shards if f"{names[id(part)]}.".startswith(f"{name}." if name else "")]
+        found |= {name: shards[name] for name in [max(around, key=len)]}
+    return list(found.values())
+
+
+@contextmanager
+def whole_weight(weight: nn.Parameter) -> Iterator[Tensor]:
+    """A parameter of a policy that may lie in pieces, whole on this rank; every rank enters it together."""
+    if hasattr(weight, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            yield weight.data
+        return
+    yield weight.detach().full_tensor() if isinstance(weight, DTensor) else weight.data
 
 
 @contextmanager

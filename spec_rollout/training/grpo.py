@@ -78,6 +78,7 @@ class SpecGRPOTrainer(SpeculativeRollouts, GRPOTrainer):
         tool_mask, completions, completion_ids, *rest = super()._tool_call_loop(
             prompts, prompt_ids, completion_ids, *others
         )
+        self._settle()
         completion_ids = judged_turns(self, prompt_ids, completion_ids, before, self._turns)
         self._turns = []
         return tool_mask, completions, completion_ids, *rest

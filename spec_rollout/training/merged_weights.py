@@ -7,7 +7,8 @@ creeps away from where it was (findings/peft-merge-unmerge-creeps-in-bfloat16.sh
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,15 @@ from torch import Tensor, nn
 WRAPPERS = ("base_model.model.", ".base_layer")
 """What PEFT puts into the names of a model's parameters."""
 
+Whole = Callable[[nn.Parameter], AbstractContextManager[Tensor]]
+"""Makes a parameter that may lie in pieces whole."""
 
-def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+
+def _live(weight: nn.Parameter) -> AbstractContextManager[Tensor]:
+    return nullcontext(weight.data)
+
+
+def merged_weights(model: nn.Module, whole: Whole = _live) -> Iterator[tuple[str, Tensor]]:
     """Names, as the PEFT model has them without its adapters, and tensors with the active adapters merged: computed in
     float32 at least, cast to the dtype of the policy's own. Those without an adapter are the live ones.
 
@@ -32,10 +40,11 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue
         owner = _outermost(name, layers)
         if owner is None:
-            yield _plain_name(name), weight.data
+            with whole(weight) as live:
+                yield _plain_name(name), live
             continue
         if owner != place:
-            place, merged = owner, _merged(owner, layers[owner])
+            place, merged = owner, _merged(owner, layers[owner], whole)
         yield _plain_name(name), merged[name.removeprefix(f"{owner}.")].to(weight.dtype)
 
 
@@ -46,7 +55,7 @@ def _outermost(name: str, layers: dict[str, nn.Module]) -> str | None:
 
 
 @torch.no_grad()
-def _merged(name: str, layer: nn.Module) -> dict[str, Tensor]:
+def _merged(name: str, layer: nn.Module, whole: Whole) -> dict[str, Tensor]:
     """The parameters of a copy of `layer` that has taken in its active adapters, by their names in it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -56,9 +65,13 @@ def _merged(name: str, layer: nn.Module) -> dict[str, Tensor]:
                 f"{_plain_name(name)} is quantised ({weight.dtype}), so its adapter cannot be merged for vLLM: load "
                 "the policy without quantisation, or use rollout_backend='embedded'."
             )
-    own = copy.deepcopy(layer)
-    for weight in own.parameters():
-        weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
+    with ExitStack() as gathered:
+        wide = {weight: torch.promote_types(weight.dtype, torch.float32) for weight in layer.parameters()}
+        copies = {
+            id(weight): nn.Parameter(gathered.enter_context(whole(weight)).to(dtype, copy=True), requires_grad=False)
+            for weight, dtype in wide.items()
+        }
+    own = copy.deepcopy(layer, copies)
     for part in own.modules():
         if isinstance(part, BaseTunerLayer):  # one may hold another
             part.merge()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -28,6 +28,10 @@ class SpeculativeRollouts:
     Raises:
         ValueError: an option that the sampler cannot honour, or a policy that reads more than text.
     """
+
+    _reads_itself: ClassVar[bool] = False
+    """Whether the trainer reads the rollouts in a pass of its own, from which the draft learns, and then ends the
+    phase."""
 
     def __init__(self, model, reward_funcs=None, args=None, *others, **options):
         if args is not None:
@@ -65,7 +69,7 @@ class SpeculativeRollouts:
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        if self.sampler.learns_from_trainer:
+        if self.sampler.learns_from_trainer and not self._reads_itself:
             self._finish_phase()
         return output
 
@@ -86,11 +90,17 @@ class SpeculativeRollouts:
             self._turns.append((prompt_ids, completions))
         return completions
 
+    def _settle(self) -> None:
+        """This rank has no more turns in its tool loop; others that share an engine with it may have."""
+        while not getattr(getattr(self.sampler.backend, "engine", None), "finished", True):
+            self.sampler.sample(self, [], None, {}, clip=True)
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         return super()._calculate_rewards(inputs, prompts, completions, plain(completion_ids_list))
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *others, **options):
-        with self.sampler.listening(input_ids, attention_mask, logits_to_keep):
+        listening = self.sampler.listening(input_ids, attention_mask, logits_to_keep)
+        with nullcontext() if self._reads_itself else listening:
             output = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *others, **options
             )

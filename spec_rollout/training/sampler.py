@@ -7,7 +7,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from spec_rollout.backends.vllm.backend import VLLMBackend
 from spec_rollout.config import SpecConfig
 from spec_rollout.gamma import GammaController
 from spec_rollout.records import Completion, RefreshStats, SamplingParams
-from spec_rollout.training.gathering import gathered_policy, own_random_stream
+from spec_rollout.training.gathering import gathered_policy, own_random_stream, whole_for_draft
 from spec_rollout.training.metrics import local_sums, metrics
 from spec_rollout.training.progress import rollout_bar
 from spec_rollout.training.prompts import context_of
@@ -59,9 +59,10 @@ class TrainerSampler:
 
     @contextmanager
     def gathered(self, trainer: Trainer) -> Iterator[nn.Module]:
-        """The unwrapped policy with all its weights. Entered again inside, it is the same one and costs nothing."""
-        if self._policy is not None:
-            yield self._policy
+        """The unwrapped policy; with all its weights, unless vLLM samples. Entered again inside, it is the same one
+        and costs nothing."""
+        if self._policy is not None or self.learns_from_trainer:
+            yield self._policy or trainer.accelerator.unwrap_model(trainer.model_wrapped)
             return
         with gathered_policy(trainer) as policy:
             self._policy = policy
@@ -69,6 +70,10 @@ class TrainerSampler:
                 yield policy
             finally:
                 self._policy = None
+
+    def _readable(self, trainer: Trainer) -> AbstractContextManager:
+        """Within it the draft can read what it needs of the policy."""
+        return whole_for_draft(trainer) if self.learns_from_trainer else self.gathered(trainer)
 
     def sample(
         self, trainer: Trainer, prompts: Sequence[Sequence[int]], images: Any, fields: dict, *, clip: bool = False
@@ -143,7 +148,7 @@ class TrainerSampler:
 
     def save_checkpoint(self, trainer: Trainer, checkpoint: str | Path) -> None:
         """Save beside a trainer's checkpoint; every rank takes part, those that should save write."""
-        with self.gathered(trainer):
+        with self._readable(trainer):
             if trainer.args.should_save:
                 self.save(checkpoint)
 
@@ -175,7 +180,7 @@ class TrainerSampler:
             from spec_rollout.training.vllm import engine_starter
 
             backend: EmbeddedBackend | VLLMBackend = VLLMBackend(
-                policy, self.config, engine_starter(trainer, self.config)
+                policy, self.config, engine_starter(trainer, self.config), whole=lambda: whole_for_draft(trainer)
             )
         else:
             backend = EmbeddedBackend(policy, self.config, trainer._tokenizer)

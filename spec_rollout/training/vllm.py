@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch.distributed as dist
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import Trainer
@@ -15,14 +16,18 @@ from trl.trainer.utils import ensure_master_addr_port
 from spec_rollout.backends.vllm.colocated import Colocated, engine_options
 from spec_rollout.backends.vllm.engine import VLLMEngine, require_vllm, speculative_config
 from spec_rollout.backends.vllm.server import Server
+from spec_rollout.backends.vllm.shared import SharedServer
 from spec_rollout.config import SpecConfig
+from spec_rollout.training.gathering import whole_weight
 from spec_rollout.training.merged_weights import merged_weights
+from spec_rollout.training.ppo.value_head import ATTRIBUTE
 
 
 class SpeculativeVLLMGeneration(VLLMGeneration):
     """[`~trl.generation.vllm_generation.VLLMGeneration`] that starts vLLM with a draft and is driven as an `engine`.
 
-    How it names the policy's weights for vLLM is TRL's; adapters are merged into copies.
+    How it names the policy's weights for vLLM is TRL's; adapters are merged into copies. With several ranks, rank 0
+    alone talks to a server.
 
     Args:
         draft: folder of the head to start with; None for plain decoding.
@@ -59,13 +64,14 @@ class SpeculativeVLLMGeneration(VLLMGeneration):
 
     def _init_server(self) -> None:
         host = self.server_host.replace("0.0.0.0", "127.0.0.1")
-        self.engine = Server(
-            self.server_base_url or f"http://{host}:{self.server_port}",
-            self.policy,
-            Path(self.args.output_dir, "weights"),
-            self.config,
-            self.server_timeout,
-        )
+        url = self.server_base_url or f"http://{host}:{self.server_port}"
+        shown = self.accelerator.is_main_process and not self.args.disable_tqdm
+
+        def connect() -> Server:
+            return Server(url, self.policy, self.config, self.server_timeout, shown)
+
+        several = self.accelerator.num_processes > 1 and dist.is_initialized()
+        self.engine = SharedServer(connect, self.policy) if several else connect()
 
     def _init_colocated(self) -> None:
         require_vllm()
@@ -91,17 +97,19 @@ class SpeculativeVLLMGeneration(VLLMGeneration):
             trust_remote_code=self.trust_remote_code,
             **engine_options(draft),
         )
-        self.engine = Colocated(self.llm, self.policy, self.enable_sleep_mode)
+        self.engine = Colocated(self.llm, self.policy, self.enable_sleep_mode, self.config.verification)
 
     def policy(self) -> Iterator[tuple[str, Tensor]]:
-        """The live policy's weights under vLLM's names; all ranks walk through them together."""
-        if not is_peft_model(self.model):
-            return self._iter_named_params()
-        saved = ["modules_to_save.default."]
-        return (
-            (self._fix_param_name_to_vllm(name, extra_prefixes=saved), weight)
-            for name, weight in merged_weights(self.model)
-        )
+        """The live policy's weights under vLLM's names, whole one at a time; all ranks walk through them together."""
+        saved = ["modules_to_save.default."] if is_peft_model(self.model) else []
+        for name, weight in merged_weights(self.model, whole_weight) if saved else self._own_weights():
+            if not name.startswith(f"{ATTRIBUTE}."):  # PPO's, which vLLM does not hold
+                yield self._fix_param_name_to_vllm(name, extra_prefixes=saved), weight
+
+    def _own_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            with whole_weight(parameter) as weight:
+                yield name, weight
 
     def _dtype(self) -> str:
         """What the trainer computes in, so that both have the same log-probs but for rounding."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,6 +57,15 @@ def setup(zero_stage=0, fsdp_version=None, gathers=True):
 )
 def test_a_policy_in_pieces_is_refused(trainer, message):
     with pytest.raises(ValueError, match=message):
+        refuse_partitioned(trainer)
+
+
+@pytest.mark.parametrize(("mode", "message"), [("colocate", "vllm_mode='colocate' .*'server'"), ("server", None)])
+@pytest.mark.parametrize("trainer", [setup(3, gathers=False), setup(fsdp_version=2)])
+def test_a_server_takes_a_policy_in_pieces(trainer, mode, message):
+    args = trainer.args.ds3_gather_for_generation
+    trainer.args = SimpleNamespace(ds3_gather_for_generation=args, rollout_backend="vllm", vllm_mode=mode)
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
         refuse_partitioned(trainer)
 
 

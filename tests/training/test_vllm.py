@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from spec_rollout.backends.vllm.colocated import engine_options
 from spec_rollout.backends.vllm.worker import LiveWeights
-from spec_rollout.training import SpecGRPOConfig, SpecRLOOConfig, SpecRLOOTrainer
+from spec_rollout.training import PPOConfig, PPOTrainer, SpecGRPOConfig, SpecRLOOConfig, SpecRLOOTrainer
 from tests.backends.vllm.tiny import SIZES, needs_vllm
 from tests.training.conftest import OPTIONS, Digits
 
@@ -74,11 +74,26 @@ def test_rloo_and_a_measured_schedule(make_vllm_trainer):
     assert schedule[0][0] == 1 and schedule[-1][1] == 8
 
 
+@needs_vllm
+def test_ppo_on_vllm(make_vllm_trainer):
+    given = {"num_generations": 1, "kl_coef": 0.0, "max_steps": 3, "num_iterations": 1}
+    trainer = make_vllm_trainer(PPOTrainer, PPOConfig, max_completion_length=24, **given)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "speculative/goodput" in entry]
+    assert [entry["speculative/draft_version"] for entry in logged] == [1, 2, 3]
+    assert all(entry["sampling/sampling_logp_difference/max"] < 1e-3 for entry in logged)
+    assert all(entry["speculative/draft_healthy"] == 1 for entry in logged)
+    assert logged[-1]["speculative/acceptance_rate"] > 0
+    weights = [name for name, _ in trainer.model.named_parameters() if name.startswith("value_function")]
+    pushed = [name for name, _ in trainer.sampler.backend.engine.policy()]
+    assert weights and len(pushed) == len(list(trainer.model.parameters())) - len(weights)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"min_p": 0.1}, "min_p=0.1 .*ignores it"),
-        ({"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2 .*set it to 1"),
+        ({"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2 .*set it to 1 .*--tensor_parallel_size"),
         ({"vllm_structured_outputs_regex": "a*"}, "vllm_structured_outputs_regex='a"),
         ({"calibration_cache": "there"}, "calibration_cache='there' .*leave it out"),
         ({"vllm_importance_sampling_correction": False}, "draft_refresh to False"),
@@ -88,12 +103,6 @@ def test_what_vllm_cannot_serve_is_refused(tmp_path, monkeypatch, options, messa
     monkeypatch.setattr("spec_rollout.backends.vllm.engine.find_spec", lambda name: name)
     with pytest.raises(ValueError, match=message):
         SpecGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, rollout_backend="vllm", **options)
-
-
-def test_a_server_for_several_processes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(SpecGRPOConfig, "world_size", 2)
-    with pytest.raises(ValueError, match="vllm_mode='server' .* all 2 processes together; run one"):
-        SpecGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, rollout_backend="vllm", vllm_mode="server")
 
 
 def test_without_vllm_the_message_says_how_to_get_it(tmp_path, monkeypatch):

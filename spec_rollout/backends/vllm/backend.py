@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from spec_rollout.backends.embedded import COLDEST
 from spec_rollout.backends.vllm.calibration import measured_cost
-from spec_rollout.backends.vllm.delivery import Delivery
+from spec_rollout.backends.vllm.delivery import Delivery, Whole
 from spec_rollout.backends.vllm.draft import refuse_recurrent, save_start, start_vocabulary
-from spec_rollout.backends.vllm.engine import EngineRestarted, VLLMEngine
+from spec_rollout.backends.vllm.engine import UNTESTED, EngineRestarted, VLLMEngine
 from spec_rollout.backends.vllm.steps import Plain
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.learner import DraftLearner
@@ -38,20 +38,25 @@ StartEngine = Callable[[Path | None, int], VLLMEngine]
 class VLLMBackend:
     """Speculative rollouts of `model` by vLLM.
 
-    Greedy completions are those without speculation, up to rounding; others have the policy's distribution, by
-    rejection sampling, but are drawn from vLLM's random stream: other tokens with speculation than without.
+    With coupled verification completions are those of plain decoding and of the embedded engine, up to rounding, at
+    any temperature. By rejection sampling, greedy ones are; others have the policy's distribution, but are drawn from
+    vLLM's random stream: other tokens with speculation than without.
 
     Args:
         model: the unwrapped policy; the same object in every step.
         start: starts the engine, at the first rollout.
         seed: of the head's initial weights and of its training order.
+        whole: within it the policy's weights that a head reads are whole, of a policy that lies in pieces; all ranks
+            enter it together.
 
     Attributes:
         policy_version: to be changed by the owner whenever the policy's weights have changed.
     """
 
-    def __init__(self, model: nn.Module, config: SpecConfig, start: StartEngine, *, seed: int = 0):
-        self.model, self.config, self.start = model, config, start
+    def __init__(
+        self, model: nn.Module, config: SpecConfig, start: StartEngine, *, seed: int = 0, whole: Whole = nullcontext
+    ):
+        self.model, self.config, self.start, self.whole = model, config, start, whole
         self.policy_version = 0
         self.engine: VLLMEngine | None = None
         self.stats = RolloutStats()
@@ -64,10 +69,13 @@ class VLLMBackend:
         self._watched = 0
         self._trace: list[StepStats] = []
         self._step_began: float | None = None
+        self._told = False
+        """Whether a verification that was not asked for was told."""
         self.delivery = Delivery()
         if fixed != 0:
             refuse_recurrent(model)
-            self.learner = DraftLearner(PolicyView(model), config, next(model.parameters()).device, seed)
+            with whole():
+                self.learner = DraftLearner(PolicyView(model), config, next(model.parameters()).device, seed)
             if config.draft_model_path:
                 self.load(config.draft_model_path, resume=False)
 
@@ -98,9 +106,9 @@ class VLLMBackend:
     ) -> list[Completion]:
         """One completion per prompt entry, in order.
 
-        In the trainer's process the draws follow from `seed`, the weights, the batch and the numbers of guesses; a
-        server has a stream of its own. `max_new_tokens` is a bound per entry. With `collect=False` the rollouts do not
-        count as training's.
+        Coupled draws follow from `seed` and the weights; by rejection sampling from the batch and the numbers of
+        guesses too, and a server has a stream of its own. `max_new_tokens` is a bound per entry. With `collect=False`
+        the rollouts do not count as training's.
         """
         self._step_began = self._step_began or time.perf_counter()
         params = params or SamplingParams()
@@ -111,6 +119,7 @@ class VLLMBackend:
         steps, prefill_s = self.engine.take_steps()
         self.stats.steps += steps
         self.stats.prefill_s += prefill_s
+        self.stats.near_ties += self.engine.near_ties()
         if collect and self.learner is not None:
             self.learner.temperature = max(params.temperature, COLDEST)
             self._trace += steps
@@ -128,17 +137,23 @@ class VLLMBackend:
         """Draw, again if vLLM was restarted meanwhile: a completion is of one policy, and counted once."""
         for _ in range(MOST_RESTARTS):
             try:
-                self.delivery.push(self.engine, self.learner, (self.policy_version, self.draft_version))
+                versions = self.policy_version, self.draft_version
+                self.delivery.push(self.engine, self.learner, versions, self.whole)
+                self._tell_verification()
                 self._stand_watch()
-                torch.manual_seed(
-                    request_keys(seed, 1)[0][0] & 0x7FFFFFFF
-                )  # the stream that a vLLM in here draws from
-                return self.engine.generate(prompts, params, limits)
+                keys = request_keys(seed, max(len(prompts), 1))
+                torch.manual_seed(keys[0][0] & 0x7FFFFFFF)  # the stream of a vLLM in here that does not go by keys
+                return self.engine.generate(prompts, params, limits, keys[: len(prompts)])
             except EngineRestarted as error:
                 warnings.warn(f"{error} The rollout is drawn again.", RuntimeWarning, stacklevel=4)
         raise ConnectionError(
             f"vLLM was restarted in each of {MOST_RESTARTS} attempts at one rollout: see its own log."
         )
+
+    def _tell_verification(self) -> None:
+        if self.config.verification is None and self.engine.verification == "rejection" and not self._told:
+            self._told = True
+            warnings.warn(UNTESTED, RuntimeWarning, stacklevel=4)
 
     @contextmanager
     def listen(self, ids: Tensor, mask: Tensor, prompts: Sequence[int]) -> Iterator[None]:
@@ -160,7 +175,8 @@ class VLLMBackend:
         if isinstance(self.controller, GammaController) and seconds is None:
             value = RolloutValue(self.controller.cost, self._trace, self.config.widest)
         self._trace = []
-        stats = self.learner.refresh(seconds, remaining, value)
+        with self.whole():
+            stats = self.learner.refresh(seconds, remaining, value)
         if stats.steps and self.controller is not None:
             self.controller.draft_changed()
         self._step_began = time.perf_counter()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from spec_rollout.backends.vllm.engine import PolicyWeights, completion, sampling_options
+from spec_rollout.backends.vllm.keyed_batch import keyed
 from spec_rollout.backends.vllm.steps import StepLog
 from spec_rollout.backends.vllm.worker import EXTENSION
 from spec_rollout.records import Completion, Controller, SamplingParams, StepStats
@@ -35,12 +36,13 @@ class Colocated:
         llm: made with `engine_options`, and with its engine core in this process.
         policy: the live policy.
         sleeps: whether `sleep` does anything (its `enable_sleep_mode`); what it held must then be pushed again.
+        verification: as in `SpecConfig`; after the first push, what is in force.
     """
 
     live_schedule = True
 
-    def __init__(self, llm: Any, policy: PolicyWeights, sleeps: bool = False):
-        self.llm, self.policy, self.sleeps = llm, policy, sleeps
+    def __init__(self, llm: Any, policy: PolicyWeights, sleeps: bool = False, verification: str | None = None):
+        self.llm, self.policy, self.sleeps, self.verification = llm, policy, sleeps, verification
         self._asleep = False
         speculative = llm.llm_engine.vllm_config.speculative_config
         self.log = StepLog(speculative.num_speculative_tokens if speculative else 0)
@@ -49,15 +51,22 @@ class Colocated:
             llm.llm_engine.engine_core.engine_core.scheduler.dynamic_sd_lookup = self.log
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, limits: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        limits: Sequence[int] | None = None,
+        keys: Sequence[tuple[int, int]] | None = None,
     ) -> list[Completion]:
         from vllm import SamplingParams as VLLMSamplingParams
 
+        coupled = self.verification == "coupled"
         given = [
             VLLMSamplingParams(
-                **sampling_options(params, limit, self.log.limit > 0), detokenize=bool(params.stop_strings)
+                **sampling_options(params, limit, self.log.limit > 0, coupled),
+                detokenize=bool(params.stop_strings),
+                extra_args=keyed([key] if key else [], params.min_p) if coupled else None,
             )
-            for limit in limits or [None] * len(prompts)
+            for limit, key in zip(limits or [None] * len(prompts), keys or [None] * len(prompts), strict=True)
         ]
         self.log.begin()
         rows = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], given, use_tqdm=False)
@@ -66,6 +75,7 @@ class Colocated:
 
     def load(self, draft: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
         self._wake()
+        self.verification = self._call("live_verify", self.verification)
         self._call("live_load", self.policy(), draft, version)
         self.llm.reset_prefix_cache()
 
@@ -73,8 +83,11 @@ class Colocated:
         """Nothing survives sleep."""
         return [0, 0] if self._asleep else self._call("live_versions")
 
-    def draft_probe(self) -> dict[str, float]:
-        return self._call("live_probe")
+    def draft_probe(self) -> list[dict[str, float]]:
+        return [self._call("live_probe")]
+
+    def near_ties(self) -> int:
+        return self._call("live_near_ties")
 
     def control(self, controller: Controller) -> None:
         self.log.controller = controller

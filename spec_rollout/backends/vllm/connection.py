@@ -10,6 +10,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from spec_rollout.backends.vllm.engine import EngineRestarted
+from spec_rollout.backends.vllm.key import HOW, server_key
 
 RETRY_S = 2.0
 HINT = "start one with `spec-rollout serve`, and give its address by vllm_server_base_url, or _host and _port"
@@ -24,10 +25,13 @@ class Connection:
 
     Raises:
         ConnectionError: there is no server.
+        PermissionError: it wants another key.
     """
 
     def __init__(self, url: str, timeout: float):
         self.url, self.timeout = url.rstrip("/"), timeout
+        key = server_key()
+        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._await_health()
 
     def _request(self, path: str, body: dict | None = None, seconds: float | None = None) -> Any:
@@ -40,11 +44,15 @@ class Connection:
         """
         seconds = seconds or self.timeout
         data = None if body is None else json.dumps(body).encode()
-        request = Request(self.url + path, data, {"Content-Type": "application/json"})
+        request = Request(self.url + path, data, self.headers)
         try:
             with urlopen(request, timeout=seconds) as reply:
                 text = reply.read().decode()
         except HTTPError as error:
+            if error.code == 401:
+                raise PermissionError(
+                    f"The vLLM server at {self.url} does not take this trainer's key: {HOW}."
+                ) from error
             raise RuntimeError(f"{path}: status {error.code}, {error.read().decode()[:300]}") from error
         except TimeoutError as error:
             raise ConnectionError(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from spec_rollout.backends.vllm.draft import draft_tensors, mismatch
 from spec_rollout.backends.vllm.engine import VLLMEngine
 from spec_rollout.draft.learner import DraftLearner
+
+Whole = Callable[[], AbstractContextManager]
 
 
 class Delivery:
@@ -23,11 +27,14 @@ class Delivery:
         self.pushed: tuple[int, int] | None = None
         self.lost: str | None = None
 
-    def push(self, engine: VLLMEngine, learner: DraftLearner | None, state: tuple[int, int]) -> None:
+    def push(
+        self, engine: VLLMEngine, learner: DraftLearner | None, state: tuple[int, int], whole: Whole = nullcontext
+    ) -> None:
         """Give `engine` the policy and the draft of `learner`, if either has changed or been lost.
 
         Args:
             state: versions of the policy and of the draft.
+            whole: within it the policy's weights that the draft shares are whole.
 
         Raises:
             EngineRestarted: vLLM was restarted after the push.
@@ -36,8 +43,11 @@ class Delivery:
         held = [self.version, 0 if learner is None else self.version]
         if state == self.pushed and engine.versions() == held and not self.lost:
             return
-        self.version += 1
-        tensors = draft_tensors(learner) if learner is not None else None
+        self.version = max(self.version, *engine.versions()) + 1  # a server may hold another run's
+        tensors = None
+        if learner is not None:
+            with whole():
+                tensors = draft_tensors(learner)
         engine.load(None if tensors is None else tensors.items(), self.version)
         self.lost = mismatch(engine, tensors, self.version)
         self.pushed = state

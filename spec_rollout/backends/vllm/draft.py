@@ -86,9 +86,11 @@ def mismatch(engine: VLLMEngine, tensors: dict[str, Tensor] | None, version: int
         return None
     if draft != version:
         return f"vLLM holds version {draft} of it after version {version} was pushed"
-    found = engine.draft_probe()
-    for name, value in probe(tensors).items():
-        if not math.isclose(found.get(name, math.nan), value, rel_tol=PROBE_ERROR):
+    shards = engine.draft_probe()
+    for number, found in enumerate(shards):
+        where = f" of worker {number}" * (len(shards) > 1)
+        for name, value in probe(tensors, found).items():
             answer = found.get(name, math.nan)
-            return f"what was pushed did not arrive: {name} responds with {answer:.4g}, not {value:.4g}"
+            if not math.isclose(answer, value, rel_tol=PROBE_ERROR):
+                return f"what was pushed did not arrive: {name}{where} responds with {answer:.4g}, not {value:.4g}"
     return None

@@ -16,6 +16,11 @@ INSTALL = (
     "torchvision torchaudio torchcodec"
 )
 
+UNTESTED = (
+    "Coupled verification was not tested with this vLLM's runner, so guesses are judged by rejection sampling: the "
+    "same law, but other tokens with guesses than without. verification='rejection' says that this is meant."
+)
+
 
 PolicyWeights = Callable[[], Iterable[tuple[str, Tensor]]]
 """Names, as in a checkpoint, and tensors of the live policy, one at a time. Every rank calls it together."""
@@ -30,11 +35,18 @@ class VLLMEngine(Protocol):
 
     live_schedule: bool
     """Whether a controller may choose before each step; otherwise the schedule is the one vLLM was started with."""
+    verification: str | None
+    """How guesses are judged: before the first push what is asked for, as in `SpecConfig`, then what is in force."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, limits: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        limits: Sequence[int] | None = None,
+        keys: Sequence[tuple[int, int]] | None = None,
     ) -> list[Completion]:
-        """One completion per prompt, in order, of at most `limits` tokens each.
+        """One completion per prompt, in order, of at most `limits` tokens each, drawn by the noise of `keys`, or by
+        chance without.
 
         Raises:
             EngineRestarted: nothing was drawn.
@@ -46,8 +58,11 @@ class VLLMEngine(Protocol):
     def versions(self) -> list[int]:
         """What is really loaded: of the policy, of the draft; 0 is what vLLM was started with."""
 
-    def draft_probe(self) -> dict[str, float]:
-        """The draft's response; see `worker.probe`."""
+    def draft_probe(self) -> list[dict[str, float]]:
+        """Each worker's response of its shard of the draft, and the shard's place; see `worker.probe`."""
+
+    def near_ties(self) -> int:
+        """Samples since the last call that rounding might have made others; 0 unless coupled and in float32."""
 
     def control(self, controller: Controller) -> None:
         """Let `controller` see the steps from now on, and choose where `live_schedule` is true."""
@@ -81,16 +96,19 @@ def speculative_config(draft_folder: str | Path, most: int, max_rows: int) -> di
     }
 
 
-def sampling_options(params: SamplingParams, limit: int | None, speculates: bool) -> dict[str, Any]:
-    """`params` in vLLM's words.
+def sampling_options(
+    params: SamplingParams, limit: int | None, speculates: bool, coupled: bool = False
+) -> dict[str, Any]:
+    """`params` in vLLM's words; with `coupled` verification min_p goes another way (`keyed_batch.keyed`).
 
     Raises:
-        ValueError: min_p, which vLLM ignores while it speculates.
+        ValueError: min_p, which vLLM itself refuses while it speculates.
     """
-    if params.min_p and speculates:
+    if params.min_p and speculates and not coupled:
         raise ValueError(
-            f"min_p={params.min_p} cannot be honoured: vLLM ignores it while it speculates. Set min_p to 0, "
-            "num_speculative_tokens to 0, or rollout_backend to 'embedded'."
+            f"min_p={params.min_p} cannot be honoured: vLLM refuses it beside guesses that are judged by rejection "
+            "sampling. Set min_p to 0, num_speculative_tokens to 0, verification to 'coupled', or rollout_backend to "
+            "'embedded'."
         )
     stops = list(params.stop_strings)
     return {
@@ -98,7 +116,7 @@ def sampling_options(params: SamplingParams, limit: int | None, speculates: bool
         "temperature": params.temperature,
         "top_k": params.top_k,
         "top_p": params.top_p,
-        "min_p": params.min_p,
+        "min_p": 0.0 if coupled else params.min_p,
         "repetition_penalty": params.repetition_penalty,
         "stop_token_ids": list(params.eos_token_ids),
         "ignore_eos": not params.eos_token_ids,

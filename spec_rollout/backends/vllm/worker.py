@@ -5,24 +5,24 @@ vLLM puts this class among the bases of its worker (`worker_extension_cls`), in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from spec_rollout.backends.vllm.coupled import Coupled
+from spec_rollout.backends.vllm.intake import Intake
+from spec_rollout.backends.vllm.lazy_head import LazyHead
+from spec_rollout.backends.vllm.repairs import repack_tied_heads, repair_sampling
+
 EXTENSION = "spec_rollout.backends.vllm.worker.LiveWeights"
 
-Weights = str | Iterable[tuple[str, Tensor]]
-"""Checkpoint names and tensors, or a safetensors file of them."""
+Weights = Iterable[tuple[str, Tensor]]
+"""Checkpoint names and tensors."""
 
 
-class LiveWeights:
-    """Methods for vLLM's `collective_rpc`; arguments may be strings, since a server passes nothing else."""
-
-    model_runner: Any
-    """Of the worker that vLLM mixes this into."""
+class LiveWeights(Intake):
+    """Methods for vLLM's `collective_rpc`."""
 
     def live_load(self, policy: Weights | None, draft: Weights | None, version: str | int) -> None:
         """Take the weights of the policy, of the draft or of both; what was taken now has `version`.
@@ -30,25 +30,67 @@ class LiveWeights:
         Raises:
             RuntimeError: the draft brings an output head while it shares the policy's.
         """
-        _repair_cpu_sampling()
+        repair_sampling(self.model_runner.device)
         if policy is not None:
-            self.model_runner.reload_weights(weights_iterator=_pairs(policy))
-            _repack_tied_heads(self.model_runner.get_model())
+            self.model_runner.reload_weights(weights_iterator=iter(policy))
+            repack_tied_heads(self.model_runner.get_model())
             self.live_policy = int(version)
         if draft is not None:
-            self._load_draft(dict(_pairs(draft)))
+            self._load_draft(dict(draft))
             self.live_draft = int(version)
+
+    def live_verify(self, verification: str | None) -> str:
+        """Let the head rest while nothing is guessed, and judge guesses by `verification` from now on: 'coupled',
+        'rejection', or None for the first where this runner was tested with it. Returns what is in force.
+
+        Raises:
+            ValueError: 'coupled' on a runner that it was not tested with.
+        """
+        if not hasattr(self, "live_head") and LazyHead.fits(self.model_runner):
+            self.live_head = LazyHead(self.model_runner)
+            self.live_head.install()
+        coupled = getattr(self, "live_coupled", None)
+        if verification == "rejection":
+            if coupled is not None:
+                coupled.remove()
+            self.live_coupled = None
+            return "rejection"
+        if coupled is None:
+            try:
+                coupled = self.live_coupled = Coupled(self.model_runner)
+            except ValueError:
+                if verification is not None:
+                    raise
+                return "rejection"
+            coupled.install()
+        return "coupled"
+
+    def live_near_ties(self) -> int:
+        """Samples since the last call that rounding might have made others; see `Coupled`."""
+        coupled = getattr(self, "live_coupled", None)
+        if coupled is None:
+            return 0
+        found, coupled.near_ties = coupled.near_ties, 0
+        return found
 
     def live_versions(self) -> list[int]:
         """Versions of the policy and of the draft; 0 for weights that came from the disk at the start."""
         return [getattr(self, "live_policy", 0), getattr(self, "live_draft", 0)]
 
     def live_probe(self) -> dict[str, float]:
-        """`probe` of the draft that is really there, measured through its own layers."""
+        """`probe` of this worker's shard of the draft that is really there, measured through its own layers."""
         draft = self._draft()
-        found: dict[str, float] = {}
+        attention = draft.model.layers[0].self_attn
+        rows = draft.lm_head.shard_indices
+        found: dict[str, float] = {
+            "rank": attention.qkv_proj.tp_rank,
+            "ranks": attention.qkv_proj.tp_size,
+            "kv_replicas": attention.qkv_proj.num_kv_head_replicas,
+            "rows_from": rows.org_vocab_start_index,
+            "rows": rows.num_org_elements,
+        }
         with torch.inference_mode():
-            found["lm_head"] = _response(draft.lm_head, draft.config.draft_vocab_size)
+            found["lm_head"] = _response(draft.lm_head, rows.num_org_elements)
             if getattr(draft, "draft_id_to_target_id", None) is not None:
                 found["d2t"] = draft.draft_id_to_target_id.float().mean().item()
             for name, module in draft.named_modules():
@@ -91,15 +133,33 @@ LINEAR = {
 """vLLM's layers, and the weights of a checkpoint that each of them is made of."""
 
 
-def probe(tensors: dict[str, Tensor]) -> dict[str, float]:
+def probe(tensors: dict[str, Tensor], place: dict[str, float] | None = None) -> dict[str, float]:
     """How the layers of an EAGLE-3 head respond to a fixed input, by name, from the weights of its checkpoint.
 
     A read-back that needs no weights: vLLM repacks them for its kernels, on a CPU so that they cannot be read.
+
+    Args:
+        place: of a worker among those that share the head, as its `live_probe` tells it; None for one that has it all.
     """
-    layers = {**LINEAR, "lm_head": ("lm_head.weight",)} if "lm_head.weight" in tensors else LINEAR
-    found = {
-        name: _mean_response(torch.cat([tensors[part].float() for part in parts])) for name, parts in layers.items()
-    }
+    place = place or {}
+    rank, ranks, replicas = (
+        int(place.get(name, least)) for name, least in (("rank", 0), ("ranks", 1), ("kv_replicas", 1))
+    )
+    found = {}
+    for name, parts in LINEAR.items():
+        weights = [tensors[part].float() for part in parts]
+        if name in ("qkv_proj", "gate_up_proj"):  # by their outputs; several workers may hold the same key heads
+            few = [replicas if ".k_proj" in part or ".v_proj" in part else 1 for part in parts]
+            weights = [w.chunk(ranks // n, 0)[rank // n] for w, n in zip(weights, few, strict=True)]
+        if name in ("o_proj", "down_proj"):  # by their inputs
+            width = weights[0].shape[1] // ranks
+            found[name] = _mean_response(weights[0].chunk(ranks, 1)[rank], rank * width)
+        else:
+            found[name] = _mean_response(torch.cat(weights))
+    if "lm_head.weight" in tensors:
+        begin = int(place.get("rows_from", 0))
+        rows = tensors["lm_head.weight"][begin:].float()
+        found["lm_head"] = _mean_response(rows[: int(place.get("rows", len(rows)))])
     if "d2t" in tensors:
         found["d2t"] = tensors["d2t"].float().mean().item()
     for name, tensor in tensors.items():
@@ -109,60 +169,21 @@ def probe(tensors: dict[str, Tensor]) -> dict[str, float]:
     return found
 
 
-def _stimulus(width: int) -> Tensor:
-    return torch.arange(width, dtype=torch.float32).cos()[None]
+def _stimulus(begin: int, width: int) -> Tensor:
+    return torch.arange(begin, begin + width, dtype=torch.float32).cos()[None]
 
 
-def _mean_response(weight: Tensor) -> float:
-    return nn.functional.linear(_stimulus(weight.shape[1]).to(weight.device), weight).abs().mean().item()
+def _mean_response(weight: Tensor, begin: int = 0) -> float:
+    stimulus = _stimulus(begin, weight.shape[1]).to(weight.device)
+    return nn.functional.linear(stimulus, weight).abs().mean().item() if len(weight) else 0.0
 
 
 def _response(layer: nn.Module, size: int | None = None) -> float:
-    """Of the first `size` outputs of a linear layer of vLLM's, or of an output head, by the kernel that serves it."""
+    """Of the first `size` outputs of a linear layer of vLLM's, or of an output head, by the kernel that serves it. One
+    that is shared out by its inputs answers to those that it has."""
     like = next(layer.parameters())
     width = layer.input_size if hasattr(layer, "input_size") else layer.embedding_dim
-    output = layer.quant_method.apply(layer, _stimulus(width).to(device=like.device, dtype=like.dtype))
-    return output[:, :size].float().abs().mean().item()
-
-
-def _repair_cpu_sampling() -> None:
-    """vLLM 0.31 on a CPU never writes the temperature, top-k and top-p of each guess: it verifies guesses with what
-    happens to lie in memory, and samples do not have the policy's law."""
-    from vllm.platforms import current_platform
-    from vllm.v1.sample import rejection_sampler
-
-    if current_platform.is_cpu():
-        rejection_sampler.expand_batch_to_tokens = _expand
-
-
-def _expand(x: Tensor, ends: Tensor, size: int, replace_from: float = 0, replace_to: float = 0) -> Tensor:
-    """Each row's value of `x` [B] for each of its guesses, [size]; row b's guesses end at ends[b]."""
-    counts = torch.diff(ends, prepend=ends.new_zeros(1))
-    return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=size)
-
-
-def _repack_tied_heads(model: nn.Module) -> None:
-    """On a CPU an output head that is tied to the embedding computes with a packed copy of it, which a reload of the
-    embedding leaves as it was."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import (
-        ParallelLMHead,
-        UnquantizedEmbeddingMethod,
-        VocabParallelEmbedding,
-    )
-
-    heads = [m for m in model.modules() if isinstance(m, ParallelLMHead)]
-    tied = {id(m.weight) for m in model.modules() if isinstance(m, VocabParallelEmbedding) and m not in heads}
-    for head in heads:
-        if id(head.weight) in tied and isinstance(head.quant_method, UnquantizedEmbeddingMethod):
-            head.quant_method.process_weights_after_loading(head)
-
-
-def _pairs(weights: Weights) -> Iterator[tuple[str, Tensor]]:
-    if not isinstance(weights, str):
-        yield from weights
-        return
-    from safetensors import safe_open
-
-    with safe_open(Path(weights), framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  (not a dictionary)
-            yield name, file.get_tensor(name)
+    own = getattr(layer, "input_size_per_partition", width)
+    begin = layer.tp_rank * own if own != width else 0
+    output = layer.quant_method.apply(layer, _stimulus(begin, own).to(device=like.device, dtype=like.dtype))
+    return output[:, :size].float().abs().mean().item() if size != 0 else 0.0

@@ -159,10 +159,6 @@ class PPOConfig(SpecGRPOConfig):
         super().__post_init__()
         self.num_generations, self.num_generations_eval = given
         self._refuse_options_of_grpo()
-        if self.rollout_backend != "embedded":
-            raise ValueError(
-                f"rollout_backend={self.rollout_backend!r} is served for GRPO and RLOO only: set it to 'embedded'."
-            )
         self._check_ranges()
         self.beta = self.kl_coef  # by which GRPOTrainer decides whether to load a reference
 

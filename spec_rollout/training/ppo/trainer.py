@@ -67,6 +67,7 @@ class PPOTrainer(ValueCheckpoints):
 
     _tag_names: ClassVar[list[str]] = ["trl", "ppo", "spec-rollout"]
     _name = "PPO"
+    _reads_itself: ClassVar[bool] = True
     _paper: ClassVar[dict[str, str]] = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
 
     def __init__(
@@ -83,6 +84,7 @@ class PPOTrainer(ValueCheckpoints):
             args = PPOConfig(f"{name.split('/')[-1]}-PPO")
         refuse_arguments(args, value_model, reward_funcs)
         super().__init__(model, reward_funcs, args, *others, **options)
+        self._corrects = False  # the ratio is that to the training model's own log-probs of the samples
         value_model = value_model or args.value_model
         refuse_launch(self, critic=value_model is not None)
         function = make_value_function(self.model, value_model, args.trust_remote_code)
@@ -107,7 +109,13 @@ class PPOTrainer(ValueCheckpoints):
             batch = super()._generate_and_score_completions(inputs)
         own = batch["completion_mask"] * batch.get("tool_mask", 1)  # [B, T], 1 at the policy's tokens
         mask = (own * ~self._scores.isnan()[:, None]).to(torch.float32)  # 1 at those that are trained on
-        logprobs, values = self._score_tokens(batch)
+        ids, attended = (
+            torch.cat([batch[f"prompt_{part}"], batch[f"completion_{part}"]], 1) for part in ("ids", "mask")
+        )
+        with self.sampler.listening(ids, attended, batch["completion_ids"].shape[1]):
+            logprobs, values = self._score_tokens(batch)
+        if self.sampler.learns_from_trainer:
+            self._finish_phase()
         log_difference(self, batch["sampling_per_token_logps"], logprobs, own)
         reference = batch.pop("ref_per_token_logps", logprobs)
         kl = (logprobs - reference) * mask

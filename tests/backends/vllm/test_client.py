@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 
 from spec_rollout.backends.vllm.engine import EngineRestarted
+from spec_rollout.backends.vllm.served import refuse_lossy, refuse_other_guesses
 from spec_rollout.backends.vllm.server import LONGEST_S, Server
 from spec_rollout.config import SpecConfig
 from spec_rollout.records import SamplingParams
@@ -14,7 +15,8 @@ from spec_rollout.records import SamplingParams
 def server():
     """The client of a server that is not there."""
     server = object.__new__(Server)
-    server.url, server.timeout, server.model = "http://here", 7.0, "policy"
+    server.url, server.timeout, server.model, server.headers = "http://here", 7.0, "policy", {}
+    server.verification = "rejection"
     return server
 
 
@@ -25,11 +27,11 @@ def server():
         ({"model_config": {"logprobs_mode": "raw_logprobs"}}, "logprobs_mode='raw_logprobs'.*processed_logprobs"),
     ],
 )
-def test_a_lossy_server_is_refused(server, change, message):
+def test_a_lossy_server_is_refused(change, message):
     good = {"speculative_config": None, "model_config": {"logprobs_mode": "processed_logprobs"}}
-    server._refuse_lossy(good)
+    refuse_lossy("http://here", good)
     with pytest.raises(ValueError, match=f"http://here runs with {message}"):
-        server._refuse_lossy({**good, **change})
+        refuse_lossy("http://here", {**good, **change})
 
 
 def test_a_server_that_is_lost_while_it_is_asked_is_a_restart(server, monkeypatch):
@@ -42,9 +44,9 @@ def test_a_server_that_is_lost_while_it_is_asked_is_a_restart(server, monkeypatc
         server.versions()
 
 
-def test_an_unreachable_server_is_named(tmp_path):
+def test_an_unreachable_server_is_named():
     with pytest.raises(ConnectionError, match=r"http://127.0.0.1:1 after 0 seconds.*spec-rollout serve"):
-        Server("http://127.0.0.1:1/", dict, tmp_path, SpecConfig(), timeout=0)
+        Server("http://127.0.0.1:1/", dict, SpecConfig(), timeout=0)
 
 
 @pytest.mark.parametrize(("path", "bound"), [("/metrics", 7), ("/v1/completions", LONGEST_S)])
@@ -79,11 +81,11 @@ def test_a_server_that_hangs_ends_the_run(server, monkeypatch, path, bound):
         ([], {}, "=None asks for at least 1 .* guess 0: .* 0 for plain decoding"),
     ],
 )
-def test_a_server_that_guesses_other_numbers_is_refused(server, schedule, options, message):
+def test_a_server_that_guesses_other_numbers_is_refused(schedule, options, message):
     parts = [[1 + 4 * i, 4 + 4 * i, number] for i, number in enumerate(schedule)]
     config = {"num_speculative_tokens": max(schedule), "num_speculative_tokens_per_batch_size": parts} if parts else {}
     with nullcontext() if message is None else pytest.raises(ValueError, match=message):
-        server._refuse_other_guesses(config, SpecConfig(**options))
+        refuse_other_guesses("http://here", config, SpecConfig(**options))
 
 
 @pytest.mark.parametrize("speculates", [True, False])

@@ -13,11 +13,13 @@ from tests.tiny import policy
 class FakeEngine:
     """A `VLLMEngine` whose completions are one token long and whose guesses all fail."""
 
+    verification = "coupled"
+
     def __init__(self, live_schedule=True, sleeps=False):
         self.live_schedule, self.sleeps, self.asleep = live_schedule, sleeps, False
         self.held, self.probed, self.pushes, self.steps = [0, 0], {}, 0, []
 
-    def generate(self, prompts, params, limits=None):
+    def generate(self, prompts, params, limits=None, keys=None):
         assert not self.asleep
         rows, gamma = len(prompts), self.controller.choose(len(prompts), 0)
         self.steps.append(StepStats(rows, gamma, 0, rows, [0] * gamma, verify_s=0.001 * (gamma + 1)))
@@ -32,7 +34,10 @@ class FakeEngine:
         return [0, 0] if self.asleep else self.held
 
     def draft_probe(self):
-        return self.probed
+        return [self.probed]
+
+    def near_ties(self):
+        return 0
 
     def control(self, controller):
         self.controller = controller
@@ -49,6 +54,17 @@ def fake_backend(engine, trained=False, **options):
     backend = VLLMBackend(policy("llama"), SpecConfig(**{"max_slots": 4, **options}), lambda *_: engine)
     backend.learner.trained = trained
     return backend
+
+
+def test_a_verification_that_was_not_asked_for_is_told_once():
+    engine = FakeEngine()
+    engine.verification = "rejection"
+    backend = fake_backend(engine)
+    with pytest.warns(RuntimeWarning, match="judged by rejection sampling") as told:
+        backend.generate([[1, 2]])
+        backend.generate([[1, 2]])
+    assert len(told) == 1
+    fake_backend(engine, verification="rejection").generate([[1, 2]])
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -97,7 +113,7 @@ def test_a_fall_to_chance_is_told_as_it_is(tmp_path, monkeypatch, live, learns, 
     ("live", "message"), [(True, "The draft head is off"), (False, "The server guesses with another draft until")]
 )
 def test_a_draft_that_did_not_arrive_is_told_as_it_is(monkeypatch, live, message):
-    monkeypatch.setattr(FakeEngine, "draft_probe", lambda self: {})
+    monkeypatch.setattr(FakeEngine, "draft_probe", lambda self: [{}])
     with pytest.warns(RuntimeWarning, match=message):
         fake_backend(FakeEngine(live), trained=True, num_speculative_tokens=3).generate([[1, 2]])
 

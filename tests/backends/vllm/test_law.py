@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from spec_rollout.config import VERIFICATIONS
 from spec_rollout.records import SamplingParams
 from tests.backends.vllm.tiny import make_backend, needs_vllm, runner, save_policy, teach
 
@@ -15,7 +16,9 @@ FALSE_ALARM = 1e-6
 
 @pytest.fixture(scope="module")
 def backend(tmp_path_factory):
-    backend = make_backend(save_policy(tmp_path_factory.mktemp("policy")), num_speculative_tokens=2)
+    backend = make_backend(
+        save_policy(tmp_path_factory.mktemp("policy")), num_speculative_tokens=2, verification="rejection"
+    )
     teach(backend, rounds=2)
     return backend
 
@@ -55,10 +58,14 @@ def guessing(backend):
     assert 0.05 < backend.take_stats().acceptance_rate < 0.95
 
 
-def test_the_law_is_the_policys(guessing):
+@pytest.mark.parametrize("verification", VERIFICATIONS)
+def test_the_law_is_the_policys(guessing, verification, monkeypatch):
+    guessing.engine._call("live_verify", verification)
+    monkeypatch.setattr(guessing.engine, "verification", verification)
     expected = law(guessing.model, 1.0)
     assert len(expected) > 30
     assert p_value(guessing, expected, seed=1) > FALSE_ALARM
+    guessing.engine._call("live_verify", "rejection")
 
 
 def test_another_temperature_is_seen(guessing):

@@ -9,8 +9,10 @@ import torch
 from spec_rollout.backends.vllm import serve as vllm_serve
 from spec_rollout.backends.vllm.draft import save_start, start_vocabulary
 from spec_rollout.backends.vllm.engine import completion, sampling_options, speculative_config
+from spec_rollout.backends.vllm.guard import GUARD
+from spec_rollout.backends.vllm.repairs import _expands, expand
 from spec_rollout.backends.vllm.steps import Guesses, StepLog, step_stats
-from spec_rollout.backends.vllm.worker import _expand, probe
+from spec_rollout.backends.vllm.worker import probe
 from spec_rollout.draft.checkpoint import save_head
 from spec_rollout.draft.checkpoint_reader import load_head
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
@@ -88,7 +90,16 @@ def test_why_a_completion_ended(ids, given, reason):
 
 def test_each_guess_gets_its_rows_value():
     temperature, ends = torch.tensor([0.5, 0.0, 2.0, 3.0]), torch.tensor([2, 3, 3, 6])
-    assert _expand(temperature, ends, 6, replace_from=0, replace_to=1).tolist() == [0.5, 0.5, 1.0, 3.0, 3.0, 3.0]
+    assert expand(temperature, ends, 6, replace_from=0, replace_to=1).tolist() == [0.5, 0.5, 1.0, 3.0, 3.0, 3.0]
+
+
+def test_only_a_function_that_expands_passes_the_probe():
+    wrong = [
+        lambda x, ends, size: x.new_zeros(size),
+        lambda x, ends, size: expand(x, ends, size) if x.is_floating_point() else x.new_zeros(size),
+        lambda x, ends, size: x.repeat(size)[:size],
+    ]
+    assert _expands(expand) and not any(map(_expands, wrong))
 
 
 def test_every_layer_shows_in_the_probe():
@@ -131,9 +142,16 @@ def test_vllm_is_asked_for_lossless_speculation():
 def test_the_command_of_a_server(tmp_path):
     policy("llama").save_pretrained(tmp_path / "policy")
     given = Namespace(
-        policy=str(tmp_path / "policy"), draft=None, num_speculative_tokens=2, max_slots=4, host="127.0.0.1", port=8001
+        policy=str(tmp_path / "policy"),
+        draft=None,
+        num_speculative_tokens=2,
+        tensor_parallel_size=2,
+        max_slots=4,
+        host="127.0.0.1",
+        port=8001,
     )
     line = " ".join(vllm_serve.serve_command(given, tmp_path / "draft"))
+    assert f"--tensor-parallel-size 2 --middleware {GUARD}" in line
     assert "--host 127.0.0.1 --port 8001" in line and "--logprobs-mode processed_logprobs" in line
     assert '"num_speculative_tokens": 2' in line and str(tmp_path / "draft") in line
     given.num_speculative_tokens = 0
@@ -150,7 +168,13 @@ def test_the_command_of_a_server(tmp_path):
 def test_a_server_for_recurrent_layers_does_not_guess(tmp_path):
     policy("qwen3_5_text").save_pretrained(tmp_path / "policy")
     given = Namespace(
-        policy=str(tmp_path / "policy"), draft=None, num_speculative_tokens=2, max_slots=4, host="127.0.0.1", port=8001
+        policy=str(tmp_path / "policy"),
+        draft=None,
+        num_speculative_tokens=2,
+        tensor_parallel_size=2,
+        max_slots=4,
+        host="127.0.0.1",
+        port=8001,
     )
     with pytest.raises(ValueError, match="has recurrent layers.*num_speculative_tokens=0"):
         vllm_serve.serve_command(given, tmp_path / "draft")

@@ -1,11 +1,5 @@
 """A real vLLM server: weights that follow, and one that is killed in the middle of a rollout."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -13,35 +7,14 @@ from spec_rollout.backends.vllm.backend import VLLMBackend
 from spec_rollout.backends.vllm.server import Server
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.records import SamplingParams
+from tests.backends.vllm.process import Process
 from tests.backends.vllm.tiny import GREEDY, PROMPTS, ROWS, needs_vllm, save_policy, teach
 from tests.tiny import VOCAB, assert_same, tokenizer
 
 pytestmark = [needs_vllm, pytest.mark.usefixtures("patient_watchman")]
 
-
-class Process:
-    """`spec-rollout serve` on a free port."""
-
-    def __init__(self, policy, log):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        line = f"serve --policy {policy} --max_slots {ROWS} --port {self.port} --dtype float32 --enforce-eager"
-        self.command = [sys.executable, "-m", "spec_rollout.cli", *line.split()]
-        self.log = log
-        self.start()
-
-    def start(self):
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-        environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                self.command, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-
-    def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+SAMPLED = SamplingParams(max_new_tokens=48, temperature=0.5, min_p=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +24,9 @@ def server(tmp_path_factory):
     model = save_policy(folder / "policy", tie_word_embeddings=True, vocab_size=VOCAB)
     tokenizer().save_pretrained(folder / "policy")
     process = Process(folder / "policy", folder / "log")
-    url = f"http://127.0.0.1:{process.port}"
+    url = process.url
     config = SpecConfig(max_slots=ROWS, num_speculative_tokens=3)
-    backend = VLLMBackend(
-        model, config, lambda *_: Server(url, model.named_parameters, folder / "weights", config, 120)
-    )
+    backend = VLLMBackend(model, config, lambda *_: Server(url, model.named_parameters, config, 120))
     yield process, backend
     process.kill()
 
@@ -72,7 +43,19 @@ def test_policy_and_draft_follow(server):
     assert stats.emitted == sum(limits)
 
 
-@pytest.mark.parametrize("after", ["_draw", "_call"])  # a rollout; a push, before it is read back
+def test_what_is_drawn_follows_from_the_seed_here_too(server):
+    backend = server[1]
+    limits = [30 + i % 2 for i in range(len(PROMPTS))]
+    drawn = backend.generate(PROMPTS, SAMPLED, seed=(3,), max_new_tokens=limits)
+    assert backend.engine.verification == "coupled"
+    expected = RolloutEngine(backend.model).generate(PROMPTS, SAMPLED, seed=(3,), max_new_tokens=limits)
+    assert_same(drawn, expected)
+    assert [c.token_ids for c in backend.generate(PROMPTS, SAMPLED, seed=(4,), max_new_tokens=limits)] != [
+        c.token_ids for c in expected
+    ]
+
+
+@pytest.mark.parametrize("after", ["_draw", "_told"])  # a rollout; a push that has just begun
 def test_a_server_that_is_killed_and_comes_back_costs_no_sample(server, monkeypatch, after):
     process, backend = server
     noise = torch.Generator().manual_seed(0)
@@ -81,22 +64,21 @@ def test_a_server_that_is_killed_and_comes_back_costs_no_sample(server, monkeypa
             weight.add_(0.03 * torch.randn(weight.shape, generator=noise))
     backend.policy_version += 1
     many = PROMPTS * 20
-    expected = RolloutEngine(backend.model).generate(PROMPTS, GREEDY)
+    expected = RolloutEngine(backend.model).generate(many, SAMPLED, seed=(5,))
     backend.take_stats()
 
     whole = getattr(Server, after)
 
     def accident(self, *given, **options):
         done = whole(self, *given, **options)
-        if given[0] != "live_versions":  # asked ahead of the push
-            monkeypatch.setattr(Server, after, whole)
-            process.kill()
-            process.start()
-            self._await_health()
+        monkeypatch.setattr(Server, after, whole)
+        process.kill()
+        process.start()
+        self._await_health()
         return done
 
     monkeypatch.setattr(Server, after, accident)
     with pytest.warns(RuntimeWarning, match="drawn again"):
-        drawn = backend.generate(many, GREEDY)
-    assert_same(drawn, expected * 20)
-    assert backend.take_stats().emitted == len(many) * GREEDY.max_new_tokens
+        drawn = backend.generate(many, SAMPLED, seed=(5,))
+    assert_same(drawn, expected)
+    assert backend.take_stats().emitted == len(many) * SAMPLED.max_new_tokens

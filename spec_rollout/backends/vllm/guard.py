@@ -1,0 +1,121 @@
+"""What stands before all of a server's routes: who may ask, and what for.
+
+vLLM's own key (`--api-key`) covers /v1 and a few more; routes that load weights, put the engine to sleep or run a
+method on the workers are open beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from spec_rollout.backends.vllm.key import is_loopback, server_key
+
+GUARD = "spec_rollout.backends.vllm.guard.Guard"
+
+PATHS = {"/health", "/metrics", "/version", "/server_info", "/reset_prefix_cache", "/collective_rpc"}
+"""Routes that are served, beside those under /v1/."""
+RPC = "/collective_rpc"
+METHODS = "live_"
+"""How the names of the worker's methods that may be called begin."""
+LONGEST_RPC = 16 * 2**20
+"""Bytes of a call; the names and shapes of a large policy's weights are far fewer."""
+
+App = Callable[[dict, Callable, Callable], Awaitable[None]]
+
+
+class Guard:
+    """ASGI middleware that vLLM puts before its application (`--middleware`).
+
+    With a key, each request but GET /health must bring it (`Authorization: Bearer KEY`). Without one the server
+    listens at a loopback address; a web page in a browser on this machine must not reach it either.
+    """
+
+    def __init__(self, app: App):
+        self.app = app
+        key = server_key()
+        self.key = None if key is None else _digest(key)
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return  # unanswered, a websocket is closed
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        refused = self._refusal(scope["method"], scope["path"], headers)
+        if refused is None and scope["path"] == RPC:
+            body = await _body(receive)
+            refused = method_refusal(body)
+            receive = _again(body, receive)
+        if refused is not None:
+            await _answer(send, *refused)
+            return
+        await self.app(scope, receive, send)
+
+    def _refusal(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
+        """Status and reason, if the request is refused."""
+        if path == "/health" and method == "GET":
+            return None
+        if self.key is not None:
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(_digest(given), self.key):
+                return 401, "This server wants its key: Authorization: Bearer KEY."
+        elif "origin" in headers or not is_loopback(urlsplit(f"//{headers.get('host', '')}").hostname or ""):
+            return 403, "Without a key this server answers programs on its own machine only, not web pages."
+        if path not in PATHS and not path.startswith("/v1/"):
+            return 403, f"{path} is not served by spec-rollout serve."
+        return None
+
+
+def method_refusal(body: bytes | None) -> tuple[int, str] | None:
+    """Status and reason, if the call of a worker's method in `body` (None: too long) is refused."""
+    if body is None:
+        return 413, f"A call has at most {LONGEST_RPC} bytes."
+    try:
+        call: Any = json.loads(body)
+    except ValueError:
+        return 400, "The call is not JSON."
+    method = call.get("method") if isinstance(call, dict) else None
+    if not isinstance(method, str) or not method.startswith(METHODS):
+        return 403, f"Only methods of the worker that begin with {METHODS} may be called."
+    return None
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8")).digest()
+
+
+async def _body(receive: Callable) -> bytes | None:
+    """The whole body, None if it is too long."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        part = message.get("body", b"")
+        size += len(part)
+        if size > LONGEST_RPC:
+            return None
+        parts.append(part)
+        if message["type"] == "http.disconnect" or not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _again(body: bytes | None, receive: Callable) -> Callable:
+    """Gives the body that was read ahead once more, then whatever comes."""
+    messages = [{"type": "http.request", "body": body or b"", "more_body": False}]
+
+    async def replay() -> dict:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+async def _answer(send: Callable, status: int, reason: str) -> None:
+    body = json.dumps({"error": reason}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
