@@ -75,8 +75,8 @@ class Colocated:
 
     def load(self, draft: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
         self._wake()
-        self.verification = self._call("live_verify", self.verification)
         self._call("live_load", self.policy(), draft, version)
+        self.verification = self._call("live_verify", self.verification)
         self.llm.reset_prefix_cache()
 
     def versions(self) -> list[int]:
