@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import Slots, upload
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -17,6 +17,20 @@ AHEAD = 32
 """Most positions of a row for which noise is drawn at once."""
 AHEAD_NUMBERS = 2**22
 """Most numbers that one draw for several positions may have."""
+
+
+class KeyedRows(Protocol):
+    """What noise is drawn for: `engine.rows.Rows`, or rows of another engine."""
+
+    slots: int
+    device: torch.device
+    count: int
+    lengths: np.ndarray
+    starts: np.ndarray
+    key: Tensor
+
+    def progress(self) -> Tensor:
+        """Index [B] of the completion token that each active row samples next."""
 
 
 def request_keys(seed: Sequence[int], count: int) -> list[tuple[int, int]]:
@@ -71,7 +85,7 @@ class NoiseWindow:
     """The noise of the rows' coming positions, drawn for many positions at once: every step would otherwise pay the
     fixed cost of the generator's hundred small operations. There are `numbers` of them, N, per position."""
 
-    def __init__(self, rows: Rows, numbers: int):
+    def __init__(self, rows: KeyedRows, numbers: int):
         self.numbers = numbers
         self.ahead = min(AHEAD, AHEAD_NUMBERS // (rows.slots * self.numbers))
         self.first = np.full(rows.slots, -(2**31))
@@ -80,7 +94,7 @@ class NoiseWindow:
         """The same, as the device does."""
         self.window = torch.zeros(rows.slots, self.ahead, self.numbers, device=rows.device)
 
-    def take(self, rows: Rows, width: int) -> Tensor:
+    def take(self, rows: KeyedRows, width: int) -> Tensor:
         """Noise [B, width, N] of the positions that the active rows sample next."""
         if width > self.ahead:
             return self._draw(rows, width, slice(0, rows.count))
@@ -107,6 +121,6 @@ class NoiseWindow:
             state[target.device] = state[source.device]
         self.first[target.host] = self.first[source.host]
 
-    def _draw(self, rows: Rows, width: int, slots: Tensor | slice) -> Tensor:
+    def _draw(self, rows: KeyedRows, width: int, slots: Tensor | slice) -> Tensor:
         steps = rows.progress()[slots, None] + torch.arange(width, device=rows.device)
         return gumbel(rows.key[slots], steps, self.numbers)

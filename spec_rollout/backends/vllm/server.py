@@ -106,10 +106,10 @@ class Server(Connection):
     def push(self, policy: Named, draft: Named | None, version: int) -> None:
         """What `load` does, with weights that were walked through before."""
         folder, mark = self._folder()
-        parts = {"policy": (policy, self.policy_shapes)}
+        parts: dict[str, tuple[Named, Shapes]] = {"policy": (policy, self.policy_shapes)}
         if draft is not None:
-            weights = list(draft)
-            parts["draft"] = weights, shapes_of(weights)
+            held = list(draft)
+            parts["draft"] = held, shapes_of(held)
         announced = json.dumps({part: shapes for part, (_, shapes) in parts.items()})
         self._told("live_begin", mark, announced, str(version), json.dumps(self._held))
         size = sum(total_bytes(shapes) for _, shapes in parts.values())

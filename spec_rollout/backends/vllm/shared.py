@@ -69,7 +69,8 @@ class SharedServer:
             counts = [len(rank.prompts) for rank in everyone]
             if not any(counts):
                 return [], [], counts
-            prompts, limits, keys = ([x for rank in everyone for x in rank[i]] for i in range(3))
+            prompts = [x for rank in everyone for x in rank.prompts]
+            limits, keys = [x for rank in everyone for x in rank.limits], [x for rank in everyone for x in rank.keys]
             drawn = self.server.generate(prompts, params, limits, keys or None)
             return drawn, self.server.take_steps()[0], counts
 
