@@ -184,6 +184,11 @@ class SpecConfig:
         if self.draft_quantized and (self.rollout_backend == "vllm" or self.draft_model_path):
             other = "draft_model_path" if self.draft_model_path else "rollout_backend='vllm'"
             raise ValueError(f"draft_quantized=True does not go with {other}: leave one of the two at its default.")
+        if self.max_cache_gib is not None and self.rollout_backend == "vllm":
+            raise ValueError(
+                f"max_cache_gib={self.max_cache_gib} needs rollout_backend='embedded': vLLM bounds its own cache, by "
+                "vllm_gpu_memory_utilization, or VLLM_CPU_KVCACHE_SPACE on a CPU."
+            )
         if self.compile_passes == "true" and self.rollout_backend == "vllm":
             raise ValueError("compile_passes=True needs rollout_backend='embedded': vLLM compiles its own passes.")
         if self.profile_rollouts and self.rollout_backend == "vllm":

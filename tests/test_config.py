@@ -40,6 +40,8 @@ def test_a_head_that_never_learns_must_come_from_somewhere():
         SpecConfig(profile_rollouts=True, rollout_backend="vllm")
     with pytest.raises(ValueError, match="compile_passes=True needs rollout_backend='embedded'"):
         SpecConfig(compile_passes=True, rollout_backend="vllm")
+    with pytest.raises(ValueError, match="max_cache_gib=2 needs rollout_backend='embedded'"):
+        SpecConfig(max_cache_gib=2, rollout_backend="vllm")
     SpecConfig(draft_refresh=False)
     SpecConfig(draft_refresh=False, draft_model_path="head")
     SpecConfig(draft_refresh=False, num_speculative_tokens=0)

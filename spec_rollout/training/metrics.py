@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spec_rollout.config import SpecConfig
+from spec_rollout.engine.room import GIB
 from spec_rollout.records import RefreshStats, RolloutStats
 
 PREFIX = "speculative/"
@@ -29,6 +30,8 @@ def local_sums(
         "model_drafted": stats.model_drafted,
         "lean_steps": stats.lean_steps,
         "compiled_steps": stats.compiled_steps,
+        "preemptions": stats.preemptions,
+        "cache_bytes": stats.cache_bytes,
         "speculative_rows": sum(step.rows for step in speculative),
         "speculative_emitted": sum(step.emitted for step in speculative),
         "seconds": seconds,
@@ -69,6 +72,8 @@ def metrics(sums: dict[str, float]) -> dict[str, float]:
         "draft_healthy": sums["draft_healthy"] / ranks,
         "lean_share": sums["lean_steps"] / max(1, sums["steps"]),
         "compiled_share": sums["compiled_steps"] / max(1, sums["steps"]),
+        "preemptions": sums["preemptions"],
+        "cache_gib": sums["cache_bytes"] / ranks / GIB,
     }
     figures |= {f"time_{part}": sums[f"{part}_s"] / ranks for part in ("prefill", "draft", "verify", "host")}
     if sums["drafted"]:
