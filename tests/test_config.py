@@ -107,7 +107,7 @@ def test_edges_are_in_range():
         ("draft_overhead", "0.05"),
         ("draft_learning_rate", "1e-4"),
         ("max_feature_tokens", 1e9),
-        ("verification", None),
+        ("verification", 1),
         ("draft_ngrams", 1),
     ],
 )
