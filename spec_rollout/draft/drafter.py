@@ -97,8 +97,8 @@ class EagleDrafter:
         whole = isinstance(self.first, Compiled)
         self.lean = None if whole else lean_head(self.head, self.view, rows.capacity, self.compiled, self.folder)
 
-    def resize(self, rows: Rows) -> None:
-        slots, kept = len(rows.tokens), rows.count
+    def resize(self, rows: Rows, kept: int) -> None:
+        slots = len(rows.tokens)
         self.features = resized(self.features, slots, rows.capacity, kept)
         self.cache.resize(slots, rows.capacity, kept)
 

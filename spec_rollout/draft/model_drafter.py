@@ -53,11 +53,11 @@ class ModelDrafter:
         if self.collector is not None:
             self.collector.begin(rows)
 
-    def resize(self, rows: Rows) -> None:
+    def resize(self, rows: Rows, kept: int) -> None:
         self.model.confine(rows.capacity)
-        self.cache.resize(len(rows.tokens), rows.capacity, rows.count)
+        self.cache.resize(len(rows.tokens), rows.capacity, kept)
         if self.collector is not None:
-            self.collector.resize(rows)
+            self.collector.resize(rows, kept)
 
     def _take_pass(self) -> None:
         """Decode by what is proven for the model; nobody else runs it, so that it may stay so between the verbs."""

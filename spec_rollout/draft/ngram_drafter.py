@@ -24,8 +24,8 @@ class NgramDrafter:
     def token_bytes(self) -> int:
         return self.collector.token_bytes
 
-    def resize(self, rows: Rows) -> None:
-        self.collector.resize(rows)
+    def resize(self, rows: Rows, kept: int) -> None:
+        self.collector.resize(rows, kept)
 
     def begin(self, rows: Rows) -> None:
         self.table = self.history.table

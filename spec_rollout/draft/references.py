@@ -23,7 +23,7 @@ class RandomDrafter:
     def begin(self, rows: Rows) -> None:
         pass
 
-    def resize(self, rows: Rows) -> None:
+    def resize(self, rows: Rows, kept: int) -> None:
         pass
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:

@@ -91,9 +91,9 @@ class SelfDrafter:
         if self.collector is not None:
             self.collector.begin(rows)
 
-    def resize(self, rows: Rows) -> None:
+    def resize(self, rows: Rows, kept: int) -> None:
         if self.collector is not None:
-            self.collector.resize(rows)
+            self.collector.resize(rows, kept)
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
         """

@@ -25,8 +25,9 @@ class Drafter(Protocol):
     def begin(self, rows: Rows) -> None:
         """A rollout starts on `rows`, at most `rows.slots` at a time, which have no room yet."""
 
-    def resize(self, rows: Rows) -> None:
-        """The slots are now as many and as long as `rows.tokens`; active rows keep what they have."""
+    def resize(self, rows: Rows, kept: int) -> None:
+        """The slots are now as many and as long as `rows.tokens`. The first `kept` keep what they hold: those of
+        active rows, and of rows that are still being read."""
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
         """Guesses [B, gamma] int64 for the B = rows.count active rows.

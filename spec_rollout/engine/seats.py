@@ -192,7 +192,7 @@ class Seats:
         self.slots, self.capacity = slots, capacity
         self.cache.resize(slots, capacity, kept)
         self.rows.resize(slots, capacity, kept)
-        self.draft.call("resize", self.rows)
+        self.draft.call("resize", self.rows, kept)
         self.stats.cache_bytes = max(self.stats.cache_bytes, self.room.bytes(slots, capacity))
 
     def _too_long(self, index: int, tokens: int) -> CacheBoundError:

@@ -210,3 +210,16 @@ def test_a_batch_that_drains_leaves_its_room():
     assert sizes[0] == (16, 32) and sizes[-2][0] == 1
     assert all(capacity <= 32 + 9 / 8 * step + 32 for step, (_, capacity) in enumerate(sizes))
     assert VOCAB and engine.cache.keys == []
+
+
+def test_the_head_keeps_what_it_has_of_rows_that_are_still_read():
+    model = policy("llama")
+    drafter = EagleDrafter(EagleHead(HeadConfig.for_target(model.config)).eval(), PolicyView(model))
+    rows = Rows(4, 0, VOCAB, torch.device("cpu"))
+    drafter.begin(rows)
+    for slots, capacity, kept in ((2, 32, 0), (3, 64, 2)):
+        rows.resize(slots, capacity, kept)
+        drafter.resize(rows, kept)
+        rows.count = 1  # the second is being read
+        assert (drafter.features[1, :32] == (5 if kept else 0)).all()
+        drafter.features[1] = 5
