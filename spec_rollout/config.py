@@ -184,15 +184,8 @@ class SpecConfig:
         if self.draft_quantized and (self.rollout_backend == "vllm" or self.draft_model_path):
             other = "draft_model_path" if self.draft_model_path else "rollout_backend='vllm'"
             raise ValueError(f"draft_quantized=True does not go with {other}: leave one of the two at its default.")
-        if self.max_cache_gib is not None and self.rollout_backend == "vllm":
-            raise ValueError(
-                f"max_cache_gib={self.max_cache_gib} needs rollout_backend='embedded': vLLM bounds its own cache, by "
-                "vllm_gpu_memory_utilization, or VLLM_CPU_KVCACHE_SPACE on a CPU."
-            )
-        if self.compile_passes == "true" and self.rollout_backend == "vllm":
-            raise ValueError("compile_passes=True needs rollout_backend='embedded': vLLM compiles its own passes.")
-        if self.profile_rollouts and self.rollout_backend == "vllm":
-            raise ValueError("profile_rollouts=True needs rollout_backend='embedded': vLLM's steps are not recorded.")
+        if self.rollout_backend == "vllm":
+            self._refuse_what_vllm_does_itself()
         bounds = (
             ("rollout_backend", self.rollout_backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
             ("compile_passes", self.compile_passes in COMPILE, f"one of {', '.join(COMPILE)}"),
@@ -219,6 +212,17 @@ class SpecConfig:
         for name, holds, bound in bounds:
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be {bound}.")
+
+    def _refuse_what_vllm_does_itself(self) -> None:
+        if self.max_cache_gib is not None:
+            raise ValueError(
+                f"max_cache_gib={self.max_cache_gib} needs rollout_backend='embedded': vLLM bounds its own cache, by "
+                "vllm_gpu_memory_utilization, or VLLM_CPU_KVCACHE_SPACE on a CPU."
+            )
+        if self.compile_passes == "true":
+            raise ValueError("compile_passes=True needs rollout_backend='embedded': vLLM compiles its own passes.")
+        if self.profile_rollouts:
+            raise ValueError("profile_rollouts=True needs rollout_backend='embedded': vLLM's steps are not recorded.")
 
     @property
     def widest(self) -> int:

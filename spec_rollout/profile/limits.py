@@ -37,15 +37,14 @@ def device_limits(model: nn.Module, drafter: EagleDrafter) -> Limits:
 
 
 def memory(engine: RolloutEngine, drafter: EagleDrafter, learner: DraftLearner) -> dict[str, int]:
-    """Bytes of the policy's weights and of what stands beside them once the engine has decoded."""
-    cache, trainer = engine.cache, learner.trainer
+    """Bytes of the policy's weights and of what stands beside them: of slots, the most that they took."""
+    trainer = learner.trainer
     state = [v for o in trainer.optimizers for s in o.state.values() for v in s.values() if isinstance(v, Tensor)]
     return {
         "weights": _bytes(engine.target.model.parameters()),
-        "kv_cache": _bytes(cache.buffers),
-        "draft": _bytes([*drafter.head.parameters(), *drafter.cache.keys, *drafter.cache.values]),
-        "features": _bytes([] if drafter.features is None else [drafter.features])
-        + _bytes(t for s in learner.buffer.samples for t in (s.tokens, s.features)),
+        "kv_cache": engine.stats.cache_bytes,
+        "draft": _bytes(drafter.head.parameters()),
+        "features": _bytes(t for s in learner.buffer.samples for t in (s.tokens, s.features)),
         "draft_training": _bytes([*trainer.head.parameters(), *trainer.average.parameters(), *state]),
     }
 
