@@ -152,7 +152,7 @@ class Measuring:
         self.recorder.labels, self.recorder.source = sampler.labels | labels, sampler.source
         self.engine.recorder = self.recorder
         self.engine.generate(batch, self.policy.params, seed=seed)
-        self.engine.stats = RolloutStats()
+        self.engine.stats = RolloutStats(cache_bytes=self.engine.stats.cache_bytes)
 
     def use(self, sampler: Sampler) -> None:
         """Decode as `sampler` does from now on."""
