@@ -1,0 +1,57 @@
+"""For maintainers: memory and speed of completions of very unlike lengths.
+
+python scripts/heavy_tail.py --policy policies/small [--max-cache-gib 0.02]
+"""
+
+import argparse
+import json
+import time
+
+import numpy as np
+
+from spec_rollout.bench.workload import arithmetic_prompts, load_policy
+from spec_rollout.config import SpecConfig
+from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.records import SamplingParams
+
+ROWS, SHORTEST, LONGEST, TAIL = 64, 20, 2000, 0.9
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    policy = load_policy(args.policy, "float32", LONGEST)
+    policy.model.config.max_position_embeddings = 2 * args.limit
+    prompts = arithmetic_prompts(policy.tokenizer, ROWS)
+    drawn = SHORTEST * (1 - np.random.default_rng(0).random(ROWS)) ** (-1 / TAIL)
+    lengths = np.clip(drawn.astype(int), SHORTEST, LONGEST)
+    options = {} if args.max_cache_gib is None else {"max_cache_gib": args.max_cache_gib}
+    engine = RolloutEngine(policy.model, SpecConfig(max_slots=ROWS, num_speculative_tokens=0, **options))
+    began = time.perf_counter()
+    completions = engine.generate(prompts, SamplingParams(max_new_tokens=args.limit), max_new_tokens=lengths.tolist())
+    seconds = time.perf_counter() - began
+    heads = policy.model.config.num_key_value_heads * policy.model.config.head_dim
+    token = 2 * 4 * heads * policy.model.config.num_hidden_layers
+    longest = max(map(len, prompts))
+    live = max(int((lengths >= n).sum()) * (n + longest) for n in range(1, LONGEST + 1))
+    figures = {
+        "seconds": seconds,
+        "tokens_per_second": int(lengths.sum()) / seconds,
+        "live_tokens_mib": live * token / 2**20,
+        "slots_mib": getattr(engine.stats, "cache_bytes", 0) / 2**20,
+        "worst_case_mib": ROWS * (longest + args.limit) * token / 2**20,
+        "preemptions": getattr(engine.stats, "preemptions", 0),
+        "tokens": hash(tuple(t for c in completions for t in c.token_ids)),
+    }
+    print(json.dumps(figures))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", required=True, metavar="DIR")
+    parser.add_argument("--max-cache-gib", type=float)
+    parser.add_argument("--limit", type=int, default=32768, help="new tokens that a row might have")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
