@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
+import tests.tiny
 from spec_rollout.tasks.reference_policy import Recipe, make_model, make_tokenizer
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tiny policies lie: cpu, cuda, or apart (tests/apart.py)")
+
+
+def pytest_configure(config):
+    device = config.getoption("--device")
+    if device == "apart":
+        importlib.import_module("tests.apart")
+    tests.tiny.DEVICE = torch.device(device)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Elsewhere than on a CPU only the tests run that make all their tensors where the policy lies."""
+    if config.getoption("--device") != "cpu":
+        apart = [item for item in items if item.get_closest_marker("any_device") is None]
+        config.hook.pytest_deselected(items=apart)
+        items[:] = [item for item in items if item.get_closest_marker("any_device")]
 
 
 @pytest.fixture(scope="session")

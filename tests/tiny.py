@@ -17,6 +17,8 @@ from tests.tiny_configs import ARCHITECTURES, HYBRIDS, RELATIVES, SIZES, VOCAB
 
 transformers.logging.set_verbosity_error()
 
+DEVICE = torch.device("cpu")
+"""Where policies are made: the option --device."""
 PROMPTS = [[1, 2, 3], [1, 2, 3], [5], [*range(7, 19)], [5], [3, 3], [1, 2, 3]]
 """Ragged, with siblings, prompts of one token, and one that is longer than the sliding windows."""
 
@@ -34,7 +36,7 @@ def make_policy(name: str, dtype: torch.dtype = torch.float32, std: float = 0.35
         for key, parameter in model.named_parameters():  # states that last, unlike those of a fresh model
             if key.endswith(("A_log", "dt_bias")):
                 torch.nn.init.uniform_(parameter, -3, -1)
-    return model.to(dtype).eval()
+    return model.to(DEVICE, dtype).eval()
 
 
 policy = cache(make_policy)
@@ -72,7 +74,7 @@ def processed(model: PreTrainedModel, params: SamplingParams, known: Sequence[in
             "min_p": params.min_p or None,
         }
     processors = model._get_logits_processor(GenerationConfig(**options), input_ids_seq_length=len(known))
-    return processors(torch.tensor([known]), logits.float()[None])[0]
+    return processors(torch.tensor([known], device=logits.device), logits.float()[None])[0]
 
 
 def gumbel_max(z: torch.Tensor, key: tuple[int, int], position: int) -> tuple[int, list, list[list]]:
@@ -109,7 +111,8 @@ def reference(
         tokens, logprobs = [], []
         while len(tokens) < limit and not (tokens and tokens[-1] in params.eos_token_ids):
             known = [*prompt, *tokens]
-            z = processed(model, params, known, model(torch.tensor([known]), use_cache=False).logits[0, -1])
+            output = model(torch.tensor([known], device=DEVICE), use_cache=False)
+            z = processed(model, params, known, output.logits[0, -1]).cpu()
             tokens.append(int(z.argmax()) if params.greedy else gumbel_max(z, key, len(tokens))[0])
             logprobs.append(float(z.log_softmax(-1)[tokens[-1]]))
         completions.append(Completion(tokens, logprobs, "eos" if tokens[-1] in params.eos_token_ids else "length"))

@@ -21,6 +21,8 @@ from tests.tiny import (
     tokenizer,
 )
 
+pytestmark = pytest.mark.any_device
+
 
 @pytest.mark.parametrize("inside", range(8))
 def test_eos_at_every_place_of_a_guess(inside):

@@ -14,6 +14,8 @@ from spec_rollout.records import Completion, SamplingParams
 from tests.tiny import PROMPTS, VOCAB, Scripted, assert_same, cut, make_policy, policy, reference
 from tests.tiny_configs import ARCHITECTURES
 
+pytestmark = pytest.mark.any_device
+
 LAWS = {
     "greedy": SamplingParams(temperature=0),
     "T=1": SamplingParams(),
