@@ -21,8 +21,9 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+WORK=$(realpath -m "$WORK")
 mkdir -p "$WORK/done" "$WORK/logs" benchmarks
-export XDG_CACHE_HOME="$PWD/$WORK/cache" HF_HUB_OFFLINE=1
+export XDG_CACHE_HOME="$WORK/cache" HF_HUB_OFFLINE=1
 RUN="$PYTHON -m spec_rollout.cli" NAME=$DEVICE
 [ "$DEVICE" = cuda ] && NAME=gpu
 failed=0
