@@ -95,7 +95,7 @@ class EagleDrafter:
         own = self.head.own_output
         self.output_rows = (self.view.output_rows() if own is None else own.detach()).to(dtype)
         whole = isinstance(self.first, Compiled)
-        self.lean = None if whole else lean_head(self.head, self.view, rows.capacity, self.compiled, self.folder)
+        self.lean = None if whole else lean_head(self.head, self.view, self.compiled, self.folder)
 
     def resize(self, rows: Rows, kept: int) -> None:
         slots = len(rows.tokens)

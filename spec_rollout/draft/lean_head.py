@@ -28,13 +28,9 @@ BOUND = 1e-4
 
 
 class LeanHead:
-    """Computes `EagleHead.project`, attention over a slot cache and `combine` as one pass without gradients.
+    """Computes `EagleHead.project`, attention over a slot cache and `combine` as one pass without gradients."""
 
-    Args:
-        capacity: entries of a slot.
-    """
-
-    def __init__(self, head: EagleHead, view: PolicyView, capacity: int):
+    def __init__(self, head: EagleHead, view: PolicyView):
         self.config, self.view = head.config, view
         layer, attention = head.midlayer, head.midlayer.self_attn
         self.input_norm, self.hidden_norm = read_norm(layer.input_layernorm), read_norm(layer.hidden_norm)
@@ -45,13 +41,12 @@ class LeanHead:
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.like = head.fc.weight.new_empty(1)
         self.head, self.table = head, self.like[:0]
-        self.reach(capacity)
         self.views = Views()
         self.attentions = Attentions(self.heads, self.like)
 
     def reach(self, capacity: int) -> None:
         """Angles for slots of `capacity` entries."""
-        if capacity > len(self.table) or not capacity:
+        if capacity > len(self.table):
             places = torch.arange(capacity, device=self.like.device)
             cos, sin = turns(places, self.head.frequency, self.head.rope_size, self.like.dtype)
             self.table = table(cos.repeat(1, 2), sin.repeat(1, 2))
@@ -81,8 +76,8 @@ class LeanHead:
 class CompiledHead(LeanHead):
     """Computes what `LeanHead` computes, with compiled halves of its layer."""
 
-    def __init__(self, head: EagleHead, view: PolicyView, capacity: int, programs: dict[Form, Program]):
-        super().__init__(head, view, capacity)
+    def __init__(self, head: EagleHead, view: PolicyView, programs: dict[Form, Program]):
+        super().__init__(head, view)
         self.compiled = CompiledLayer(halves_of(head), programs, self.config.head_dim**-0.5)
 
     def __call__(self, ids: Tensor, hidden: Tensor, place: Tensor, extent: int, cache: SlotCache) -> Tensor:
@@ -120,28 +115,26 @@ def halves_of(head: EagleHead) -> Halves | None:
     return halves_of_head(head.midlayer, heads, config.hidden_size)
 
 
-def lean_head(
-    head: nn.Module, view: PolicyView, capacity: int, compiles: str, folder: str | None
-) -> LeanHead | GraphedHead | None:
+def lean_head(head: nn.Module, view: PolicyView, compiles: str, folder: str | None) -> LeanHead | GraphedHead | None:
     """The pass on the weights of now, recorded or compiled where `compiles` is "true", or "auto" and that is possible
     by now; None where `head` is no EAGLE-3 head."""
     if not isinstance(head, EagleHead):
         return None
     if compiles == "false":
-        return LeanHead(head, view, capacity)
+        return LeanHead(head, view)
     records = recorder(head.fc.weight.device)
     if records is not None:
-        return GraphedHead(LeanHead(head, view, capacity), records, strict=compiles == "true")
+        return GraphedHead(LeanHead(head, view), records, strict=compiles == "true")
     wait = compiles == "true"
     try:
         programs = programs_of(head, view, folder, wait, begin=wait or PROGRAMS.begun)
         if isinstance(programs, dict):
-            return compiled_head(head, view, capacity, programs)
+            return compiled_head(head, view, programs)
     except NotCompilableError as error:
         if wait:
             raise
         warnings.warn(f"{error} With 'auto' it is decoded without.", RuntimeWarning, stacklevel=2)
-    return LeanHead(head, view, capacity)
+    return LeanHead(head, view)
 
 
 def programs_of(
@@ -164,10 +157,10 @@ def programs_of(
         raise NotCompilableError.of("the draft head", str(error)) from error
 
 
-def compiled_head(head: EagleHead, view: PolicyView, capacity: int, programs: dict[Form, Program]) -> CompiledHead:
+def compiled_head(head: EagleHead, view: PolicyView, programs: dict[Form, Program]) -> CompiledHead:
     """The compiled pass, which is shown to compute what the other one does."""
-    found = CompiledHead(head, view, capacity, programs)
-    off = _disagreement(LeanHead(head, view, capacity), found)
+    found = CompiledHead(head, view, programs)
+    off = _disagreement(LeanHead(head, view), found)
     if not off <= BOUND:
         raise NotCompilableError.of("the draft head", f"compiled it is off by {off:.2g} standard deviations")
     return found

@@ -34,10 +34,14 @@ class Room:
         """Whether `slots` of `capacity` tokens stay within the bound."""
         return self.bound is None or self.bytes(slots, capacity) <= self.bound
 
+    def grown(self, needed: int) -> int:
+        """How long slots become that have to take `needed` tokens, if the bound allows it."""
+        return rounded_up(needed + needed // GROWTH)
+
     def capacity(self, slots: int, needed: int, most: int) -> int:
-        """How long `slots` become that have to take `needed` tokens: an eighth longer, if that is within the bound,
-        and never longer than `most`."""
-        wanted = min(rounded_up(needed + needed // GROWTH), rounded_up(most))
+        """How long `slots` become that have to take `needed` tokens: `grown` as far as that is within the bound, and
+        never longer than `most`."""
+        wanted = min(self.grown(needed), rounded_up(most))
         while wanted > rounded_up(needed) and not self.holds(slots, wanted):
             wanted -= EXTENT_STEP
         return wanted

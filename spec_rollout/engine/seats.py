@@ -179,7 +179,7 @@ class Seats:
     def _fits(self, slots: int, tokens: int) -> bool:
         """Whether `slots` rows, the longest new one of `tokens` tokens, have room to grow."""
         needed = max(self._longest(), tokens - 1) + self.ahead
-        return self.room.holds(slots, max(self.capacity, rounded_up(needed + needed // 8)))
+        return self.room.holds(slots, max(self.capacity, self.room.grown(needed)))
 
     def _resize(self, slots: int, needed: int, kept: int) -> None:
         """Slots for `slots` rows of `needed` tokens, if there are not: the first `kept` rows keep theirs."""

@@ -176,7 +176,12 @@ def _refuse_unserved_by_vllm(args: GRPOConfig | RLOOConfig) -> None:
         ),
         ("vllm_structured_outputs_regex", args.vllm_structured_outputs_regex, None, "leave it out"),
         ("calibration_cache", args.calibration_cache, None, "vLLM is measured anew in each run; leave it out"),
-        ("min_p", args.min_p or None if drafts else None, None, "vLLM ignores it while it speculates; leave it out"),
+        (
+            "min_p",
+            args.min_p or None if drafts and args.verification == "rejection" else None,
+            None,
+            "vLLM refuses it beside guesses that it judges by rejection sampling; leave out one of the two",
+        ),
         (
             "vllm_importance_sampling_correction",
             getattr(args, "vllm_importance_sampling_correction", True) or not learns,

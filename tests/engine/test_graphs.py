@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 
@@ -19,24 +17,22 @@ PARAMS = SamplingParams(max_new_tokens=14)
 
 
 class Reruns:
-    """In the place of `CudaGraphs`: a replay runs the pass again and leaves its results where the first run did."""
+    """In the place of `CudaGraphs`: a replay runs the pass again."""
 
     works = True
 
     def __init__(self):
-        self.shapes = Counter()
-        self.replays = 0
+        self.recordings = self.replays = 0
 
     def record(self, run):
-        outputs = tuple(output.clone() for output in run())
-        self.shapes[outputs[0].shape] += 1
+        self.recordings += 1
+        run()
 
         def replay():
             self.replays += 1
-            for place, made in zip(outputs, run(), strict=True):
-                place.copy_(made)
+            run()
 
-        return replay, outputs
+        return replay
 
 
 @pytest.fixture
@@ -81,11 +77,14 @@ def test_few_shapes_are_recorded(reruns):
         assert number <= graphs.rows_recorded(number) <= max(number * 5 / 4, number)
         assert number <= graphs.extent_recorded(number) <= max(number * 5 / 4, number + graphs.EXTENT_STEP - 1)
     assert len({graphs.rows_recorded(rows) for rows in range(1, 257)}) == 28
-    made = engine(policy("llama"))
-    made.generate(PROMPTS, PARAMS)
-    first = sum(reruns.shapes.values())
-    made.generate(PROMPTS * 2, PARAMS)
-    assert max(reruns.shapes.values()) <= 8 and first < 40
+
+
+def test_a_recording_serves_until_the_slots_are_laid_out_anew(reruns):
+    config = SpecConfig(max_slots=1, compile_passes="true", num_speculative_tokens=3)
+    model = make_policy("llama", max_position_embeddings=512)
+    made = RolloutEngine(model, config=config, drafter=head(model))
+    made.generate([[1, 2, 3]], SamplingParams(max_new_tokens=400))
+    assert reruns.recordings < reruns.replays / 8
 
 
 def test_what_does_not_record(monkeypatch):

@@ -14,9 +14,9 @@ from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.references import OracleDrafter, RandomDrafter
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.engine.rollout import Rollout
 from spec_rollout.engine.target import cache_argument
 from spec_rollout.records import Completion, SamplingParams
+from tests.engine.watched import Watched
 from tests.tiny import PROMPTS, Scripted, assert_same, cut, policy, reference
 from tests.tiny_configs import HYBRIDS, RELATIVES
 
@@ -101,30 +101,10 @@ def test_every_gamma_and_an_eos_inside_the_guesses(gamma):
             assert_same(got, expected, ERROR)
 
 
-class Checked(Rollout):
+class Checked(Watched):
     """A rollout that compares every active slot with a fresh prefill whenever the rows have changed."""
 
-    checks = moves = worst = 0
-
-    def admit(self) -> float:
-        seconds = super().admit()
-        self.check()
-        return seconds
-
-    def finish_step(self, gamma):
-        step = super().finish_step(gamma)
-        self.check()
-        return step
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        honest = self.seats.copy
-
-        def copy(source, target, move=False):
-            Checked.moves += move * len(source)
-            honest(source, target, move)
-
-        self.seats.copy = copy
+    checks = 0
 
     def check(self) -> None:
         for slot in range(self.rows.count):

@@ -12,36 +12,16 @@ from spec_rollout.draft.references import OracleDrafter, RandomDrafter
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kv_cache import SlotCache, causal_mask
 from spec_rollout.engine.requests import make_requests
-from spec_rollout.engine.rollout import Rollout
 from spec_rollout.engine.target import cache_argument
 from spec_rollout.records import SamplingParams
+from tests.engine.watched import Watched
 from tests.tiny import PROMPTS, VOCAB, Scripted, policy
 
 
-class Checked(Rollout):
+class Checked(Watched):
     """A rollout that compares every active row with a fresh prefill whenever the rows have changed."""
 
-    checks = moves = 0
-
-    def admit(self) -> float:
-        seconds = super().admit()
-        self.check()
-        return seconds
-
-    def finish_step(self, gamma):
-        step = super().finish_step(gamma)
-        self.check()
-        return step
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        honest = self.seats.copy
-
-        def copy(source, target, move=False):
-            Checked.moves += move * len(source)
-            honest(source, target, move)
-
-        self.seats.copy = copy
+    checks = 0
 
     def check(self) -> None:
         assert self.rows.lengths[: self.rows.count].tolist() == self.rows.length[: self.rows.count].tolist()

@@ -92,7 +92,7 @@ def test_ppo_on_vllm(make_vllm_trainer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_p": 0.1}, "min_p=0.1 .*ignores it"),
+        ({"min_p": 0.1, "verification": "rejection"}, "min_p=0.1 .*refuses it beside guesses"),
         ({"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2 .*set it to 1 .*--tensor_parallel_size"),
         ({"vllm_structured_outputs_regex": "a*"}, "vllm_structured_outputs_regex='a"),
         ({"calibration_cache": "there"}, "calibration_cache='there' .*leave it out"),
@@ -103,6 +103,11 @@ def test_what_vllm_cannot_serve_is_refused(tmp_path, monkeypatch, options, messa
     monkeypatch.setattr("spec_rollout.backends.vllm.engine.find_spec", lambda name: name)
     with pytest.raises(ValueError, match=message):
         SpecGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, rollout_backend="vllm", **options)
+
+
+def test_min_p_goes_with_coupled_verification(tmp_path, monkeypatch):
+    monkeypatch.setattr("spec_rollout.backends.vllm.engine.find_spec", lambda name: name)
+    SpecGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, rollout_backend="vllm", min_p=0.1)
 
 
 def test_without_vllm_the_message_says_how_to_get_it(tmp_path, monkeypatch):

@@ -1,16 +1,17 @@
 """The trainer's side of a push to a server: weights in files of bounded size, in a folder that both sides see.
 
-Where that folder lies in memory (/dev/shm) the files are shared memory: written once by the trainer, read in place.
+Where that folder lies in memory (/dev/shm) the files are shared memory.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ DTYPES = {
     torch.int32: "I32",
 }
 """Their names in safetensors."""
+SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 
 Named = Iterable[tuple[str, Tensor]]
 Take = Callable[[str], None]
@@ -51,7 +53,7 @@ def hand_over(weights: Named, shapes: Shapes, folder: Path, prefix: str, take: T
         for number, names in enumerate(buckets(shapes, size)):
             file = folder / f"{prefix}-{number}.safetensors"
             try:
-                write(file, {name: shapes[name] for name in names}, walk, bar)
+                save_file(_next(walk, {name: shapes[name] for name in names}, bar), file)
             finally:
                 _await(taken)
             taken = pool.submit(_take_once, take, file), file
@@ -77,32 +79,20 @@ def total_bytes(shapes: Shapes) -> int:
     return sum(_bytes(dtype, shape) for dtype, shape in shapes.values())
 
 
-def write(file: Path, shapes: Shapes, walk: Iterator[tuple[str, Tensor]], bar: tqdm) -> None:
-    """Write the next weights of `walk` as a safetensors file, one at a time."""
-    header, end = {}, 0
+def _next(walk: Iterator[tuple[str, Tensor]], shapes: Shapes, bar: tqdm) -> dict[str, Tensor]:
+    """Copies on the host of the next weights of `walk`, which are as `shapes` says: one in pieces is whole only until
+    the next one is asked for."""
+    bucket = {}
     for name, (dtype, shape) in shapes.items():
-        begin, end = end, end + _bytes(dtype, shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("xb", buffering=0) as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for name, (dtype, shape) in shapes.items():
-            found, tensor = next(walk)
-            if (found, DTYPES[tensor.dtype], list(tensor.shape)) != (name, dtype, shape):
-                raise RuntimeError(
-                    f"{found} came as {tensor.dtype} {list(tensor.shape)} where {name} was announced as {dtype} "
-                    f"{shape}: the policy's parameters have changed since the first push."
-                )
-            _append(out, tensor, bar)
-
-
-def _append(out, tensor: Tensor, bar: tqdm) -> None:
-    data = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    while data:
-        written = out.write(data)  # Linux writes at most 2 GiB at once
-        data = data[written:]
-        bar.update(written)
+        found, tensor = next(walk)
+        if (found, DTYPES[tensor.dtype], list(tensor.shape)) != (name, dtype, shape):
+            raise RuntimeError(
+                f"{found} came as {tensor.dtype} {list(tensor.shape)} where {name} was announced as {dtype} "
+                f"{shape}: the policy's parameters have changed since the first push."
+            )
+        bucket[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        bar.update(bucket[name].nbytes)
+    return bucket
 
 
 def _take_once(take: Take, file: Path) -> None:
@@ -118,7 +108,4 @@ def _await(taken: tuple[Future, Path] | None) -> None:
 
 
 def _bytes(dtype: str, shape: list[int]) -> int:
-    count = int(dtype.removeprefix("BF").lstrip("FI")) // 8
-    for size in shape:
-        count *= size
-    return count
+    return SIZES[dtype] * math.prod(shape)

@@ -21,16 +21,16 @@ from spec_rollout.backends.vllm.handover import Named, hand_over, shapes_of, tot
 from spec_rollout.backends.vllm.intake import MARK, Shapes
 from spec_rollout.backends.vllm.keyed_batch import keyed
 from spec_rollout.backends.vllm.served import refuse_lossy, refuse_other_guesses
-from spec_rollout.backends.vllm.steps import Guesses, step_stats
+from spec_rollout.backends.vllm.steps import Guesses, ServedSteps, step_stats
 from spec_rollout.config import SpecConfig
-from spec_rollout.records import Completion, Controller, SamplingParams, StepStats
+from spec_rollout.records import Completion, SamplingParams
 
 LONGEST_S = 3600.0
 """A rollout or a push that takes longer than this hangs."""
 COUNTERS = "vllm:spec_decode_num_"
 
 
-class Server(Connection):
+class Server(Connection, ServedSteps):
     """A `VLLMEngine` behind a server's address, for one process: its counters of guesses are everybody's.
 
     Args:
@@ -48,8 +48,6 @@ class Server(Connection):
         ValueError: the server samples lossily, or guesses other numbers of tokens.
     """
 
-    live_schedule = False
-
     def __init__(
         self,
         url: str,
@@ -61,8 +59,7 @@ class Server(Connection):
         super().__init__(url, timeout)
         self.policy, self.shown = policy, shown
         self.policy_shapes: Shapes | None = None
-        self.controller: Controller | None = None
-        self._steps: list[StepStats] = []
+        ServedSteps.__init__(self)
         self._held = self.versions()
         self.verification = config.verification
         self.model = self._request("/v1/models")["data"][0]["id"]
@@ -150,16 +147,6 @@ class Server(Connection):
         except EngineRestarted:  # the next push notices
             return 0
 
-    def control(self, controller: Controller) -> None:
-        self.controller = controller
-
-    def take_steps(self) -> tuple[list[StepStats], float]:
-        taken, self._steps = self._steps, []
-        return taken, 0.0
-
-    def sleep(self) -> None:
-        """It has its device to itself."""
-
     def _draw(
         self, prompts: list[list[int]], params: SamplingParams, bound: int, keys: Sequence[tuple[int, int]] = ()
     ) -> list[Completion]:
@@ -185,9 +172,7 @@ class Server(Connection):
             if size:
                 step = step_stats(size, found)
                 step.verify_s = seconds * size / emitted
-                self._steps.append(step)
-                if self.controller is not None:
-                    self.controller.observe(step)
+                self._add(step)
 
     def _counters(self) -> Counter:
         """vLLM's counters of guesses, by the end of their names and the position."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from spec_rollout.backends.vllm.engine import PolicyWeights
 from spec_rollout.backends.vllm.handover import shapes_of
 from spec_rollout.backends.vllm.server import Server
-from spec_rollout.records import Completion, Controller, SamplingParams, StepStats
+from spec_rollout.backends.vllm.steps import ServedSteps
+from spec_rollout.records import Completion, SamplingParams, StepStats
 
 TOLD = (RuntimeError, ValueError, OSError)
 """What rank 0 may run into that the other ranks have to know: they would wait for it in vain."""
@@ -25,7 +26,7 @@ class Asked(NamedTuple):
     keys: list[tuple[int, int]]
 
 
-class SharedServer:
+class SharedServer(ServedSteps):
     """A `VLLMEngine` on each rank, in front of one `Server` that rank 0 alone talks to. All ranks call every method
     together; what rank 0 is told, or what it raises, every rank returns or raises.
 
@@ -37,14 +38,11 @@ class SharedServer:
         policy: the live policy, gathered tensor by tensor: all ranks walk through it together.
     """
 
-    live_schedule = False
-
     def __init__(self, connect: Callable[[], Server], policy: PolicyWeights):
+        super().__init__()
         self.policy, self.rank = policy, dist.get_rank()
         self.server: Server | None = None
-        self.controller: Controller | None = None
         self.verification: str | None = None
-        self._steps: list[StepStats] = []
         self.finished = True
         """Whether every rank that took part in the last `generate` had no rows of its own, and none to come."""
 
@@ -76,10 +74,8 @@ class SharedServer:
 
         drawn, steps, counts = self._heard(draw)
         self.finished = not any(counts)
-        self._steps += steps
-        if self.controller is not None:
-            for step in steps:
-                self.controller.observe(step)
+        for step in steps:
+            self._add(step)
         begin = sum(counts[: self.rank])
         return drawn[begin : begin + counts[self.rank]]
 
@@ -113,16 +109,6 @@ class SharedServer:
 
     def near_ties(self) -> int:
         return self._heard(lambda: self.server.near_ties())
-
-    def control(self, controller: Controller) -> None:
-        self.controller = controller
-
-    def take_steps(self) -> tuple[list[StepStats], float]:
-        taken, self._steps = self._steps, []
-        return taken, 0.0
-
-    def sleep(self) -> None:
-        """It has its device to itself."""
 
     def _heard(self, ask: Callable[[], Any]) -> Any:
         """What `ask` returns or raises on rank 0, on every rank."""

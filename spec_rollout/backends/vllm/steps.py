@@ -29,6 +29,32 @@ class Plain:
         """Nothing to learn."""
 
 
+class ServedSteps:
+    """The part of a `VLLMEngine` behind a server that is about its steps: they are told afterwards, so a controller
+    sees them and chooses nothing."""
+
+    live_schedule = False
+
+    def __init__(self):
+        self.controller: Controller | None = None
+        self._steps: list[StepStats] = []
+
+    def control(self, controller: Controller) -> None:
+        self.controller = controller
+
+    def take_steps(self) -> tuple[list[StepStats], float]:
+        taken, self._steps = self._steps, []
+        return taken, 0.0
+
+    def sleep(self) -> None:
+        """It has its device to itself."""
+
+    def _add(self, step: StepStats) -> None:
+        self._steps.append(step)
+        if self.controller is not None:
+            self.controller.observe(step)
+
+
 class StepLog:
     """Turns what vLLM reports of each of its steps into `StepStats`, and stands in for its table of batch sizes.
 

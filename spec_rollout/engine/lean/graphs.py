@@ -28,8 +28,8 @@ class Recorder(Protocol):
     works: bool
     """Whether nothing has failed yet."""
 
-    def record(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        """What does the work of `run` again, on the same memory; and the tensors that it fills each time."""
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Does the work of `run`; what is returned does it again, on the same memory."""
 
 
 class CudaGraphs:
@@ -40,7 +40,7 @@ class CudaGraphs:
     def __init__(self):
         self._pool = torch.cuda.graph_pool_handle()
 
-    def record(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
         aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -48,10 +48,10 @@ class CudaGraphs:
         torch.cuda.current_stream().wait_stream(aside)
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                made = run()
+                run()
         except RuntimeError as error:
             raise NotCompilableError.of("a decode pass as a CUDA graph", str(error).splitlines()[0]) from error
-        return graph.replay, made
+        return graph.replay
 
 
 def recorder(device: torch.device) -> Recorder | None:
@@ -65,7 +65,7 @@ class Recording:
     replay: Callable[[], None]
     outputs: tuple[Tensor, ...]
     held: Any
-    """What the recorded operations read and write besides; it has to stay where it is."""
+    """What the recorded operations read and write besides. It and the outputs have to stay where they are."""
 
 
 class Graphs:
@@ -82,6 +82,8 @@ class Graphs:
         self._recorder, self._strict = recorder, strict
         self._first: Tensor | None = None
         self._seen: Counter[tuple] = Counter()
+        self._outputs: tuple[Tensor, ...] = ()
+        """Where all recordings leave what they compute: each of its own would keep its logits for itself."""
         self._kept: dict[tuple, Recording] = {}
 
     def __call__(
@@ -93,7 +95,7 @@ class Graphs:
         self._follow(cache)
         shape = min(rows_recorded(rows), cache.slots), width, min(extent_recorded(extent), cache.capacity)
         self._seen[shape] += 1
-        if self._seen[shape] < AFTER:
+        if self._seen[shape] < AFTER or not self._recorder.works:
             return run(*inputs, extent)
         found = self._kept.get(shape) or self._record(run, cache, inputs, place, shape, hold)
         if found is None:
@@ -113,14 +115,17 @@ class Graphs:
     def _record(
         self, run: Run, cache: SlotCache, inputs: Sequence[Tensor], place: int, shape: tuple, hold: Callable[..., Any]
     ) -> Recording | None:
-        if not self._recorder.works:
-            return None
         rows, width, extent = shape
         ours = tuple(given.new_zeros(rows, *given.shape[1:]) for given in inputs)
         ours[place].fill_(cache.capacity - 1)
-        held = hold(rows, width)
+        outputs, held = self._room(rows * width, run(*ours, extent)), hold(rows, width)
+
+        def fill() -> None:
+            for output, made in zip(outputs, run(*ours, extent), strict=True):
+                output.copy_(made)
+
         try:
-            replay, outputs = self._recorder.record(lambda: run(*ours, extent))
+            replay = self._recorder.record(fill)
         except NotCompilableError as error:
             if self._strict:
                 raise
@@ -131,6 +136,12 @@ class Graphs:
             self._kept.pop(next(iter(self._kept)))
         self._kept[shape] = Recording(ours, replay, outputs, held)
         return self._kept[shape]
+
+    def _room(self, tokens: int, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Room for `tokens` rows of outputs like these."""
+        if not self._outputs or len(self._outputs[0]) < tokens:
+            self._outputs = tuple(one.new_empty(1 << (tokens - 1).bit_length(), *one.shape[1:]) for one in like)
+        return tuple(output[:tokens] for output in self._outputs)
 
 
 class GraphedPass:

@@ -139,9 +139,10 @@ def test_vllm_is_asked_for_lossless_speculation():
     assert config["num_speculative_tokens_per_batch_size"] == [[1, 16, 4]]
 
 
-def test_the_command_of_a_server(tmp_path):
-    policy("llama").save_pretrained(tmp_path / "policy")
-    given = Namespace(
+def asked(tmp_path, name: str) -> Namespace:
+    """What `spec-rollout serve` is given for a policy of that architecture."""
+    policy(name).save_pretrained(tmp_path / "policy")
+    return Namespace(
         policy=str(tmp_path / "policy"),
         draft=None,
         num_speculative_tokens=2,
@@ -150,6 +151,10 @@ def test_the_command_of_a_server(tmp_path):
         host="127.0.0.1",
         port=8001,
     )
+
+
+def test_the_command_of_a_server(tmp_path):
+    given = asked(tmp_path, "llama")
     line = " ".join(vllm_serve.serve_command(given, tmp_path / "draft"))
     assert f"--tensor-parallel-size 2 --middleware {GUARD}" in line
     assert "--host 127.0.0.1 --port 8001" in line and "--logprobs-mode processed_logprobs" in line
@@ -166,16 +171,7 @@ def test_the_command_of_a_server(tmp_path):
 
 
 def test_a_server_for_recurrent_layers_does_not_guess(tmp_path):
-    policy("qwen3_5_text").save_pretrained(tmp_path / "policy")
-    given = Namespace(
-        policy=str(tmp_path / "policy"),
-        draft=None,
-        num_speculative_tokens=2,
-        tensor_parallel_size=2,
-        max_slots=4,
-        host="127.0.0.1",
-        port=8001,
-    )
+    given = asked(tmp_path, "qwen3_5_text")
     with pytest.raises(ValueError, match="has recurrent layers.*num_speculative_tokens=0"):
         vllm_serve.serve_command(given, tmp_path / "draft")
     given.num_speculative_tokens = 0
