@@ -116,7 +116,7 @@ def _fallback(function, *args, **kwargs):
 
 
 def _onto_device(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`make`, which PyTorch does not lead through a fallback."""
+    """`make` on the CPU, then moved (findings/torch-python-device-takes-no-lists.sh)."""
 
     def made(*args, device=None, **kwargs) -> Tensor:
         tensor = make(*args, **kwargs)
