@@ -112,8 +112,8 @@ def test_a_plain_configuration_is_checked_too(make_trainer):
 
 def test_processes_that_would_train_apart_are_refused(tmp_path, monkeypatch, make_trainer):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    # What accelerate finds without use_cpu where there is no accelerator; older ones would join the processes here, and
-    # leave ranks behind for all later tests (findings/accelerate-refusal-leaves-ranks-set.sh).
+    # What accelerate finds without use_cpu where there is no accelerator; older ones would join the processes
+    # here, and leave ranks behind for all later tests (findings/accelerate-refusal-leaves-ranks-set.sh).
     monkeypatch.setattr(PartialState, "_prepare_backend", lambda *given: (None, DistributedType.NO))
     for config in (SpecGRPOConfig, SpecRLOOConfig, PPOConfig):
         with pytest.raises(ValueError, match=r"WORLD_SIZE=2 processes .*of its own: set use_cpu=True"):
