@@ -28,15 +28,28 @@ SHAPE = {
 }
 
 
+ANY_NAME = """
+from unittest.mock import MagicMock
+
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return MagicMock()
+"""
+
+
 @pytest.fixture
 def text_only(tmp_path, monkeypatch):
     """vLLM imports Qwen3.5 with torchvision only, also where it inspects models, in a process of its own. Text does
-    not use it: an empty one does."""
-    transforms = tmp_path / "site" / "torchvision" / "transforms" / "v2"
-    transforms.mkdir(parents=True)
-    for folder in (transforms.parents[1], transforms.parent, transforms):
-        (folder / "__init__.py").touch()
-    (transforms / "functional.py").touch()
+    not use it: one that has every name, and nothing behind it, does."""
+    site = tmp_path / "site"
+    for module in ("", "io", "transforms", "transforms.functional", "transforms.v2", "transforms.v2.functional"):
+        folder = site / "torchvision" / module.replace(".", "/")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "__init__.py").write_text(ANY_NAME)
+    (site / "torchvision-0.28.0.dist-info").mkdir()
+    (site / "torchvision-0.28.0.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 0.28.0\n")
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]))
 
