@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -16,8 +15,10 @@ from tqdm import tqdm
 
 from spec_rollout.backends.calibration import measured_cost
 from spec_rollout.backends.embedded import EmbeddedBackend
+from spec_rollout.bench import contexts
 from spec_rollout.bench.memory import peak_memory_gib, reset_peak_memory
-from spec_rollout.bench.peers import PEERS, Measured, Sampler
+from spec_rollout.bench.own_samplers import own_samplers
+from spec_rollout.bench.peers import PEERS, Measured, Sampler, peers_of
 from spec_rollout.bench.rows import rows_of
 from spec_rollout.bench.vllm_peers import VLLM, VLLM_EAGLE, VLLMPeers, require_vllm_in
 from spec_rollout.bench.workload import (
@@ -36,29 +37,37 @@ from spec_rollout.bench.workload import (
 )
 from spec_rollout.config import VERIFICATIONS, SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.gamma import CostModel, FixedGamma, GammaController
-from spec_rollout.records import Controller, RolloutStats, StepStats
+from spec_rollout.gamma import FixedGamma
+from spec_rollout.records import RolloutStats
 from spec_rollout.tasks.arithmetic import STYLES
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = _arguments(argv)
     in_vllm = [name for name in args.peers if name in (VLLM, VLLM_EAGLE)]
     if in_vllm:
         require_vllm_in(args.vllm_python)
     policy = load_policy(args.policy, args.dtype, args.max_new_tokens)
+    if args.contexts:
+        contexts.require_context(policy, args.contexts, args.max_new_tokens)
     widest = max(args.batch_sizes)
     drafter = _drafter(policy, args, widest)
     config = SpecConfig(max_slots=4096, compile_passes=args.compile_passes)
     measuring = RolloutEngine(policy.model, config, drafter=drafter, controller=FixedGamma(0))
     cost = measured_cost(measuring, widest, config.widest, None)
+    if args.contexts:
+        # Every row to its last token: an end would come sooner after one context than after another.
+        policy = policy._replace(params=replace(policy.params, eos_token_ids=()))
     rows = []
     setup = args.policy, args.dtype, widest, drafter, args.fixed_gammas, args.vllm_python
     with closing(VLLMPeers(in_vllm, policy, *setup)) as vllm:
         for batch_size in args.batch_sizes:
-            peers = [*_peers(policy, batch_size, [n for n in args.peers if n in PEERS]), *vllm.samplers()]
-            samplers = [*peers, *_own(policy, measuring, cost, args)]
-            rows += rows_of(batch_size, measure(policy, samplers, batch_size, args))
+            peers = [*peers_of(policy, batch_size, [n for n in args.peers if n in PEERS]), *vllm.samplers()]
+            samplers = [*peers, *own_samplers(policy, measuring, cost, args)]
+            if args.contexts:
+                rows += contexts.rows_over_contexts(policy, samplers, batch_size, args)
+            else:
+                rows += rows_of(batch_size, measure(policy, samplers, batch_size, args))
     _report(args, rows, measuring.target.path)
     return 0
 
@@ -110,67 +119,27 @@ def _sum(runs: list[Measured], peak: float | None) -> Measured:
     return Measured(sum(run.tokens for run in runs), sum(run.seconds for run in runs), stats, memory)
 
 
-def _peers(policy: Policy, batch_size: int, names: list[str]) -> list[Sampler]:
-    found = {name: PEERS[name](policy, batch_size) for name in names}
-    for name in [name for name, sampler in found.items() if sampler is None]:
-        print(f"{name} does not decode {batch_size} rows at once and is left out there.", file=sys.stderr)
-    return [sampler for sampler in found.values() if sampler is not None]
-
-
-def _own(policy: Policy, engine: RolloutEngine, cost: CostModel, args: argparse.Namespace) -> list[Sampler]:
-    """Plain decoding, every fixed γ, and the adaptive one, this with each verification."""
-    found = [_ours(policy, engine, "plain", 0, None)]
-    found += [_ours(policy, engine, "fixed", gamma, FixedGamma(gamma)) for gamma in args.fixed_gammas]
-    for verification in args.verification:
-        controller = GammaController(CostModel.from_json(cost.to_json()), engine.config.widest)  # each learns alone
-        found.append(_ours(policy, engine, "adaptive", None, controller, verification))
-    return found
-
-
-def _ours(
-    policy: Policy,
-    shared: RolloutEngine,
-    name: str,
-    gamma: int | None,
-    controller: Controller | None,
-    verification: str = "coupled",
-) -> Sampler:
-    """With the passes and the drafter of `shared`, compiled once for all, and a cache of its own."""
-    drafter = shared.drafter if controller else None
-    config = replace(shared.config, verification=verification)
-    engine = RolloutEngine(policy.model, config, drafter=drafter, controller=controller)
-    engine.target = shared.target
-    first: list[StepStats] = []
-
-    def run(prompts: list[list[int]], seed: int) -> Measured:
-        engine.stats = RolloutStats()
-        began = time.perf_counter()
-        completions = engine.generate(prompts, policy.params, seed=(seed,))
-        seconds = time.perf_counter() - began
-        if not first:
-            first.extend(engine.stats.steps)
-        return Measured(sum(len(c.token_ids) for c in completions), seconds, engine.stats)
-
-    adaptive = controller if isinstance(controller, GammaController) else None
-    return Sampler(name, gamma, run, verification, adaptive, first)
+COLUMNS = {
+    "engine": "engine",
+    "verification": "verification",
+    "batch_size": "batch size",
+    "gamma": "tokens guessed",
+    "tokens_per_s": "tokens/s",
+    "mean_acceptance_length": "acceptance length",
+    "mean_gamma": "mean guessed",
+    "host_time_share": "host share",
+    "speedup_vs_transformers": "× transformers",
+    "speedup_vs_plain": "× plain",
+    "regret_vs_best_fixed": "regret",
+    "cold_regret": "cold regret",
+}
 
 
 def _report(args: argparse.Namespace, rows: list[dict], path: str) -> None:
-    columns = {
-        "engine": "engine",
-        "verification": "verification",
-        "batch_size": "batch size",
-        "gamma": "tokens guessed",
-        "tokens_per_s": "tokens/s",
-        "mean_acceptance_length": "acceptance length",
-        "mean_gamma": "mean guessed",
-        "host_time_share": "host share",
-        "speedup_vs_transformers": "× transformers",
-        "speedup_vs_plain": "× plain",
-        "regret_vs_best_fixed": "regret",
-        "cold_regret": "cold regret",
-    }
-    table(list(columns.values()), [[row[key] for key in columns] for row in rows])
+    if args.contexts:
+        contexts.show(rows, args.json)
+    else:
+        table(list(COLUMNS.values()), [[row[key] for key in COLUMNS] for row in rows])
     setup = {
         "policy": args.policy,
         "dtype": args.dtype,
@@ -198,11 +167,28 @@ def _some_of(kind: str, known: Iterable[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.contexts and not set(args.peers) <= {"transformers"}:
+        parser.error("--contexts compares with transformers alone: leave --peers out, or give it empty.")
+    sizes, gammas = ([1], [3]) if args.contexts else ([1, 4, 8, 16, 32], [1, 2, 3, 5])
+    args.batch_sizes, args.fixed_gammas = args.batch_sizes or sizes, args.fixed_gammas or gammas
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="spec-rollout bench", description=__doc__)
     add_policy_arguments(parser)
-    parser.add_argument("--batch-sizes", type=positives, default=[1, 4, 8, 16, 32], metavar="1,8,32")
-    parser.add_argument("--fixed-gammas", type=positives, default=[1, 2, 3, 5], metavar="1,2,3")
+    parser.add_argument("--batch-sizes", type=positives, metavar="1,8,32")
+    parser.add_argument("--fixed-gammas", type=positives, metavar="1,2,3")
+    parser.add_argument(
+        "--contexts",
+        type=positives,
+        metavar="64,1024,8192",
+        help="instead of tokens per second: what a token costs after prompts of so many tokens, by default of one row "
+        "and with 3 guesses; --json FILE also draws it, as FILE.png",
+    )
     peers = [*PEERS, VLLM, VLLM_EAGLE]
     parser.add_argument("--peers", type=_some_of("peer", peers), default=["transformers"], metavar=",".join(peers))
     parser.add_argument("--vllm-python", default=sys.executable, metavar="PATH", help="interpreter that has vLLM")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria
 
 from spec_rollout.bench.workload import Policy
 from spec_rollout.gamma import GammaController
@@ -29,6 +30,9 @@ class Measured:
     stats: RolloutStats | None = None
     peak_memory_gib: float | None = None
     """Of a sampler in another process; the bench looks at its own."""
+    prompt_s: float | None = None
+    """Of the seconds, those until each row had its first token, or those that our own engine spent on prompts; None
+    where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,19 @@ class Sampler:
     controller: GammaController | None = field(default=None, compare=False)
     first: list[StepStats] = field(default_factory=list, compare=False)
     """Steps of the first rollout that `controller` saw."""
+
+
+class FirstToken(StoppingCriteria):
+    """Stops nothing, and notes when every row had its first token: `at`, of `time.perf_counter`."""
+
+    at: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        if self.at is None:
+            if input_ids.is_cuda:
+                torch.cuda.synchronize()
+            self.at = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def transformers(policy: Policy, batch_size: int) -> Sampler:
@@ -86,11 +103,20 @@ PEERS: dict[str, Callable[[Policy, int], Sampler | None]] = {
 """Each makes a sampler for batches of a size; None where it has none for that size."""
 
 
+def peers_of(policy: Policy, batch_size: int, names: list[str]) -> list[Sampler]:
+    """The samplers of these names, less those that have none for batches of that size."""
+    found = {name: PEERS[name](policy, batch_size) for name in names}
+    for name in [name for name, sampler in found.items() if sampler is None]:
+        print(f"{name} does not decode {batch_size} rows at once and is left out there.", file=sys.stderr)
+    return [sampler for sampler in found.values() if sampler is not None]
+
+
 def _config(policy: Policy, **options) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=policy.params.max_new_tokens,
         do_sample=True,
-        eos_token_id=list(policy.params.eos_token_ids),
+        # Without any, an id that no token has: `generate` would take those of the policy in place of None.
+        eos_token_id=list(policy.params.eos_token_ids) or [policy.model.config.get_text_config().vocab_size],
         pad_token_id=_pad(policy),
         **options,
     )
@@ -98,7 +124,7 @@ def _config(policy: Policy, **options) -> GenerationConfig:
 
 def _pad(policy: Policy) -> int:
     pad = policy.tokenizer.pad_token_id
-    return policy.params.eos_token_ids[0] if pad is None else pad
+    return next(iter(policy.params.eos_token_ids), 0) if pad is None else pad
 
 
 def _generating(policy: Policy, config: GenerationConfig) -> Callable[[list[list[int]], int], Measured]:
@@ -110,9 +136,13 @@ def _generating(policy: Policy, config: GenerationConfig) -> Callable[[list[list
         width = max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        first = FirstToken()
         with torch.no_grad():
-            output = policy.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        return Measured(_count(policy, output[:, width:]), time.perf_counter() - began)
+            output = policy.model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[first]
+            )
+        seconds = time.perf_counter() - began
+        return Measured(_count(policy, output[:, width:]), seconds, prompt_s=first.at - began)
 
     return run
 

@@ -137,7 +137,7 @@ class EagleDrafter:
         """The head's keys and values, made at their first use."""
         cache, config = self.cache, self.head.config
         if not cache.keys:
-            size = (cache.slots, cache.capacity, config.num_key_value_heads, config.head_dim)
+            size = (cache.slots, config.num_key_value_heads, cache.capacity, config.head_dim)
             cache.keys, cache.values = [self.features.new_zeros(size)], [self.features.new_zeros(size)]
         return cache.keys, cache.values
 
@@ -213,7 +213,7 @@ class EagleDrafter:
         extends the head's own cache."""
         if self.lean is not None and start == 0 and tokens.shape[1] <= LEAN_WIDTH:
             return self.lean(tokens, hidden, place, extent, self.cache)
-        window = SlotWindow(keys, values, keys[0].shape[:2], start, place, extent)
+        window = SlotWindow(keys, values, keys[0].shape[::2], start, place, extent)
         q, k, v = self.head.project(self.view.embed(tokens).to(hidden.dtype), hidden, place)
         known, read = window.update(k, v, 0)
         mask = causal_mask(place, extent)

@@ -173,7 +173,8 @@ def _disagreement(lean: LeanHead, compiled: CompiledHead) -> float:
     place = torch.tensor([[5], [0], [9]]) + torch.arange(width)
     ids = torch.arange(rows * width).view(rows, width) * 7 % len(lean.view.embedding)
     hidden = torch.randn(rows, width, config.hidden_size, generator=generator)
-    kept = [torch.randn(rows, 16, *lean.heads[1:], generator=generator) for _ in range(2)]
+    _, heads, size = lean.heads
+    kept = [torch.randn(rows, heads, 16, size, generator=generator) for _ in range(2)]
     found = []
     for head in (lean, compiled):
         cache = SlotCache()

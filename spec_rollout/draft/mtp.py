@@ -141,7 +141,7 @@ class MtpDrafter(EagleDrafter):
         values: list[Tensor],
         start: int = 0,
     ) -> Tensor:
-        window = SlotWindow(keys, values, keys[0].shape[:2], start, place, extent)
+        window = SlotWindow(keys, values, keys[0].shape[::2], start, place, extent)
         mask = causal_mask(place, extent)
         return self.head.read(self.view.embed(tokens), hidden, place, mask, window)
 

@@ -77,7 +77,7 @@ class Target:
             ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
             place, lengths = torch.arange(2, device=device)[None], torch.full((1,), 2, device=device)
             self.forward(cache, (0, 1), ids, place, 2, keep_logits=1, lengths=lengths)
-            token = sum(b.shape[2:].numel() * b.itemsize for b in (*cache.keys, *cache.values))
+            token = sum(b[0, :, 0].numel() * b.itemsize for b in (*cache.keys, *cache.values))
             slot = sum(b.numel() * b.itemsize for b in cache.states.buffers) + (cache.capacity - 2) * token
             self._cache_bytes[state] = token, slot
         return self._cache_bytes[state]
@@ -205,7 +205,7 @@ class Target:
         self, ids: Tensor, positions: Tensor, extent: int, keys: list[Tensor], values: list[Tensor]
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """`forward` of the slots from 0 on whose buffers exist, as a function of tensors and sizes alone."""
-        window = SlotWindow(keys, values, keys[0].shape[:2], 0, positions, extent)
+        window = SlotWindow(keys, values, keys[0].shape[::2], 0, positions, extent)
         return self._pass(ids, positions, extent, window)
 
     def _pass(

@@ -160,17 +160,17 @@ class PrefixedCache(SlotCache):
             for buffers, part in ((self.keys, 0), (self.values, 1)):
                 for layer in self.target.prefix:
                     heads, _, head_dim = layer[part].shape
-                    buffers.append(layer[part].new_zeros(self.slots, self.capacity, heads, head_dim))
+                    buffers.append(layer[part].new_zeros(self.slots, heads, self.capacity, head_dim))
         for buffers, part in ((self.keys, 0), (self.values, 1)):
             for buffer, layer in zip(buffers, self.target.prefix, strict=True):
-                buffer[:, :virtual] = layer[part].transpose(0, 1)
+                buffer[:, :, :virtual] = layer[part]
 
     def resize(self, slots: int, capacity: int, kept: int) -> None:
         virtual = self.target.virtual
         super().resize(slots, capacity + virtual, kept)
         for buffers, part in ((self.keys, 0), (self.values, 1)):
             for buffer, layer in zip(buffers, self.target.prefix, strict=True):
-                buffer[kept:, :virtual] = layer[part].transpose(0, 1)
+                buffer[kept:, :, :virtual] = layer[part]
 
     def window(self, start: int, positions: Tensor, extent: int, lengths: Tensor | None = None) -> SlotWindow:
         return super().window(start, positions + self.target.virtual, extent + self.target.virtual, lengths)

@@ -124,7 +124,7 @@ class Checked(Watched):
         model(input_ids=tokens[None], use_cache=True, **{cache_argument(model): fresh})
         attention = [layer for layer in fresh.layers if getattr(layer, "keys", None) is not None]
         for mine, theirs in zip(self.cache.keys, [layer.keys for layer in attention], strict=True):
-            yield mine[slot, : len(tokens)].transpose(0, 1), theirs[0]
+            yield mine[slot, :, : len(tokens)], theirs[0]
         recurrent = {(i, 0): layer for i, layer in enumerate(fresh.layers) if hasattr(layer, "conv_states")}
         recurrent = {key: layer for key, layer in recurrent.items() if layer.conv_states[0] is not None}
         assert states.convolutions.keys() == recurrent.keys()

@@ -39,7 +39,7 @@ class Checked(Watched):
             )
             for layer, (keys, values) in enumerate(zip(self.cache.keys, self.cache.values, strict=True)):
                 for mine, theirs in ((keys, fresh.layers[layer].keys), (values, fresh.layers[layer].values)):
-                    torch.testing.assert_close(mine[slot, :length].transpose(0, 1), theirs[0], atol=2e-5, rtol=1e-4)
+                    torch.testing.assert_close(mine[slot, :, :length], theirs[0], atol=2e-5, rtol=1e-4)
             Checked.checks += 1
 
 
@@ -137,7 +137,7 @@ class CacheMachine(RuleBasedStateMachine):
         for keys, layer in zip(self.cache.keys, self.naive, strict=False):
             for slot, entries in enumerate(layer):
                 for place, entry in entries.items():
-                    assert torch.equal(keys[slot, place], entry)
+                    assert torch.equal(keys[slot, :, place], entry)
 
 
 CacheMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=15, deadline=None, derandomize=True)
@@ -149,7 +149,7 @@ def test_one_slot_copied_to_many():
     cache.allocate(4, 8)
     cache.window(0, torch.arange(3)[None], 3).update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), 0)
     cache.copy(torch.tensor([0, 0]), torch.tensor([3, 1]), 2)
-    assert cache.keys[0][:, :, 0, 0].sum(1).tolist() == [3, 2, 0, 2]
+    assert cache.keys[0][:, 0, :, 0].sum(1).tolist() == [3, 2, 0, 2]
 
 
 @pytest.mark.parametrize(("slots", "capacity", "kept"), [(4, 8, 4), (2, 6, 2), (6, 3, 1), (1, 16, 0)])
@@ -160,11 +160,11 @@ def test_resized_slots_keep_what_they_held(slots, capacity, kept):
     cache.window(0, torch.arange(8).expand(4, 8), 8).update(states, -states, 0)
     before = cache.keys[0]
     cache.resize(slots, capacity, kept)
-    assert (cache.slots, cache.capacity) == cache.keys[0].shape[:2] == (slots, capacity)
+    assert (cache.slots, cache.capacity) == cache.keys[0].shape[::2] == (slots, capacity)
     assert torch.equal(cache.keys[0], -cache.values[0])
     shared = min(capacity, 8)
-    assert torch.equal(cache.keys[0][:kept, :shared], before[:kept, :shared])
-    assert not cache.keys[0][kept:].any() and not cache.keys[0][:, shared:].any()  # NaN would count even if masked
+    assert torch.equal(cache.keys[0][:kept, :, :shared], before[:kept, :, :shared])
+    assert not cache.keys[0][kept:].any() and not cache.keys[0][:, :, shared:].any()  # NaN would count even if masked
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])

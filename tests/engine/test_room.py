@@ -205,7 +205,7 @@ def test_a_batch_that_drains_leaves_its_room():
     """One long row among short ones: at the end there is one slot, and never more than what rows reached."""
     limits = [400, *[20] * 15]
     engine, sizes = RolloutEngine(policy("gpt2", max_position_embeddings=512)), []
-    engine.progress = lambda *_: sizes.append(engine.cache.keys[0].shape[:2] if engine.cache.keys else None)
+    engine.progress = lambda *_: sizes.append(engine.cache.keys[0].shape[::2] if engine.cache.keys else None)
     engine.generate([[i + 1] for i in range(16)], SamplingParams(max_new_tokens=32768 // 80), max_new_tokens=limits)
     assert sizes[0] == (16, 32) and sizes[-2][0] == 1
     assert all(capacity <= 32 + 9 / 8 * step + 32 for step, (_, capacity) in enumerate(sizes))

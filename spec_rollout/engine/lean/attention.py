@@ -95,14 +95,14 @@ class Attention:
     def attend(
         self, angles: Angles | None, mask: Tensor, index: Tensor, buffers: LayerBuffers, scaling: float
     ) -> Tensor:
-        """The output [N, Hq · D], before its projection, after keys and values were written at `index` [N].
+        """The output [N, Hq · D], before its projection, after keys and values were written at `index` [N, Hk].
 
         It lies in a buffer of this object. Without `angles` nothing is rotated.
         """
         query, key = self._unturned if angles is None else self._turn(*angles)
         flat_keys, flat_values, cached_keys, cached_values = buffers
-        flat_keys.index_copy_(0, index, key)
-        flat_values.index_copy_(0, index, self.values)
+        flat_keys.index_put_((index,), key)
+        flat_values.index_put_((index,), self.values)
         self._query_places.copy_(query)
         output = F.scaled_dot_product_attention(self._query, cached_keys, cached_values, mask, scale=scaling)
         self._output_places.copy_(output.view(self._split_output).transpose(1, 2))

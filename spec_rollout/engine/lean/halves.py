@@ -57,8 +57,9 @@ def example_of(form: Form) -> tuple[tuple, tuple]:
     if form.half == AFTER:
         return (x, torch.zeros(EXAMPLE, queries // keys, keys, size), weights), (each, each, fixed)
     streams = [x, torch.zeros_like(x)] if form.half == BEFORE_IN_HEAD else [x]
-    kept = [torch.zeros(4 * EXAMPLE, keys, size) for _ in range(2)]
-    given = (*streams, torch.zeros(EXAMPLE, 2 * size), torch.arange(EXAMPLE), *kept, weights)
+    kept = [torch.zeros(4 * EXAMPLE * keys, size) for _ in range(2)]
+    index = torch.arange(EXAMPLE * keys).view(EXAMPLE, keys)
+    given = (*streams, torch.zeros(EXAMPLE, 2 * size), index, *kept, weights)
     return given, (*[each] * (len(streams) + 2), *[{0: entries}] * 2, fixed)
 
 
@@ -78,7 +79,7 @@ class _Half(nn.Module):
     def write(
         self, read: Tensor, turn: Tensor, index: Tensor, keys: Tensor, values: Tensor, w: dict[str, Tensor]
     ) -> Tensor:
-        """Keys and values of `read` [N, …] into the buffers at `index` [N]; the queries [N, G, Hk, D]."""
+        """Keys and values of `read` [N, …] into the buffers at `index` [N, Hk]; the queries [N, G, Hk, D]."""
         queries, shared, size = self.form.heads
         if "qkv.weight" in w:
             parts = linear(read, w, "qkv").split([queries * size, shared * size, shared * size], -1)
@@ -93,8 +94,8 @@ class _Half(nn.Module):
             q, k = self.norm(q, w["q_norm"]), self.norm(k, w["k_norm"])
         if self.form.rope:
             q, k = turned(q, turn), turned(k, turn)
-        keys.index_copy_(0, index, k)
-        values.index_copy_(0, index, v)
+        keys.index_copy_(0, index.flatten(), k.reshape(-1, size))
+        values.index_copy_(0, index.flatten(), v.reshape(-1, size))
         return q.reshape(-1, shared, queries // shared, size).transpose(1, 2).contiguous()
 
 
@@ -103,7 +104,7 @@ class Before(_Half):
         self, x: Tensor, turn: Tensor, index: Tensor, keys: Tensor, values: Tensor, weights: list[Tensor]
     ) -> Tensor:
         """Queries [N, G, Hk, D] of the residual stream `x` [N, H] under the angles `turn` [N, 2 D] of a
-        `rope.table`; keys and values go to `index` [N] of the buffers [E, Hk, D]."""
+        `rope.table`; keys and values go to `index` [N, Hk] of the buffers [E, D]."""
         w = self.named(weights)
         return self.write(self.norm(x, w.get("norm")), turn, index, keys, values, w)
 

@@ -26,29 +26,30 @@ class Views:
         if keys is not self._first:
             self._first = keys
             self._seen.clear()
-            self._starts = torch.arange(keys.shape[0], device=keys.device)[:, None] * keys.shape[1]
+            slots, heads, capacity, _ = keys.shape
+            self._starts = (torch.arange(slots * heads, device=keys.device) * capacity).view(slots, 1, heads)
 
     def of(self, cache: SlotCache, rows: int, extent: int) -> list[LayerBuffers]:
-        """For each layer: keys and values to write into, [slots · capacity, Hk, D], and those to read,
+        """For each layer: keys and values to write into, [slots · Hk · capacity, D], and those to read,
         [rows, Hk, extent, D]."""
         self._follow(cache)
         found = self._seen.get((rows, extent))
         if found is None:
             found = self._seen[rows, extent] = [
                 (
-                    keys.flatten(0, 1),
-                    values.flatten(0, 1),
-                    keys[:rows, :extent].transpose(1, 2),
-                    values[:rows, :extent].transpose(1, 2),
+                    keys.flatten(0, 2),
+                    values.flatten(0, 2),
+                    keys[:rows, :, :extent],
+                    values[:rows, :, :extent],
                 )
                 for keys, values in zip(cache.keys, cache.values, strict=True)
             ]
         return found
 
     def index(self, cache: SlotCache, positions: Tensor) -> Tensor:
-        """Where the tokens at `positions` [B, T] of the slots from 0 on lie in the flat buffers: [B · T]."""
+        """Where the tokens at `positions` [B, T] of the slots from 0 on lie in the flat buffers: [B · T, Hk]."""
         self._follow(cache)
-        return (self._starts[: len(positions)] + positions).flatten()
+        return (self._starts[: len(positions)] + positions[..., None]).flatten(0, 1)
 
 
 class Streams(Sequence):
