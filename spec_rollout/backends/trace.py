@@ -194,6 +194,12 @@ def read_traces(paths: Iterable[Path]) -> Trace:
     return trace
 
 
+def joined(traces: Sequence[Trace]) -> Trace:
+    """What several ranks recorded, one after the other; of costs by one guesser, those of the last rank."""
+    costs = {source: cost for trace in traces for source, cost in trace.costs.items()}
+    return Trace([r for t in traces for r in t.rollouts], [r for t in traces for r in t.refreshes], costs)
+
+
 def _add(longer: np.ndarray, shorter: np.ndarray) -> np.ndarray:
     total = longer.astype(float)
     total[: len(shorter)] += shorter

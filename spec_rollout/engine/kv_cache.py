@@ -134,15 +134,18 @@ class SlotWindow(Cache):
         return states.new_zeros(self.size[0], heads, self.size[1], head_dim)
 
     def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
-        heads = buffer.shape[1]
-        if heads not in self._index:
-            first = (
-                torch.arange(self._rows.start * heads, self._rows.stop * heads, device=buffer.device) * self.size[1]
-            )
-            self._index[heads] = (first.view(-1, heads, 1) + self._positions[:, None]).flatten()  # [N, heads, T]
         flat = buffer.view(-1, buffer.shape[-1])
-        flat.index_copy_(0, self._index[heads], states.reshape(-1, states.shape[-1]).to(flat.dtype))
+        flat.index_copy_(0, self._places(buffer.shape[1]), states.reshape(-1, states.shape[-1]).to(flat.dtype))
         return buffer[self._rows, :, : self.extent].to(states.dtype)
+
+    def _places(self, heads: int) -> Tensor:
+        """Where the tokens lie in a buffer that is seen as [slots · heads · capacity, D]: [N · heads · T]."""
+        found = self._index.get(heads)
+        if found is None:
+            rows, device = self._rows, self._positions.device
+            first = torch.arange(rows.start * heads, rows.stop * heads, device=device) * self.size[1]
+            found = self._index[heads] = (first.view(-1, heads, 1) + self._positions[:, None]).flatten()
+        return found
 
     def update_conv_state(
         self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, *, conv_kernel_size: int, **kwargs

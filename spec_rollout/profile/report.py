@@ -25,6 +25,7 @@ PANELS = (
     ("mean_acceptance_length", "Acceptance length", "tokens per pass", "Tokens per row and pass with guesses."),
     ("num_speculative_tokens", "Tokens guessed", "per step and row", "On average, steps without a guess included."),
     ("seconds", "Sampling time", "seconds", "Of a generation phase, draft training included."),
+    ("rank_wait_seconds", "Waiting for the slowest rank", "seconds", "Of a rank, after its own sampling, on average."),
     ("refresh_seconds", "Draft training", "seconds", "Time for training the draft in each phase."),
     (
         "draft_loss",
@@ -42,6 +43,7 @@ PANELS = (
 FEW = 4
 COLOURS, DASHED = (OURS, PLAIN, *FIXED) * 9, (0, (3, 2))
 FLOORS = {"mean_acceptance_length": 1, "num_speculative_tokens": 0, "seconds": 0, "refresh_seconds": 0}
+FLOORS |= {"rank_wait_seconds": 0}
 FLOORS |= {"draft_loss": 0, "draft_acceptance": 0}
 """Where an axis begins that would otherwise begin at the least value."""
 

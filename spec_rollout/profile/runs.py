@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spec_rollout.backends.trace import FOLDER, RolloutTrace, Trace, read_traces
+from spec_rollout.backends.trace import FOLDER, RolloutTrace, Trace, joined, read_traces
 from spec_rollout.gamma import CostModel
 from spec_rollout.records import RolloutStats
 from spec_rollout.simulate.replay import Costs, Work, replay
@@ -22,6 +22,7 @@ LOGGED = (
     "num_speculative_tokens",
     "goodput",
     "rollout_seconds",
+    "rank_wait_seconds",
     "refresh_seconds",
     "draft_loss",
     "draft_acceptance",
@@ -68,7 +69,8 @@ def read_run(folder: Path) -> Run:
         )
     run = Run(folder.name or str(folder))
     if files:
-        run.series |= _recorded(read_traces(files), len(files))
+        ranks = [read_traces([file]) for file in files]
+        run.series |= _recorded(joined(ranks), len(files)) | _waits(ranks)
     if state is not None:
         run.series |= _logged(state)
     if not run.series:
@@ -123,6 +125,16 @@ def _recorded(trace: Trace, ranks: int) -> dict[str, Series]:
         if "loss" in line:
             series["draft_loss"][step] = line["loss"]
     return dict(series)
+
+
+def _waits(ranks: list[Trace]) -> dict[str, Series]:
+    """How long a rank waited in each step for the one that sampled longest, on average; nothing of one rank."""
+    seconds: dict[int, list[float]] = defaultdict(lambda: [0.0] * len(ranks))
+    for rank, trace in enumerate(ranks):
+        for rollout in trained_on(trace.rollouts):
+            seconds[rollout.labels["step"] + 1][rank] += rollout.seconds
+    waits = {step: max(took) - statistics.mean(took) for step, took in seconds.items()}
+    return {"rank_wait_seconds": waits} if len(ranks) > 1 else {}
 
 
 def _plain_seconds(rollout: RolloutTrace, costs: dict[str, Costs]) -> float:

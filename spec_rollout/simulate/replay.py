@@ -32,6 +32,16 @@ class Work:
         groups = [self.group[i % n] + n * (i // n) for i in range(count)]
         return Work([self.prompt_tokens[i] for i in index], [self.completion_tokens[i] for i in index], groups)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Work]) -> Work:
+        """The completions of several ranks, one rank after the other."""
+        starts = np.cumsum([0, *(len(part.group) for part in parts)])
+        groups = [int(start) + g for part, start in zip(parts, starts, strict=False) for g in part.group]
+        prompts, completions = (
+            [n for p in parts for n in getattr(p, name)] for name in ("prompt_tokens", "completion_tokens")
+        )
+        return cls(prompts, completions, groups)
+
     def share(self, rank: int, ranks: int) -> Work:
         """The contiguous part that one of `ranks` ranks decodes."""
         n = len(self.group)
@@ -107,6 +117,93 @@ def position_rates(steps: Sequence[StepStats], gamma: int) -> list[float]:
     return rates
 
 
+class Decoding:
+    """One rank's rollout of `work` in flight, in `slots` slots, with guesses that come true at random with conditional
+    `rates`.
+
+    Args:
+        gamma: guesses per step; None lets a controller choose up to len(rates).
+        draft: what that controller knows of the draft beforehand; None lets it find out.
+
+    Attributes:
+        stats: the steps with their predicted seconds (all of them in `verify_s`).
+        clock: seconds since the ranks began, those without work included.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        costs: Costs,
+        slots: int,
+        gamma: int | None,
+        rates: Sequence[float],
+        draft: AcceptanceModel | None = None,
+        seed: int = 0,
+    ):
+        self.costs, self.rates, self._rng = costs, np.asarray(rates), np.random.default_rng(seed)
+        self._controller: Controller = FixedGamma(gamma or 0)
+        if gamma is None:
+            known = AcceptanceModel.from_json(draft.to_json()) if draft else None
+            self._controller = GammaController(CostModel.from_json(costs.steps.to_json()), len(rates), known)
+        limits = work.completion_tokens
+        requests = [Request(i, (group,), (0, 0), limits[i]) for i, group in enumerate(work.group)]
+        self.scheduler = Scheduler(requests, slots)
+        self.left, self.length = np.array(limits), np.array(work.prompt_tokens) - 1
+        self.stats = RolloutStats()
+        self.clock = costs.rollout_s
+
+    @property
+    def done(self) -> bool:
+        return self.scheduler.done
+
+    @property
+    def unfinished(self) -> int:
+        """Completions that wait or are decoded."""
+        return len(self.scheduler.waiting) + len(self.scheduler.active)
+
+    def step(self) -> None:
+        """One pass of the decode loop."""
+        admission = self.scheduler.admit()
+        if admission is not None and admission.fresh:
+            prefill_s = self.costs.prefill_seconds([int(self.length[r.index]) + 1 for r in admission.fresh])
+            self.stats.prefill_s += prefill_s
+            self.clock += prefill_s
+        active = np.array([r.index for r in self.scheduler.active])
+        context = int(self.length[active].max())
+        emitted, step = _step(self._controller, self.costs.steps, self.left[active], context, self.rates, self._rng)
+        self.left[active] -= emitted
+        self.length[active] += emitted
+        self._controller.observe(step)
+        self.stats.steps.append(step)
+        self.clock += step.seconds
+        finished = np.flatnonzero(self.left[active] == 0).tolist()
+        if finished:
+            self.scheduler.release(finished)
+
+    def give(self, count: int) -> list[tuple[int, int, bool]]:
+        """Let go of `count` completions, those that have waited behind all others first, then active ones with the
+        shortest rows, which cost least to read again. Each is (tokens known, tokens to go, whether it had begun)."""
+        given = []
+        while len(given) < count and self.scheduler.waiting:
+            request = self.scheduler.waiting.pop()
+            given.append((request.index, request.index in self.scheduler.known))
+        active = self.scheduler.active
+        slots = sorted(range(len(active)), key=lambda slot: self.length[active[slot].index])[: count - len(given)]
+        given += [(active[slot].index, True) for slot in slots]
+        self.scheduler.release(slots)
+        return [(int(self.length[i]) + 1, int(self.left[i]), begun) for i, begun in given]
+
+    def take(self, given: Sequence[tuple[int, int, bool]], now: float) -> None:
+        """Decode what another rank let go of at `now`, each row read anew."""
+        self.clock = max(self.clock, now)
+        for known, left, begun in given:
+            index = len(self.left)
+            self.scheduler.waiting.append(Request(index, (-1 - index,), (0, 0), left))
+            if begun:
+                self.scheduler.known[index] = known
+            self.left, self.length = np.append(self.left, left), np.append(self.length, known - 1)
+
+
 def replay(
     work: Work,
     costs: Costs,
@@ -116,42 +213,16 @@ def replay(
     draft: AcceptanceModel | None = None,
     seed: int = 0,
 ) -> RolloutStats:
-    """Decode `work` in `slots` slots with guesses that come true at random with conditional `rates`.
-
-    Args:
-        gamma: guesses per step; None lets the controller choose up to len(rates).
-        draft: what the controller knows of the draft beforehand.
+    """Decode `work` to its end; the arguments are those of `Decoding`.
 
     Returns:
-        the steps with their predicted seconds (all of them in `verify_s`) and the whole rollout's.
+        the steps with their predicted seconds and the whole rollout's.
     """
-    rng, rates = np.random.default_rng(seed), np.asarray(rates)
-    controller: Controller = FixedGamma(gamma or 0)
-    if gamma is None:
-        known = AcceptanceModel.from_json(draft.to_json()) if draft else None
-        controller = GammaController(CostModel.from_json(costs.steps.to_json()), len(rates), known)
-    limits = work.completion_tokens
-    requests = [Request(i, (group,), (0, 0), limits[i]) for i, group in enumerate(work.group)]
-    scheduler = Scheduler(requests, min(slots, len(requests)))
-    left, length = np.array(limits), np.array(work.prompt_tokens) - 1
-    stats, active = RolloutStats(), np.zeros(0, dtype=int)
-    while not scheduler.done:
-        admission = scheduler.admit()
-        if admission is not None:
-            active = np.array([r.index for r in scheduler.active])
-            if admission.fresh:
-                stats.prefill_s += costs.prefill_seconds([work.prompt_tokens[r.index] for r in admission.fresh])
-        emitted, step = _step(controller, costs.steps, left[active], int(length[active].max()), rates, rng)
-        left[active] -= emitted
-        length[active] += emitted
-        controller.observe(step)
-        stats.steps.append(step)
-        finished = np.flatnonzero(left[active] == 0).tolist()
-        if finished:
-            scheduler.release(finished)
-            active = np.array([r.index for r in scheduler.active], dtype=int)
-    stats.seconds = costs.rollout_s + stats.prefill_s + sum(s.seconds for s in stats.steps)
-    return stats
+    decoding = Decoding(work, costs, slots, gamma, rates, draft, seed)
+    while not decoding.done:
+        decoding.step()
+    decoding.stats.seconds = decoding.clock
+    return decoding.stats
 
 
 def _step(

@@ -9,12 +9,19 @@ from spec_rollout.records import RefreshStats, RolloutStats
 PREFIX = "speculative/"
 POSITIONS = SpecConfig().max_num_speculative_tokens
 """Guesses of a step that are told apart, the same on every rank."""
+SECONDS_OF = "seconds_of_"
 
 
 def local_sums(
-    stats: RolloutStats, refresh: RefreshStats, seconds: float, version: int, healthy: bool
+    stats: RolloutStats,
+    refresh: RefreshStats,
+    seconds: float,
+    version: int,
+    healthy: bool,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> dict[str, float]:
-    """This rank's share of everything that `metrics` divides; the same keys in the same order on every rank.
+    """The share of `rank` in everything that `metrics` divides; the same keys in the same order on each of `ranks`.
 
     `seconds` is what the rollouts took as the trainer saw it, with everything around the decode loop.
     """
@@ -45,6 +52,7 @@ def local_sums(
         "draft_acceptance": refresh.acceptance[0] if refresh.acceptance else 0.0,
         "draft_version": version,
         "draft_healthy": float(healthy),
+        **{f"{SECONDS_OF}{i}": seconds * (i == rank) for i in range(ranks)},  # a sum that keeps them apart
         **{f"drafted_{i}": sum(step.rows for step in speculative if step.gamma >= i) for i in _positions()},
         **{f"accepted_{i}": sum(sum(step.accepted[i - 1 : i]) for step in speculative) for i in _positions()},
     }
@@ -75,6 +83,9 @@ def metrics(sums: dict[str, float]) -> dict[str, float]:
         "preemptions": sums["preemptions"],
         "cache_gib": sums["cache_bytes"] / ranks / GIB,
     }
+    if ranks > 1:
+        slowest = max(value for name, value in sums.items() if name.startswith(SECONDS_OF))
+        figures["rank_wait_seconds"] = max(0.0, slowest - sums["seconds"] / ranks)
     figures |= {f"time_{part}": sums[f"{part}_s"] / ranks for part in ("prefill", "draft", "verify", "host")}
     if sums["drafted"]:
         figures["acceptance_rate"] = sums["accepted"] / sums["drafted"]

@@ -74,6 +74,21 @@ def test_a_trace_alone_tells_what_plain_decoding_would_have_taken(tmp_path):
     assert total_speedup(run, None) == pytest.approx((2 * guessed + 0.63) / 1.53)
 
 
+def test_ranks_wait_for_the_slowest_one(tmp_path):
+    folder = tmp_path / "run" / "rollouts"
+    folder.mkdir(parents=True)
+    (folder / "rank-0.jsonl").write_text("".join(f"{recorded(step, 1.0)}\n" for step in (0, 1)))
+    (folder / "rank-1.jsonl").write_text(
+        "".join(f"{recorded(step, seconds)}\n" for step, seconds in ((0, 3.0), (1, 1.0)))
+    )
+    run = read_run(tmp_path / "run")
+    assert run.series["rank_wait_seconds"] == {1: 1.0, 2: 0.0}  # 2 s and none, on average
+    assert run.series["rollout_seconds"] == {1: 2.0, 2: 1.0}
+    write_state(tmp_path / "logged", log(1, 1, 4.0, 0.0, rank_wait_seconds=0.5))
+    assert cli.main(["report", str(tmp_path / "run"), str(tmp_path / "logged"), "--out", str(tmp_path / "out")]) == 0
+    assert 'id="rank_wait_seconds"' in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_the_newest_checkpoint_serves_where_the_run_left_no_state(tmp_path):
     for step in (9, 10):
         write_state(tmp_path / "run" / f"checkpoint-{step}", log(step, 1, 1.0, 0.0))

@@ -39,9 +39,9 @@ def plain_run(kind: str, folder: Path, gamma: int) -> dict:
     args = config(kind, folder / f"gamma{gamma}", num_speculative_tokens=gamma, max_slots=3, max_steps=2, **saving)
     rows = Dataset.from_dict({"prompt": PROMPTS})
     trainer = SpecGRPOTrainer(build_policy(tokenizer), Digits(), args, rows, processing_class=tokenizer)
-    steps = counted_steps(trainer)
+    steps, seconds = counted_steps(trainer), noted_seconds(trainer)
     trainer.train()
-    return report_of(trainer) | {"seen": trainer.reward_funcs[0].seen, "steps": steps}
+    return report_of(trainer) | {"seen": trainer.reward_funcs[0].seen, "steps": steps, "seconds": seconds}
 
 
 def tool_run(kind: str, folder: Path) -> dict:
@@ -80,6 +80,19 @@ def counted_steps(trainer: SpecGRPOTrainer) -> list[int]:
 
     trainer.sampler.sample = counting
     return steps
+
+
+def noted_seconds(trainer: SpecGRPOTrainer) -> list[float]:
+    """Fills with what each generation phase took on this rank."""
+    seconds: list[float] = []
+    log = trainer.sampler.log
+
+    def noting(trainer):
+        seconds.append(trainer.sampler._seconds)
+        log(trainer)
+
+    trainer.sampler.log = noting
+    return seconds
 
 
 def report_of(trainer: SpecGRPOTrainer) -> dict:

@@ -32,7 +32,8 @@ def test_every_option_is_described_with_its_default():
 
 def test_every_metric_is_described():
     stats = RolloutStats(steps=[StepStats(1, 1, 1, 2, [1])], seconds=1.0)
-    logged = metrics(local_sums(stats, RefreshStats(1, 10, 0.5, 1.0, 1), 1.0, 1, True))
+    sums = local_sums(stats, RefreshStats(1, 10, 0.5, 1.0, 1), 1.0, 1, True, ranks=2)
+    logged = metrics({name: 2 * value for name, value in sums.items()})
     assert logged.keys() | {MEAN, MAX} == cells("Logged metrics").keys()
 
 

@@ -8,10 +8,12 @@ from spec_rollout.records import RefreshStats, RolloutStats, StepStats
 from spec_rollout.training.metrics import local_sums, metrics
 
 
-def rank(*steps: StepStats, seconds: float, refresh: RefreshStats | None = None) -> dict[str, float]:
+def rank(
+    *steps: StepStats, seconds: float, refresh: RefreshStats | None = None, number: int = 0, ranks: int = 1
+) -> dict[str, float]:
     stats = RolloutStats(steps=list(steps), seconds=99.0, prefill_s=0.5, ngram_drafted=2, lean_steps=1)
     stats.preemptions, stats.cache_bytes = 1, 3 << 29
-    return local_sums(stats, refresh or RefreshStats(), seconds, version=3, healthy=True)
+    return local_sums(stats, refresh or RefreshStats(), seconds, version=3, healthy=True, rank=number, ranks=ranks)
 
 
 def total(*ranks: dict[str, float]) -> dict[str, float]:
@@ -24,8 +26,8 @@ def step(rows: int, gamma: int, emitted: int, accepted: list[int]) -> StepStats:
 
 def test_ratios_are_taken_of_sums():
     trained = [RefreshStats(2, 10, 0.4, 1.5, 3, [0.6, 0.5]), RefreshStats(2, 30, 0.8, 0.5, 3, [0.6, 0.5])]
-    first = rank(step(4, 3, 10, [3, 2, 1]), step(4, 0, 4, []), seconds=2.0, refresh=trained[0])
-    second = rank(step(1, 1, 1, [0]), seconds=4.0, refresh=trained[1])
+    first = rank(step(4, 3, 10, [3, 2, 1]), step(4, 0, 4, []), seconds=2.0, refresh=trained[0], ranks=2)
+    second = rank(step(1, 1, 1, [0]), seconds=4.0, refresh=trained[1], number=1, ranks=2)
     assert metrics(total(first, second)) == pytest.approx(
         {
             "speculative/acceptance_rate": 6 / 13,
@@ -46,6 +48,7 @@ def test_ratios_are_taken_of_sums():
             "speculative/preemptions": 2,
             "speculative/cache_gib": 1.5,
             "speculative/rollout_seconds": 3,
+            "speculative/rank_wait_seconds": 1,  # 4 s of the slowest less 3, a rank's mean
             "speculative/refresh_seconds": 1,
             "speculative/time_prefill": 0.5,
             "speculative/time_draft": 1.5,
@@ -60,3 +63,4 @@ def test_a_ratio_over_nothing_is_left_out():
     assert "speculative/acceptance_rate" not in figures and "speculative/draft_loss" not in figures
     assert figures["speculative/mean_acceptance_length"] == 1.0
     assert figures["speculative/num_speculative_tokens"] == 0.0
+    assert "speculative/rank_wait_seconds" not in figures  # one process waits for none
