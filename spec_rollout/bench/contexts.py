@@ -124,15 +124,12 @@ def _acceptance_length(runs: list[Measured]) -> float | None:
 
 
 COLUMNS = {
-    "engine": "engine",
-    "verification": "verification",
-    "batch_size": "batch size",
-    "gamma": "tokens guessed",
+    "batch_size": "rows",
     "context": "context",
     "ms_per_token": "ms per token",
     "growth": "× first context",
-    "growth_vs_transformers": "growth / transformers'",
-    "speedup_vs_transformers": "× transformers",
+    "growth_vs_transformers": "growth / generate's",
+    "speedup_vs_transformers": "× generate",
     "mean_acceptance_length": "acceptance length",
     "prompt_s": "prompt, s",
 }
@@ -140,7 +137,7 @@ COLUMNS = {
 
 def show(rows: list[dict], json: Path | None) -> None:
     """Print the table; with a file for the figures, draw them beside it."""
-    table(list(COLUMNS.values()), [[row[key] for key in COLUMNS] for row in rows])
+    table(["sampler", *COLUMNS.values()], [[_label(row), *(row[key] for key in COLUMNS)] for row in rows])
     if json is not None:
         picture = json.with_suffix(".png")
         draw(rows, picture)

@@ -135,10 +135,10 @@ class SlotWindow(Cache):
 
     def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
         flat = buffer.view(-1, buffer.shape[-1])
-        flat.index_copy_(0, self._places(buffer.shape[1]), states.reshape(-1, states.shape[-1]).to(flat.dtype))
+        flat.index_copy_(0, self._flat(buffer.shape[1]), states.reshape(-1, states.shape[-1]).to(flat.dtype))
         return buffer[self._rows, :, : self.extent].to(states.dtype)
 
-    def _places(self, heads: int) -> Tensor:
+    def _flat(self, heads: int) -> Tensor:
         """Where the tokens lie in a buffer that is seen as [slots · heads · capacity, D]: [N · heads · T]."""
         found = self._index.get(heads)
         if found is None:

@@ -180,18 +180,20 @@ class Decoding:
         if finished:
             self.scheduler.release(finished)
 
+    def rows_to_give(self) -> list[int]:
+        """The unfinished rows as another rank should take them: the last ones that wait, then the shortest active."""
+        active = sorted((request.index for request in self.scheduler.active), key=lambda row: self.length[row])
+        return [*(request.index for request in reversed(self.scheduler.waiting)), *active]
+
     def give(self, count: int) -> list[tuple[int, int, bool]]:
-        """Let go of `count` completions, those that have waited behind all others first, then active ones with the
-        shortest rows, which cost least to read again. Each is (tokens known, tokens to go, whether it had begun)."""
-        given = []
-        while len(given) < count and self.scheduler.waiting:
-            request = self.scheduler.waiting.pop()
-            given.append((request.index, request.index in self.scheduler.known))
-        active = self.scheduler.active
-        slots = sorted(range(len(active)), key=lambda slot: self.length[active[slot].index])[: count - len(given)]
-        given += [(active[slot].index, True) for slot in slots]
-        self.scheduler.release(slots)
-        return [(int(self.length[i]) + 1, int(self.left[i]), begun) for i, begun in given]
+        """Let go of `count` completions; each is (tokens known, tokens to go, whether it had begun)."""
+        rows = self.rows_to_give()[:count]
+        active = [slot for slot, request in enumerate(self.scheduler.active) if request.index in rows]
+        begun = {self.scheduler.active[slot].index for slot in active} | self.scheduler.known.keys()
+        self.scheduler.release(active)
+        for _ in range(count - len(active)):
+            self.scheduler.waiting.pop()
+        return [(int(self.length[row]) + 1, int(self.left[row]), row in begun) for row in rows]
 
     def take(self, given: Sequence[tuple[int, int, bool]], now: float) -> None:
         """Decode what another rank let go of at `now`, each row read anew."""

@@ -127,13 +127,13 @@ def a_region_given_to_two_rows(patch):
 
 def slots_overlap(patch):
     """The last entries of a slot are the first of the next."""
-    honest = SlotWindow._places
+    honest = SlotWindow._flat
 
     def places(self, heads):
         found = honest(self, heads)
         return found - found // self.size[1]
 
-    patch.setattr(SlotWindow, "_places", places)
+    patch.setattr(SlotWindow, "_flat", places)
 
 
 MUTATIONS = [
