@@ -147,11 +147,26 @@ def hybrid_drafts() -> str:
     return "\n".join(lines) + f"\n\n{told}\n\n{on(figures)}"
 
 
+def contexts() -> str:
+    """What a token costs over the context, beside `generate`."""
+    figures = measured("cpu-small-contexts.json")
+    names = {"transformers": "`generate`", "plain": "ours without guessing", "fixed": "ours, {} guesses"}
+    lines = ["| | context | ms per token | × first context | growth / `generate`'s | acceptance length | prompt, s |"]
+    lines.append("|---|" + "---:|" * 6)
+    for row in figures["rows"]:
+        length = "–" if row["mean_acceptance_length"] is None else f"{row['mean_acceptance_length']:.2f}"
+        cells = [f"{row[key]:.2f}" for key in ("ms_per_token", "growth", "growth_vs_transformers")]
+        cells += [length, f"{row['prompt_s']:.1f}"]
+        lines.append(f"| {names[row['engine']].format(row['gamma'])} | {row['context']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + f"\n\n{on(figures)}"
+
+
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "demo": (ROOT / "README.md", demo),
     "bench": (ROOT / "README.md", bench),
     "hybrid bench": (ROOT / "docs" / "hybrids.md", hybrid_bench),
     "hybrid drafts": (ROOT / "docs" / "hybrids.md", hybrid_drafts),
+    "contexts": (ROOT / "docs" / "speed.md", contexts),
     "simulation": (ROOT / "docs" / "profile.md", simulation),
 }
 """By marker: the page it is on, and what makes it."""
