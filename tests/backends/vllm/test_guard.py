@@ -18,9 +18,11 @@ from spec_rollout.backends.vllm.key import server_key
 from spec_rollout.backends.vllm.server import Server
 from spec_rollout.backends.vllm.weights_folder import claim
 from spec_rollout.config import SpecConfig
+from spec_rollout.engine.engine import RolloutEngine
+from spec_rollout.records import SamplingParams
 from tests.backends.vllm.process import Process
 from tests.backends.vllm.tiny import needs_vllm, save_policy
-from tests.tiny import VOCAB, tokenizer
+from tests.tiny import VOCAB, assert_same, tokenizer
 
 KEY = "a-key-of-many-letters"
 RIGHT, WRONG = {"authorization": f"Bearer {KEY}"}, {"authorization": f"Bearer {KEY}."}
@@ -183,6 +185,46 @@ def test_files_of_the_agreed_folder_only(tmp_path, monkeypatch):
     assert "1 announced weights have not come, among them w" in worker.live_finish("1")[0]
 
 
+def put(name, parts, folder, monkeypatch, last="http.request"):
+    """What the guard answers to a file that is sent to it."""
+    monkeypatch.setenv(FOLDER, str(folder))
+    sent, parts = [], list(parts)
+
+    async def receive():
+        part = parts.pop(0)
+        return {"type": "http.request" if parts else last, "body": part, "more_body": bool(parts)}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "PUT", "path": f"/weights/{name}"}
+    scope["headers"] = [(name.encode(), value.encode()) for name, value in (HERE | RIGHT).items()]
+    asyncio.run(Guard(None)(scope, receive, send))
+    return sent[0]["status"]
+
+
+def test_a_file_that_is_sent_replaces_the_last_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEC_ROLLOUT_KEY", KEY)
+    (tmp_path / "mark").write_text("m")
+    for number in (0, 1):
+        assert put(f"policy-1-{number}.safetensors", [b"ab", b"", b"c"], tmp_path, monkeypatch) == 201
+        assert sorted(f.name for f in tmp_path.iterdir()) == ["mark", f"policy-1-{number}.safetensors"]
+    assert (tmp_path / "policy-1-1.safetensors").read_bytes() == b"abc"
+
+
+def test_what_is_no_whole_file_of_weights_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEC_ROLLOUT_KEY", KEY)
+    for name in ("../policy-1-0.safetensors", "mark", "policy-1-0.pt", ""):
+        assert put(name, [b"a"], tmp_path, monkeypatch) == 403
+    assert put("policy-1-0.safetensors", [b"a", b"b"], tmp_path, monkeypatch, last="http.disconnect") == 413
+    assert put("policy-1-0.safetensors", [b"a"], tmp_path / "missing", monkeypatch) == 507
+    monkeypatch.setattr("spec_rollout.backends.vllm.upload.LARGEST", 3)
+    assert put("policy-1-0.safetensors", [b"ab", b"cd"], tmp_path, monkeypatch) == 413
+    monkeypatch.delenv("SPEC_ROLLOUT_KEY")
+    assert put("policy-1-0.safetensors", [b"a"], tmp_path, monkeypatch) == 403
+    assert list(tmp_path.iterdir()) == []
+
+
 @needs_vllm
 def test_a_server_with_a_key(tmp_path, monkeypatch):
     """On any address; all that was pushed lies in one folder, and a push that does not fit changes nothing."""
@@ -196,7 +238,9 @@ def test_a_server_with_a_key(tmp_path, monkeypatch):
         for path in ("/v1/models", "/collective_rpc", "/metrics", "/server_info"):
             with pytest.raises(HTTPError, match="401"):
                 urlopen(Request(process.url + path, json.dumps(CALL).encode() if "rpc" in path else None))
-        check_pushes(Server(process.url, model.named_parameters, SpecConfig(num_speculative_tokens=0), 60), tmp_path)
+        server = Server(process.url, model.named_parameters, SpecConfig(num_speculative_tokens=0), 60)
+        check_pushes(server, tmp_path)
+        check_sent(server, model, monkeypatch)
         monkeypatch.setenv("SPEC_ROLLOUT_KEY", KEY + ".")
         with pytest.raises(PermissionError, match="does not take this trainer's key: set SPEC_ROLLOUT_KEY"):
             Server(process.url, model.named_parameters, SpecConfig(num_speculative_tokens=0), 60)
@@ -229,3 +273,18 @@ def check_pushes(server, folder):
         assert server._call("live_take", "policy", name) == [["No push of a policy has begun."]]
     server.load(None, 4)
     assert server.versions() == [4, 0] and [file.name for file in (folder / "weights").iterdir()] == ["mark"]
+
+
+def check_sent(server, model, monkeypatch):
+    """To a server whose folder the trainer does not see."""
+    with monkeypatch.context() as patch:
+        patch.setattr("spec_rollout.backends.vllm.server.MARK", "another")
+        assert server._folder()[0] is None
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1.5)
+        server.load(None, 5)
+        assert server.versions() == [5, 0]
+        drawn = server.generate([[1, 2], [3]], SamplingParams(max_new_tokens=8, temperature=0))
+    expected = RolloutEngine(model).generate([[1, 2], [3]], SamplingParams(max_new_tokens=8, temperature=0))
+    assert_same(drawn, expected)
