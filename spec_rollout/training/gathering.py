@@ -3,11 +3,13 @@ waits for another inside the decode loop; weight by weight, or the few that the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from trl.models import unwrap_model_for_generation
@@ -47,10 +49,16 @@ def refuse_partitioned(trainer: Trainer) -> None:
             "set ds3_gather_for_generation=True, or use ZeRO-2 or TRL's own trainer if the policy does not fit."
         )
     in_pieces = trainer._dist.is_zero3 or trainer._dist.is_fsdp
-    if served_by_vllm and in_pieces and trainer.args.vllm_mode == "colocate":
+    if served_by_vllm and in_pieces and trainer.args.vllm_enable_sleep_mode:
         raise ValueError(
-            "vllm_mode='colocate' was not tested with a policy in pieces, as ZeRO-3 and FSDP leave it: set it to "
-            "'server' and start `spec-rollout serve`, or use DDP or ZeRO-2."
+            "vllm_enable_sleep_mode=True was not tested with a policy in pieces, as ZeRO-3 and FSDP leave it: set it "
+            "to False, or vllm_mode to 'server' and start `spec-rollout serve`, or use DDP or ZeRO-2."
+        )
+    left_whole = trainer.accelerator.distributed_type == DistributedType.MULTI_CPU
+    if left_whole and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            "FSDP was asked for, but Accelerate shards on accelerators only: without one each process would hold the "
+            "whole policy. Use DDP (recipes/accelerate/ddp.yaml), or ZeRO, which shards on a CPU too."
         )
     if trainer._dist.fsdp_version == 1:
         raise ValueError(

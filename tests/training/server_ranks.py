@@ -1,7 +1,7 @@
 """What one of several processes does: trains a tiny policy on a vLLM server that all share, and writes what it saw.
 
-torchrun --nproc_per_node 2 -m tests.training.server_ranks KIND[+lora][+ppo] FOLDER, with the server's address in
-SERVER and the policy's folder in POLICY
+torchrun --nproc_per_node 2 -m tests.training.server_ranks KIND[+lora][+ppo][+colocate] FOLDER, with the server's
+address in SERVER and the policy's folder in POLICY; colocate has a vLLM on each rank instead
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import LlamaForCausalLM
 
+from spec_rollout.backends.vllm.colocated import engine_options
 from spec_rollout.draft import refresh, watchman
 from spec_rollout.draft.budget import RefreshBudget
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.records import SamplingParams
-from spec_rollout.training import PPOConfig, PPOTrainer, SpecGRPOConfig, SpecGRPOTrainer
+from spec_rollout.training import PPOConfig, PPOTrainer, SpecGRPOConfig, SpecGRPOTrainer, vllm
 from spec_rollout.training.gathering import gathered_policy
 from tests.training.conftest import OPTIONS, PROMPTS, Digits, build_tokenizer
 from tests.training.processes import KINDS, join, report
@@ -66,6 +67,10 @@ def make_trainer(kind: str, folder: Path, **options) -> SpecGRPOTrainer:
         "vllm_server_base_url": os.environ["SERVER"],
         "num_speculative_tokens": GUESSES,
     }
+    if "colocate" in parts:
+        served |= {"vllm_mode": "colocate", "vllm_server_base_url": None}
+        quick = {"enforce_eager": True}  # compiling takes longer than the test
+        vllm.engine_options = lambda draft: engine_options(draft) | quick
     make, config = SpecGRPOTrainer, SpecGRPOConfig
     if "ppo" in parts:
         make, config = PPOTrainer, PPOConfig

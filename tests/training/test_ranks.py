@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from trl.distributed import DistributedBackend
 
@@ -50,7 +51,9 @@ def assert_unlike_turns(first: dict, second: dict) -> None:
 
 def setup(zero_stage=0, fsdp_version=None, gathers=True):
     backend = SimpleNamespace(is_zero3=zero_stage == 3, is_fsdp=fsdp_version is not None, fsdp_version=fsdp_version)
-    return SimpleNamespace(_dist=backend, args=SimpleNamespace(ds3_gather_for_generation=gathers))
+    accelerator = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU)
+    args = SimpleNamespace(ds3_gather_for_generation=gathers)
+    return SimpleNamespace(_dist=backend, args=args, accelerator=accelerator)
 
 
 @pytest.mark.parametrize(
@@ -62,12 +65,23 @@ def test_a_policy_in_pieces_is_refused(trainer, message):
         refuse_partitioned(trainer)
 
 
-@pytest.mark.parametrize(("mode", "message"), [("colocate", "vllm_mode='colocate' .*'server'"), ("server", None)])
+@pytest.mark.parametrize(("sleeps", "message"), [(True, "vllm_enable_sleep_mode=True .*'server'"), (False, None)])
 @pytest.mark.parametrize("trainer", [setup(3, gathers=False), setup(fsdp_version=2)])
-def test_a_server_takes_a_policy_in_pieces(trainer, mode, message):
-    args = trainer.args.ds3_gather_for_generation
-    trainer.args = SimpleNamespace(ds3_gather_for_generation=args, rollout_backend="vllm", vllm_mode=mode)
+def test_vllm_takes_a_policy_in_pieces_awake(trainer, sleeps, message):
+    gathers = trainer.args.ds3_gather_for_generation
+    trainer.args = SimpleNamespace(
+        ds3_gather_for_generation=gathers, rollout_backend="vllm", vllm_enable_sleep_mode=sleeps
+    )
     with pytest.raises(ValueError, match=message) if message else nullcontext():
+        refuse_partitioned(trainer)
+
+
+def test_fsdp_that_accelerate_leaves_out_is_refused(monkeypatch):
+    trainer = setup()
+    trainer.accelerator.distributed_type = DistributedType.MULTI_CPU
+    refuse_partitioned(trainer)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP was asked for.*ddp.yaml"):
         refuse_partitioned(trainer)
 
 

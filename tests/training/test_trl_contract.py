@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 from transformers import GenerationConfig, Trainer
@@ -10,6 +11,7 @@ from trl import GRPOTrainer, RLOOTrainer
 from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
 
+from spec_rollout.backends.vllm import guard
 from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer, SpecRLOOConfig, SpecRLOOTrainer
 
 TRAINERS = [(SpecGRPOTrainer, GRPOTrainer), (SpecRLOOTrainer, RLOOTrainer)]
@@ -126,3 +128,18 @@ def test_a_generation_phase_samples_through_the_overridden_method(make_trainer, 
     make_trainer(max_steps=1).train()
     (prompt_ids,) = calls
     assert len(prompt_ids) == 8 and prompt_ids[0] == prompt_ids[3] != prompt_ids[4]
+
+
+def test_what_the_asynchronous_trainer_asks_of_a_server():
+    """docs/vllm.md says what of it is served, and how another transport would come in."""
+    client = pytest.importorskip("trl.experimental.async_grpo.vllm_client")
+    trainer = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")
+    routes = set(re.findall(r"\{self\.server_url\}(/\w+(?:/\w+)*)", inspect.getsource(client)))
+    answered = {"/health", "/v1/models", "/server_info", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
+    closed = {"/get_world_size", "/pause", "/resume", "/init_weight_transfer_engine", "/start_weight_update"}
+    assert routes == answered | closed | {"/update_weights", "/finish_weight_update"}
+    assert all(path in guard.PATHS or path.startswith("/v1/") for path in answered)
+    assert not (routes - answered) & guard.PATHS
+    methods = {"init_weight_transfer", "pause", "send_weights", "resume", "destroy"}
+    assert {name for name in vars(trainer.WeightTransferProtocol) if not name.startswith("_")} == methods
+    assert "weight_transfer" in inspect.signature(trainer.AsyncGRPOTrainer).parameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -42,9 +43,16 @@ class Connection:
             ConnectionError: it was lost and did not come back in time, or it does not answer in time.
             RuntimeError: it refused.
         """
-        seconds = seconds or self.timeout
         data = None if body is None else json.dumps(body).encode()
-        request = Request(self.url + path, data, self.headers)
+        return self._answer(Request(self.url + path, data, self.headers), path, seconds or self.timeout)
+
+    def _send_file(self, path: str, file: Path, seconds: float) -> None:
+        """PUT `file`; raises what `_request` does."""
+        headers = {**self.headers, "Content-Type": "application/octet-stream", "Content-Length": file.stat().st_size}
+        with file.open("rb") as content:
+            self._answer(Request(self.url + path, content, headers, method="PUT"), path, seconds)
+
+    def _answer(self, request: Request, path: str, seconds: float) -> Any:
         try:
             with urlopen(request, timeout=seconds) as reply:
                 text = reply.read().decode()

@@ -30,7 +30,8 @@ class Delivery:
     def push(
         self, engine: VLLMEngine, learner: DraftLearner | None, state: tuple[int, int], whole: Whole = nullcontext
     ) -> None:
-        """Give `engine` the policy and the draft of `learner`, if either has changed or been lost.
+        """Give `engine` the policy and the draft of `learner`, if either has changed or vLLM was started again. Ranks
+        of which one would push alone would wait for each other: what goes wrong on one of them does not count here.
 
         Args:
             state: versions of the policy and of the draft.
@@ -41,7 +42,7 @@ class Delivery:
             RuntimeError: vLLM does not hold the policy that was pushed.
         """
         held = [self.version, 0 if learner is None else self.version]
-        if state == self.pushed and engine.versions() == held and not self.lost:
+        if state == self.pushed and engine.versions() == held:
             return
         self.version = max(self.version, *engine.versions()) + 1  # a server may hold another run's
         tensors = None

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from spec_rollout.backends.vllm.key import is_loopback, server_key
+from spec_rollout.backends.vllm.upload import ROUTE, receive_file
 
 GUARD = "spec_rollout.backends.vllm.guard.Guard"
 
@@ -48,6 +49,9 @@ class Guard:
             return  # unanswered, a websocket is closed
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         refused = self._refusal(scope["method"], scope["path"], headers)
+        if refused is None and scope["path"].startswith(ROUTE):
+            await _answer(send, *await receive_file(scope["path"].removeprefix(ROUTE), self.key, receive))
+            return
         if refused is None and scope["path"] == RPC:
             body = await _body(receive)
             refused = method_refusal(body)
@@ -67,7 +71,8 @@ class Guard:
                 return 401, "This server wants its key: Authorization: Bearer KEY."
         elif "origin" in headers or not is_loopback(urlsplit(f"//{headers.get('host', '')}").hostname or ""):
             return 403, "Without a key this server answers programs on its own machine only, not web pages."
-        if path not in PATHS and not path.startswith("/v1/"):
+        uploads = method == "PUT" and path.startswith(ROUTE)
+        if path not in PATHS and not path.startswith("/v1/") and not uploads:
             return 403, f"{path} is not served by spec-rollout serve."
         return None
 
@@ -115,7 +120,7 @@ def _again(body: bytes | None, receive: Callable) -> Callable:
 
 
 async def _answer(send: Callable, status: int, reason: str) -> None:
-    body = json.dumps({"error": reason}).encode()
+    body = json.dumps({"error" if status >= 400 else "taken": reason}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -40,8 +40,10 @@ class Intake:
     """What has been announced and not come yet."""
 
     def live_folder(self) -> list[str]:
-        """Where weights are read from; empty if the server was not started by `spec-rollout serve`."""
-        return [os.environ[FOLDER]] if FOLDER in os.environ else []
+        """Where weights are read from, and the content of the mark there; empty if the server was not started by
+        `spec-rollout serve`."""
+        folder = os.environ.get(FOLDER)
+        return [] if folder is None else [folder, Path(folder, MARK).read_text()]
 
     def live_begin(self, mark: str, announced: str, version: str, held: str) -> list[str]:
         """Get ready for a push.

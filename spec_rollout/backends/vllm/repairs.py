@@ -1,4 +1,4 @@
-"""Faults of vLLM on a CPU that make samples wrong, mended where a probe finds them."""
+"""Faults of vLLM on a CPU that make samples wrong, mended."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def _expands(function) -> bool:
 
 def repack_tied_heads(model: nn.Module) -> None:
     """On a CPU an output head that is tied to the embedding computes with a packed copy of it, which a reload of the
-    embedding leaves as it was.
+    embedding leaves as it was. It is packed again each time: what a policy learns in one step is less than the
+    rounding of its kernel, so that no probe of the output could tell the old copy from the new one.
 
     Raises:
-        RuntimeError: a head computes with other weights than its own, packed again or not.
+        RuntimeError: a head computes with other weights than its own, though packed again.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import (
         ParallelLMHead,
@@ -52,13 +53,12 @@ def repack_tied_heads(model: nn.Module) -> None:
     for head in heads:
         if id(head.weight) not in tied or not isinstance(head.quant_method, UnquantizedEmbeddingMethod):
             continue
+        head.quant_method.process_weights_after_loading(head)
         if not _holds_its_weight(head):
-            head.quant_method.process_weights_after_loading(head)
-            if not _holds_its_weight(head):
-                raise RuntimeError(
-                    "vLLM's output head, which is tied to the embedding, computes with other weights than those that "
-                    "were loaded: give the policy an output head of its own (tie_word_embeddings=False)."
-                )
+            raise RuntimeError(
+                "vLLM's output head, which is tied to the embedding, computes with other weights than those that "
+                "were loaded: give the policy an output head of its own (tie_word_embeddings=False)."
+            )
 
 
 def _holds_its_weight(head: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """A vLLM server that takes our weights: started by `spec-rollout serve`, driven over HTTP.
 
-Weights travel as safetensors files in a folder that the server names and both see (`handover`, `intake`).
+Weights travel as safetensors files in a folder that the server names (`handover`, `intake`); where the trainer does
+not see it, over HTTP (`upload`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tqdm import tqdm
@@ -19,9 +22,12 @@ from spec_rollout.backends.vllm.connection import HINT, Connection
 from spec_rollout.backends.vllm.engine import EngineRestarted, PolicyWeights, completion, sampling_options
 from spec_rollout.backends.vllm.handover import Named, hand_over, shapes_of, total_bytes
 from spec_rollout.backends.vllm.intake import MARK, Shapes
+from spec_rollout.backends.vllm.key import HOW
 from spec_rollout.backends.vllm.keyed_batch import keyed
 from spec_rollout.backends.vllm.served import refuse_lossy, refuse_other_guesses
 from spec_rollout.backends.vllm.steps import Guesses, ServedSteps, step_stats
+from spec_rollout.backends.vllm.upload import ROUTE
+from spec_rollout.backends.vllm.weights_folder import SHARED_MEMORY
 from spec_rollout.config import SpecConfig
 from spec_rollout.records import Completion, SamplingParams
 
@@ -111,13 +117,16 @@ class Server(Connection, ServedSteps):
         self._told("live_begin", mark, announced, str(version), json.dumps(self._held))
         size = sum(total_bytes(shapes) for _, shapes in parts.values())
         options = {"unit": "B", "unit_scale": True, "leave": False, "disable": not self.shown}
-        with tqdm(total=size, desc=f"push {version}", **options) as bar:
+        way = f"push {version}{' over HTTP' * (folder is None)}"
+        with tqdm(total=size, desc=way, **options) as bar, nullcontext(folder) if folder else _own_folder() as place:
             for part, (weights, shapes) in parts.items():
 
                 def take(file: str, part: str = part) -> None:
+                    if folder is None:
+                        self._send_file(ROUTE + file, Path(place, file), LONGEST_S)
                     self._told("live_take", part, file)
 
-                hand_over(weights, shapes, folder, f"{part}-{version}", take, bar)
+                hand_over(weights, shapes, Path(place), f"{part}-{version}", take, bar)
         self._told("live_finish", str(version))
         # Behind the weights: a server that was restarted in between is known by those that it does not hold.
         self.verification = self._call("live_verify", self.verification)[0]
@@ -185,21 +194,27 @@ class Server(Connection, ServedSteps):
                 counts[f"{name}:{place}" if place else name] += int(float(value))
         return counts
 
-    def _folder(self) -> tuple[Path, str]:
-        """Where the server reads weights from, and the mark that proves it.
+    def _folder(self) -> tuple[Path | None, str]:
+        """Where the server reads weights from, None if this machine does not see it, and the mark that tells.
 
         Raises:
-            ConnectionError: this machine sees no such folder.
+            ConnectionError: it is not seen here, and the server takes no files over HTTP.
         """
         found = self._call("live_folder")[0]
+        if not found:
+            raise ConnectionError(f"The server at {self.url} reads weights from nowhere: {HINT}.")
+        folder, mark = Path(found[0]), found[1]
         try:
-            return Path(found[0]), Path(found[0], MARK).read_text()
-        except (IndexError, OSError) as error:
+            seen = (folder / MARK).read_text() == mark
+        except OSError:
+            seen = False
+        if not seen and "Authorization" not in self.headers:
             raise ConnectionError(
-                f"The server at {self.url} reads weights from {found[0] if found else 'nowhere'}, where this process "
-                "finds none of its files: start it with `spec-rollout serve --weights DIR`, a folder that both see "
-                "under that name."
-            ) from error
+                f"The server at {self.url} reads weights from {folder}, where this process finds none of its files. "
+                f"Start it with `spec-rollout serve --weights DIR`, a folder that both see under that name, or have "
+                f"them sent over HTTP, for which both need a key: {HOW}."
+            )
+        return folder if seen else None, mark
 
     def _told(self, method: str, *arguments: str) -> None:
         """Have each worker do its part of a push.
@@ -217,3 +232,8 @@ class Server(Connection, ServedSteps):
     def _call(self, method: str, *arguments: Any, seconds: float | None = None) -> list:
         """What one of the methods of `LiveWeights` answers on each worker."""
         return self._request("/collective_rpc", {"method": method, "args": list(arguments)}, seconds)["results"]
+
+
+def _own_folder() -> TemporaryDirectory:
+    """For files on their way to a server on another machine; in memory where that can be had."""
+    return TemporaryDirectory(prefix="spec-rollout-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)

@@ -96,7 +96,36 @@ def test_the_exported_head_guesses_as_ours_does(taught, tmp_path, monkeypatch):
     assert [found["ours"][at] for at in shared] == [found["theirs"][at] for at in shared]
 
 
-@pytest.mark.parametrize("part", ["embed_tokens", "q_proj", "down_proj", "input_layernorm", "norm"])
+PARTS = ["embed_tokens", "q_proj", "down_proj", "input_layernorm", "norm"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_step_as_small_as_one_of_learning_arrives(taught, part):
+    step = 1e-3  # of the weights' size; the rounding of bfloat16 is four times that
+    noise = torch.Generator().manual_seed(0)
+    before = largest_difference(taught)
+    with torch.no_grad():
+        for name, weight in taught.model.named_parameters():
+            if name.split(".")[-2] == part:
+                weight.add_(step * weight.abs().mean() * torch.randn(weight.shape, generator=noise).sign())
+    moved = largest_difference(taught)
+    taught.policy_version += 1
+    assert before < 2e-5 and moved > 5e-4 and largest_difference(taught) < 2e-5
+
+
+def largest_difference(backend) -> float:
+    """Between log-probs of what vLLM draws and the policy's own."""
+    worst = 0.0
+    for prompt, drawn in zip(PROMPTS, backend.generate(PROMPTS, SamplingParams(max_new_tokens=8)), strict=True):
+        ids = torch.tensor([prompt + drawn.token_ids])
+        with torch.no_grad():
+            scores = backend.model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        own = scores.gather(1, torch.tensor(drawn.token_ids)[:, None])[:, 0]
+        worst = max(worst, float((own - torch.tensor(drawn.logprobs)).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_every_kind_of_weight_of_a_moved_policy_arrives(taught, part):
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -96,3 +96,18 @@ def test_min_p_is_served_by_a_server_without_speculation(server, monkeypatch, sp
     with pytest.raises(ValueError, match="min_p=0.1") if speculates else nullcontext():
         server._draw([[1]], SamplingParams(min_p=0.1), 4)
     assert [body["min_p"] for body in sent] == ([] if speculates else [0.1])
+
+
+@pytest.mark.parametrize("there", ["nothing", "another server's mark"])
+def test_a_folder_that_is_not_seen_is_sent_to_with_a_key_only(server, monkeypatch, tmp_path, there):
+    if there != "nothing":
+        (tmp_path / "mark").write_text(there)
+    monkeypatch.setattr(Server, "_call", lambda *given: [[str(tmp_path), "mine"]])
+    with pytest.raises(
+        ConnectionError, match=r"http://here reads .* serve --weights DIR.* over HTTP.* need a key: set"
+    ):
+        server._folder()
+    server.headers = {"Authorization": "Bearer key"}
+    assert server._folder() == (None, "mine")
+    (tmp_path / "mark").write_text("mine")
+    assert server._folder() == (tmp_path, "mine")

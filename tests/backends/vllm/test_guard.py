@@ -19,6 +19,7 @@ from spec_rollout.backends.vllm.server import Server
 from spec_rollout.backends.vllm.weights_folder import claim
 from spec_rollout.config import SpecConfig
 from tests.backends.vllm.process import Process
+from tests.backends.vllm.pushes import check_pushes, check_sent
 from tests.backends.vllm.tiny import needs_vllm, save_policy
 from tests.tiny import VOCAB, tokenizer
 
@@ -196,36 +197,11 @@ def test_a_server_with_a_key(tmp_path, monkeypatch):
         for path in ("/v1/models", "/collective_rpc", "/metrics", "/server_info"):
             with pytest.raises(HTTPError, match="401"):
                 urlopen(Request(process.url + path, json.dumps(CALL).encode() if "rpc" in path else None))
-        check_pushes(Server(process.url, model.named_parameters, SpecConfig(num_speculative_tokens=0), 60), tmp_path)
+        server = Server(process.url, model.named_parameters, SpecConfig(num_speculative_tokens=0), 60)
+        check_pushes(server, tmp_path)
+        check_sent(server, model, monkeypatch)
         monkeypatch.setenv("SPEC_ROLLOUT_KEY", KEY + ".")
         with pytest.raises(PermissionError, match="does not take this trainer's key: set SPEC_ROLLOUT_KEY"):
             Server(process.url, model.named_parameters, SpecConfig(num_speculative_tokens=0), 60)
     finally:
         process.kill()
-
-
-def check_pushes(server, folder):
-    names = server.policy
-    server.load(None, 3)
-    assert server.versions() == [3, 0]
-    for version, weights, message in (
-        (3, names, r"Version 3 is not above .* \[3, 0\]"),
-        (4, lambda: [(name, w[:1]) for name, w in names()], "has the shape"),
-        (4, lambda: list(names())[1:], "is missing"),
-        (4, lambda: [*names(), ("another.weight", next(names())[1])], "has no another.weight"),
-    ):
-        server.policy, server.policy_shapes = weights, None
-        with pytest.raises(RuntimeError, match=message):
-            server.load(None, version)
-        assert server.versions() == [3, 0]
-    server.policy, server.policy_shapes = names, None
-    outside = folder / "outside.safetensors"
-    outside.write_text("")
-    held, server._held = server._held, [9, 9]
-    with pytest.raises(RuntimeError, match="another one pushes to it"):
-        server.load(None, 4)
-    server._held = held
-    for name in ("../outside.safetensors", str(outside), "outside.pt", "policy-9-9.safetensors"):
-        assert server._call("live_take", "policy", name) == [["No push of a policy has begun."]]
-    server.load(None, 4)
-    assert server.versions() == [4, 0] and [file.name for file in (folder / "weights").iterdir()] == ["mark"]
