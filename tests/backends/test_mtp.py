@@ -10,7 +10,8 @@ from transformers.modeling_layers import MtpLayer
 
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
-from spec_rollout.draft.mtp import FILE, MtpHead, add_to_policy, find_tensors
+from spec_rollout.draft.mtp import MtpHead
+from spec_rollout.draft.mtp_checkpoint import FILE, add_to_policy, find_tensors
 from spec_rollout.engine.target import cache_argument
 from spec_rollout.records import SamplingParams
 from tests.draft.test_mtp import random_head
@@ -49,8 +50,7 @@ def test_guesses_from_the_first_rollout_and_learns(folder):
 def test_the_layer_is_transformers_own(folder):
     """Against the MTP layer that transformers has for other models: order of the two inputs, norms, positions."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    head = MtpHead(model).eval()
-    head.take(find_tensors(str(folder)), folder)
+    head = MtpHead.of(model, find_tensors(str(folder), model), folder).eval()
     layer = head.layers[0]
     theirs = MtpLayer(layer.self_attn.config, type(layer), type(head.final_norm), layer.self_attn.layer_idx).eval()
     theirs.eh_proj, theirs.mtp_block, theirs.post_norm = head.fc, layer, head.final_norm
@@ -82,7 +82,7 @@ def test_goes_back_beside_the_policy(folder, tmp_path):
     backend.generate(PROMPTS, PARAMS)
     backend.refresh(seconds=5.0)
     backend.engine.target.model.save_pretrained(tmp_path, max_shard_size="50KB")
-    assert not find_tensors(str(tmp_path))  # transformers has lost it
+    assert not find_tensors(str(tmp_path), backend.engine.target.model)  # transformers has lost it
     backend.save_with_policy(tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     before, after = load_file(folder / FILE), load_file(tmp_path / FILE)
@@ -100,9 +100,9 @@ def test_what_the_option_means(folder, tmp_path):
     with pytest.raises(ValueError, match="draft_head='mtp'.*holds no tensors named mtp"):
         backend_of(tmp_path, draft_head="mtp")
     foreign = load_file(folder / FILE)
-    foreign["mtp.layers.1.input_layernorm.weight"] = torch.zeros(32)
+    foreign["mtp.layers.0.input_layernorm_2.weight"] = torch.zeros(32)
     save_file(foreign, tmp_path / FILE)
-    with pytest.raises(ValueError, match="layers.1.input_layernorm.weight .1 in all.* draft_head='eagle3'"):
+    with pytest.raises(ValueError, match="layers.0.input_layernorm_2.weight .1 in all.* draft_head='eagle3'"):
         backend_of(tmp_path, draft_head="mtp")
     with pytest.warns(RuntimeWarning, match="An EAGLE-3 head is made"):
         assert not isinstance(backend_of(tmp_path).learner.head, MtpHead)

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spec_rollout.draft.mtp import FILE, MtpHead, add_to_policy
+from spec_rollout.draft.mtp import MtpHead
+from spec_rollout.draft.mtp_checkpoint import FILE, add_to_policy
 from tests.draft.test_mtp import random_head
 from tests.tiny_configs import HYBRIDS, SIZES
 from tests.training.test_grpo import assert_same, trained

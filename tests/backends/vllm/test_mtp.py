@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
-from spec_rollout.draft.mtp import add_to_policy
+from spec_rollout.draft.mtp_checkpoint import add_to_policy
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.records import SamplingParams
 from tests.backends.vllm.tiny import PROMPTS, ROWS, SIZES, needs_vllm
