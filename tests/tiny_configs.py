@@ -24,12 +24,24 @@ MAIN = {
     "mixtral": {"num_local_experts": 4},
     "gpt_oss": {"num_local_experts": 4, "head_dim": 8, **MIXED},
 }
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
 FURTHER = {
     "cohere2": {"logit_scale": 1.0, **MIXED},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "first_k_dense_replace": 1,
+        **ROUTED,
+    },
     "ernie4_5": {"head_dim": 8},
     "exaone4": MIXED,
     "gemma2": {"head_dim": 8, "tie_word_embeddings": False, "sliding_window": 8},
     "glm4": {"head_dim": 8},
+    "glm4_moe": {"head_dim": 8, **ROUTED},
     "gpt_neox": {},
     "granite": {},
     "hunyuan_v1_dense": {"head_dim": 8},

@@ -16,7 +16,8 @@ from spec_rollout.backends.trace import HEAD, MODEL, NGRAMS
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.learner import DraftLearner
-from spec_rollout.draft.mtp import MtpDrafter, MtpHead, add_to_policy
+from spec_rollout.draft.mtp import MtpDrafter, MtpHead
+from spec_rollout.draft.mtp_checkpoint import add_to_policy, with_further
 from spec_rollout.draft.ngram_drafter import NgramDrafter
 from spec_rollout.draft.ngrams import History
 from spec_rollout.draft.policy_view import PolicyView
@@ -178,10 +179,9 @@ class EmbeddedBackend:
             self.learner.save(folder, self.head.state_dict())
 
     def save_with_policy(self, folder: str | Path) -> None:
-        """Put the checkpoint's MTP head, as it has learned, beside the weights of the policy saved in `folder`: in the
-        policy's dtype, under the names that it was read by. Nothing where there is none."""
+        """Put the checkpoint's MTP head, if it guesses, beside the policy saved in `folder`, named as it was read."""
         if self.guesses_with_mtp:
-            add_to_policy(folder, self.learner.head.on_disk(self.engine.target.dtype))
+            add_to_policy(folder, with_further(self.learner.head, self.learner.mtp, self.engine.target.dtype))
 
     def load(self, folder: str | Path, resume: bool = True) -> None:
         """Take the head and the tables that `save` wrote, or an EAGLE-3 head from elsewhere; with `resume=False`

@@ -20,7 +20,8 @@ from spec_rollout.draft.draft_model import is_language_model
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.features import FeatureBuffer, measured
 from spec_rollout.draft.inheritance import head_config, inherit
-from spec_rollout.draft.mtp import MtpHead, is_mtp, load_mtp, save_mtp
+from spec_rollout.draft.mtp import MtpHead
+from spec_rollout.draft.mtp_checkpoint import is_mtp, load_mtp, save_mtp
 from spec_rollout.draft.own_head import checkpoints_own
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.refresh import SETTLED_STEPS, DraftTrainer
@@ -63,9 +64,7 @@ class DraftLearner:
         """The checkpoint's, or one that has learned nothing."""
         if not self.mtp:
             return EagleHead(head_config(self.view.model), self.seed)
-        head = MtpHead(self.view.model)
-        head.take(self.mtp, "the policy's folder")
-        return head
+        return MtpHead.of(self.view.model, self.mtp, "the policy's folder")
 
     def _take(self, head: EagleHead | MtpHead) -> None:
         """Start over with `head`."""

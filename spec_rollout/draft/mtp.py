@@ -6,29 +6,24 @@ transformers leaves its tensors out when it loads a policy. The names on disk ar
 from __future__ import annotations
 
 import copy
-import json
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from spec_rollout.draft.checkpoint import replace_folder
-from spec_rollout.draft.checkpoint_reader import read_config
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.eagle import HeadConfig
+from spec_rollout.draft.mtp_names import QWEN, Names, names_in, of_further, refuse_quantized
 from spec_rollout.draft.policy_view import decoder_layers
 from spec_rollout.engine.attention import GROUPED_SDPA
 from spec_rollout.engine.kv_cache import SlotWindow, causal_mask
 from spec_rollout.engine.target import cache_argument
 
-ARCHITECTURE = "SpecRolloutMTP"
-PREFIX, FILE = "mtp.", "mtp.safetensors"
-OWN_NAMES = {"norm.": "final_norm."}
-"""Names on disk, without the prefix, where this module has others."""
+FULL = "full_attention"
 
 
 class MtpHead(nn.Module):
@@ -38,41 +33,53 @@ class MtpHead(nn.Module):
     normed output goes through the policy's output head, and is what a further guess reads in place of a hidden state.
     Its interface is that of `EagleHead` but for the attention, which runs inside `read`, on a cache.
 
+    Args:
+        model: the policy.
+        names: of the tensors on disk.
+        experts: whether the layer has experts; None makes it like the policy's last one with full attention.
+
     Raises:
-        ValueError: the policy has no decoder layer with full attention.
+        ValueError: the policy has no decoder layer with full attention, or none with rotary positions.
     """
 
     own_output = None
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, names: Names = QWEN, experts: bool | None = None):
         super().__init__()
         config = copy.deepcopy(model.config.get_text_config(decoder=True))
         config._attn_implementation = GROUPED_SDPA
-        layers, kinds = decoder_layers(model), getattr(config, "layer_types", None) or []
-        full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-        if not layers or not full:
-            raise ValueError(f"{type(model).__name__} has no decoder layer with full attention for an MTP head.")
-        donor, width = layers[full[-1]], config.hidden_size
+        place, rotary = _donor(model, experts), getattr(model.get_decoder(), "rotary_emb", None)
+        if place is None or rotary is None:
+            raise ValueError(
+                f"{type(model).__name__} has no decoder layer with full attention and rotary positions, which an MTP "
+                "head is. Guess with draft_head='eagle3'."
+            )
+        donor, width = decoder_layers(model)[place], config.hidden_size
         norm = type(donor.input_layernorm)
         with torch.random.fork_rng(devices=[]):
             self.fc = nn.Linear(2 * width, width, bias=False)
-            self.layers = nn.ModuleList([type(donor)(config, full[-1])])
+            self.layers = nn.ModuleList([type(donor)(config, place)])
             self.pre_fc_norm_embedding = norm(width, eps=config.rms_norm_eps)
             self.pre_fc_norm_hidden = norm(width, eps=config.rms_norm_eps)
             self.final_norm = norm(width, eps=config.rms_norm_eps)
         self.norm = nn.Identity()
         self.register_buffer("feature_scale", torch.ones(width), persistent=False)
-        self.config = HeadConfig(
-            hidden_size=width,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            vocab_size=config.vocab_size,
-            aux_layers=(config.num_hidden_layers,),
+        layers = config.num_hidden_layers
+        self.config = replace(
+            HeadConfig.for_target(config), intermediate_size=config.intermediate_size, aux_layers=(layers,)
         )
-        self._borrowed = (model.get_decoder().rotary_emb,)  # the policy's, and no part of this module
+        self.names = names
+        self._borrowed = (rotary,)  # the policy's, and no part of this module
         self._cache_argument = cache_argument(self.layers[0])
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves the head; what is no weight, such as the routers' corrections, stays in float32 as in the policy."""
+        held = [(module, name, buffer) for module in self.modules() for name, buffer in module._buffers.items()]
+        super()._apply(fn, recurse)
+        for module, name, buffer in held:
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(self.fc.weight.device)
+        return self
 
     @property
     def fused_width(self) -> int:
@@ -102,34 +109,68 @@ class MtpHead(nn.Module):
         output = self.layers[0](x, **given, **{self._cache_argument: cache})
         return self.final_norm(output[0] if isinstance(output, tuple) else output)
 
-    def on_disk(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors under the names that checkpoints give them."""
-        names = {own: theirs for theirs, own in OWN_NAMES.items()}
-        return {
-            PREFIX + _renamed(name, names): tensor.detach().to(dtype).cpu().contiguous()
-            for name, tensor in self.state_dict().items()
-        }
+    @torch.no_grad()
+    def cached_numbers(self) -> int:
+        """How many numbers its layer keeps for a token; some keep none of the sizes that a config names."""
+        cache, nothing = Unrolled(), self.fc.weight.new_zeros(1, 1, self.config.hidden_size)
+        place = torch.zeros(1, 1, dtype=torch.long, device=nothing.device)
+        self.read(nothing, nothing, place, place[None, None] == 0, cache)
+        return cache.keys[0].numel() + cache.values[0].numel()
 
-    def take(self, tensors: dict[str, Tensor], source: str | Path) -> None:
-        """Load `tensors`, named as on disk.
+    def on_disk(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors under the names that checkpoints give them; weights in `dtype`, the rest in float32."""
+        weights = {name for name, _ in self.named_parameters()}
+        own = {name: t.detach().to(dtype if name in weights else t.dtype) for name, t in self.state_dict().items()}
+        return {name: tensor.cpu().contiguous() for name, tensor in self.names.on_disk(own).items()}
+
+    @classmethod
+    def of(cls, model: nn.Module, tensors: dict[str, Tensor], source: str | Path, check: bool = False) -> MtpHead:
+        """The first MTP layer among `tensors`, which are named as on disk, in float32; with `check` none of its
+        weights are made.
 
         Raises:
-            ValueError: they are not those of a head like this one; `source` is named.
+            ValueError: they are not those of a layer of the policy's, or are quantised; `source` is named.
         """
-        given = {_renamed(name.removeprefix(PREFIX), OWN_NAMES): tensor.float() for name, tensor in tensors.items()}
-        own = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        names = names_in(tensors, layers) or QWEN
+        first = {name: tensor for name, tensor in tensors.items() if not of_further(name, names)}
+        refuse_quantized(first, source)
+        given = names.own(first)
+        with torch.device("meta") if check else nullcontext():
+            head = cls(model, names, any(".experts." in name for name in given))
+        own = {name: tensor.shape for name, tensor in head.state_dict().items()}
         shapes = {name: tensor.shape for name, tensor in given.items()}
         wrong = sorted(name for name in own.keys() | shapes.keys() if own.get(name) != shapes.get(name))
         if wrong:
             raise ValueError(
-                f"The MTP tensors in {source} are not one dense decoder layer of this policy: {', '.join(wrong[:4])} "
+                f"The MTP tensors in {source} are not one decoder layer of this policy: {', '.join(wrong[:4])} "
                 f"({len(wrong)} in all) are missing, foreign or of another shape. Guess with draft_head='eagle3'."
             )
-        self.load_state_dict(given)
+        if not check:
+            head.load_state_dict({name: tensor.float() for name, tensor in given.items()})
+        return head
+
+
+def _donor(model: nn.Module, experts: bool | None) -> int | None:
+    """The policy's last decoder layer with full attention, and with or without `experts` where that is told."""
+    layers = decoder_layers(model) or []
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or [FULL] * len(layers)
+    full = [i for i in range(len(layers)) if kinds[i] == FULL]
+    alike = [i for i in full if experts in (None, any(n.endswith(".experts") for n, _ in layers[i].named_modules()))]
+    return max(alike or full, default=None)
 
 
 class MtpDrafter(EagleDrafter):
     """Guesses with an `MtpHead`: as with an EAGLE head, but that the layer reads the cache by itself."""
+
+    @cached_property
+    def token_bytes(self) -> int:
+        own = self.head.cached_numbers() + self.fused_width + self.head.config.hidden_size
+        return own * self.head.fc.weight.itemsize
+
+    def _cache(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The head's keys and values; the first pass makes them, of what size its layer needs."""
+        return self.cache.keys, self.cache.values
 
     def _layer(
         self,
@@ -141,7 +182,8 @@ class MtpDrafter(EagleDrafter):
         values: list[Tensor],
         start: int = 0,
     ) -> Tensor:
-        window = SlotWindow(keys, values, keys[0].shape[::2], start, place, extent)
+        size = (self.cache.slots, self.cache.capacity)
+        window = SlotWindow(keys, values, size, start, place, extent)
         mask = causal_mask(place, extent)
         return self.head.read(self.view.embed(tokens), hidden, place, mask, window)
 
@@ -165,56 +207,3 @@ def unrolled_mask(visible: Tensor, steps: int) -> Tensor:
     at the same start."""
     own = torch.eye(visible.shape[1], dtype=torch.bool, device=visible.device).expand(len(visible), -1, -1)
     return torch.cat([visible, *[own] * steps], -1)[:, None]
-
-
-def save_mtp(folder: str | Path, head: MtpHead, extra: dict, optimizer: dict[str, Tensor] | None = None) -> None:
-    """Write `head` with json-able `extra` to `folder`, as `save_head` does an EAGLE head."""
-    config = {"architectures": [ARCHITECTURE], "hidden_size": head.config.hidden_size, "spec_rollout": extra}
-    replace_folder(folder, head.on_disk(torch.float32), config, optimizer)
-
-
-def is_mtp(folder: str | Path) -> bool:
-    """Whether `save_mtp` wrote the draft in `folder`."""
-    return read_config(folder).get("architectures") == [ARCHITECTURE]
-
-
-def load_mtp(folder: str | Path, model: nn.Module) -> tuple[MtpHead, dict]:
-    """The head that `save_mtp` wrote for the policy `model`, and its `extra`.
-
-    Raises:
-        ValueError: it is unreadable, or made for another policy.
-    """
-    head = MtpHead(model)
-    head.take(find_tensors(str(folder)), folder)
-    return head, read_config(folder)["spec_rollout"]
-
-
-def find_tensors(policy: str | None) -> dict[str, Tensor]:
-    """The MTP tensors, named as on disk, of the policy's folder or of its copy in the Hub's cache; empty if none."""
-    folder = Path(policy or "")
-    if policy and not folder.is_dir():
-        config = cached_file(policy, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
-        folder = Path(config).parent if config else folder
-    if not policy or not folder.is_dir():
-        return {}
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(PREFIX)}  # noqa: SIM118
-    return found
-
-
-def add_to_policy(folder: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Write `tensors` beside the weights of the policy saved in `folder`, and into their index if there is one."""
-    folder = Path(folder)
-    save_file(tensors, folder / FILE)
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.exists():
-        listed = json.loads(index.read_text())
-        listed["weight_map"] |= dict.fromkeys(tensors, FILE)
-        index.write_text(json.dumps(listed, indent=2) + "\n")
-
-
-def _renamed(name: str, names: dict[str, str]) -> str:
-    start = next((start for start in names if name.startswith(start)), None)
-    return name if start is None else names[start] + name.removeprefix(start)

@@ -1,27 +1,33 @@
-"""Muon on devices that multiply bfloat16 and on those that do not."""
+"""Muon for single matrices and for stacks of them, on devices that multiply bfloat16 and on those that do not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Muon(torch.optim.Muon):
-    """`torch.optim.Muon` with lr adjustment `match_rms_adamw`, which also serves where bfloat16 is emulated.
+    """`torch.optim.Muon` with lr adjustment `match_rms_adamw`, which also takes stacks of matrices [E, M, N], each
+    orthogonalised by itself, and serves where bfloat16 is emulated.
 
-    torch orthogonalises in bfloat16 on any device. A CPU without such instructions takes many times as long for that
-    as in float32; there, and only there, the same iteration runs in float32. State and options are torch's.
+    torch orthogonalises in bfloat16 on any device, one matrix after the other. A CPU without such instructions takes
+    many times as long for that as in float32; there, and only there, the same iteration runs in float32. State and
+    options are torch's.
     """
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.0):
-        super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.emulated = not multiplies_bfloat16(self.param_groups[0]["params"][0].device.type)
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0):
+        given = list(params)
+        matrices, stacks = [p for p in given if p.ndim == 2], [p for p in given if p.ndim != 2]
+        super().__init__(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.param_groups[0]["params"] += stacks  # which torch's own would refuse
+        self.emulated = not multiplies_bfloat16(matrices[0].device.type)
+        self.plain = not stacks
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        if not self.emulated:
+        if self.plain and not self.emulated:
             return super().step(closure)
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
@@ -29,24 +35,26 @@ class Muon(torch.optim.Muon):
             self._init_group(group, params, grads, momenta)
             for weight, grad, mean in zip(params, grads, momenta, strict=True):
                 mean.lerp_(grad, 1 - group["momentum"])
-                update = orthogonal(
-                    grad.lerp(mean, group["momentum"]), group["ns_coefficients"], group["ns_steps"], group["eps"]
-                )
+                update = grad.lerp(mean, group["momentum"])
+                update = update if self.emulated else update.bfloat16()
+                update = orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update, alpha=-0.2 * max(weight.shape) ** 0.5 * group["lr"])
+                weight.add_(update, alpha=-0.2 * max(weight.shape[-2:]) ** 0.5 * group["lr"])
         return loss
 
 
 def orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """`matrix` [M, N] float32 with its singular values moved near 1, by `steps` of the quintic Newton-Schulz iteration
-    with `coefficients` (Jordan et al., Muon, 2024)."""
+    """`matrix` [M, N], or each of a stack [E, M, N], with its singular values moved near 1, by `steps` of the quintic
+    Newton-Schulz iteration with `coefficients` (Jordan et al., Muon, 2024)."""
     a, b, c = coefficients
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / x.norm().clamp(min=eps)
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    add = torch.addmm if matrix.ndim == 2 else torch.baddbmm
+    x = matrix.mT if tall else matrix
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+        gram = x @ x.mT
+        x = add(x, add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def multiplies_bfloat16(device: str) -> bool:

@@ -7,7 +7,8 @@ import warnings
 from torch import Tensor, nn
 
 from spec_rollout.config import SpecConfig
-from spec_rollout.draft.mtp import MtpHead, find_tensors
+from spec_rollout.draft.mtp import MtpHead
+from spec_rollout.draft.mtp_checkpoint import find_tensors
 
 
 def checkpoints_own(model: nn.Module, config: SpecConfig) -> dict[str, Tensor]:
@@ -20,15 +21,16 @@ def checkpoints_own(model: nn.Module, config: SpecConfig) -> dict[str, Tensor]:
     if config.draft_head == "eagle3" or (config.draft_head == "auto" and elsewhere):
         return {}
     folder = getattr(model.config, "_name_or_path", None)
-    tensors = find_tensors(folder)
+    tensors = find_tensors(folder, model)
     if not tensors and config.draft_head == "mtp":
         raise ValueError(
-            f"draft_head='mtp', but the policy's folder {folder or '(none)'} holds no tensors named mtp.*: load the "
-            "policy from a checkpoint that has them, or guess with draft_head='eagle3'."
+            f"draft_head='mtp', but the policy's folder {folder or '(none)'} holds no tensors named mtp.*, nor "
+            "an eh_proj in a layer behind its last: load the policy from a checkpoint that has them, or guess with "
+            "draft_head='eagle3'."
         )
     if tensors:
         try:
-            MtpHead(model).take(tensors, folder)
+            MtpHead.of(model, tensors, folder, check=True)
         except ValueError as error:
             if config.draft_head == "mtp":
                 raise

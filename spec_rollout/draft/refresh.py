@@ -63,9 +63,9 @@ class DraftTrainer:
         self.head, self.view = head, view
         self.average = copy.deepcopy(head).requires_grad_(False)
         rate = learning_rate or MATRIX_RATE * head.config.hidden_size**-0.5
-        scales = [p for p in head.parameters() if p.ndim != 2]
+        scales = [p for p in head.parameters() if p.ndim < 2]
         output = [p for name, p in head.named_parameters() if name == "lm_head.weight"]
-        matrices = [p for name, p in head.named_parameters() if p.ndim == 2 and name != "lm_head.weight"]
+        matrices = [p for name, p in head.named_parameters() if p.ndim > 1 and name != "lm_head.weight"]
         adamw = [{"params": scales, "lr": SCALE_RATE}, {"params": output, "lr": OUTPUT_RATE}]
         self.optimizers = (Muon(matrices, lr=rate), torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=0.0))
         self.rates = (rate, SCALE_RATE)

@@ -193,7 +193,7 @@ def make_reference_policy(
     """
     from transformers import set_seed
 
-    from spec_rollout.draft.mtp import add_to_policy
+    from spec_rollout.draft.mtp_checkpoint import add_to_policy
     from spec_rollout.tasks.reference_mtp import train_mtp
 
     out = Path(out)

@@ -6,6 +6,7 @@ import torch
 import tests.tiny
 from spec_rollout.draft.features import Sample
 from spec_rollout.draft.mtp import MtpDrafter, MtpHead
+from spec_rollout.draft.mtp_names import QWEN, Names
 from spec_rollout.draft.packing import pack
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.unroll import unroll
@@ -13,21 +14,15 @@ from spec_rollout.engine.rows import Rows
 from tests.tiny import VOCAB, policy
 
 LENGTHS = (9, 14, 5)
-NAME = "qwen3_5_text"
 
 
-def random_head(model) -> MtpHead:
-    head = MtpHead(model)
+def random_head(model, names: Names = QWEN) -> MtpHead:
+    head = MtpHead(model, names)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for weight in head.parameters():
+        for weight in (*head.parameters(), *head.layers.buffers()):
             weight.normal_(0.0, 0.2, generator=generator)
     return head.eval()
-
-
-@pytest.fixture(scope="module")
-def head() -> MtpHead:
-    return random_head(policy(NAME))
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +32,11 @@ def samples():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next", "deepseek_v3"])
 @pytest.mark.parametrize("some", [False, True])
-def test_unrolled_states_are_the_states_of_decoding(head, samples, some):
+def test_unrolled_states_are_the_states_of_decoding(name, samples, some):
     """Step j from entry p equals the j-th guess of a row with p + 1 committed tokens and the same tokens after."""
-    view = PolicyView(policy(NAME))
+    head, view = random_head(policy(name)), PolicyView(policy(name))
     packed = pack(samples, width=32)
     steps, cut = 3, 3
     order = sorted(range(len(samples)), key=lambda i: -LENGTHS[i])  # as `pack` lays them out

@@ -14,7 +14,7 @@ from spec_rollout.engine.kv_cache import SlotCache, causal_mask
 from spec_rollout.engine.requests import make_requests
 from spec_rollout.engine.target import cache_argument
 from spec_rollout.records import SamplingParams
-from tests.engine.watched import Watched
+from tests.engine.watched import Watched, assert_alike
 from tests.tiny import PROMPTS, VOCAB, Scripted, policy
 
 pytestmark = pytest.mark.any_device
@@ -41,7 +41,7 @@ class Checked(Watched):
             )
             for layer, (keys, values) in enumerate(zip(self.cache.keys, self.cache.values, strict=True)):
                 for mine, theirs in ((keys, fresh.layers[layer].keys), (values, fresh.layers[layer].values)):
-                    torch.testing.assert_close(mine[slot, :, :length], theirs[0], atol=2e-5, rtol=1e-4)
+                    assert_alike(mine[slot, :, :length], theirs[0])
             Checked.checks += 1
 
 

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
-from spec_rollout.draft.mtp import FILE, MtpHead
+from spec_rollout.draft.mtp import MtpHead
+from spec_rollout.draft.mtp_checkpoint import FILE
 from spec_rollout.draft.references import OracleDrafter
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.records import SamplingParams

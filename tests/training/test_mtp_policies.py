@@ -7,21 +7,28 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spec_rollout.draft.mtp import FILE, MtpHead, add_to_policy
+from spec_rollout.draft.mtp import MtpHead
+from spec_rollout.draft.mtp_checkpoint import FILE, add_to_policy
 from tests.draft.test_mtp import random_head
-from tests.tiny_configs import HYBRIDS, SIZES
+from tests.draft.test_mtp_names import HEADS
+from tests.tiny_configs import FURTHER, HYBRIDS, SIZES
 from tests.training.test_grpo import assert_same, trained
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tokenizer, tmp_path_factory):
+@pytest.fixture
+def family() -> str:
+    return "qwen3_5_text"
+
+
+@pytest.fixture
+def checkpoint(family, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy")
     ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
-    options = {**SIZES, "max_position_embeddings": 128, **HYBRIDS["qwen3_5_text"], **ids}
+    options = {**SIZES, "max_position_embeddings": 128, **(HYBRIDS | FURTHER)[family], **ids}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_5_text", initializer_range=0.2, **options))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, initializer_range=0.2, **options))
     model.save_pretrained(folder)
-    add_to_policy(folder, random_head(model).on_disk(torch.float32))
+    add_to_policy(folder, random_head(model, HEADS[family]).on_disk(torch.float32))
     return folder
 
 
@@ -30,7 +37,8 @@ def make_policy(checkpoint):
     return lambda: AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
 
 
-def test_the_head_of_the_checkpoint_guesses_learns_and_is_kept(make_trainer, eager_head, checkpoint, tmp_path):
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next", "glm4_moe", "deepseek_v3"])
+def test_the_head_of_the_checkpoint_guesses_learns_and_is_kept(make_trainer, eager_head, checkpoint, family, tmp_path):
     plain = trained(make_trainer(num_speculative_tokens=0))
     options = {"draft_ngrams": False, "save_strategy": "steps", "save_steps": 3}
     speculative = trained(make_trainer(num_speculative_tokens=2, **options))
@@ -40,8 +48,9 @@ def test_the_head_of_the_checkpoint_guesses_learns_and_is_kept(make_trainer, eag
     assert speculative.sampler.backend.draft_version == 3
     speculative.save_model(str(tmp_path / "final"))
     own, first = load_file(tmp_path / "final" / FILE), load_file(checkpoint / FILE)
-    assert own.keys() == first.keys() and not torch.equal(own["mtp.fc.weight"], first["mtp.fc.weight"])
-    assert torch.equal(load_file(tmp_path / "run" / "checkpoint-3" / FILE)["mtp.fc.weight"], own["mtp.fc.weight"])
+    assert own.keys() == first.keys() and any(not torch.equal(own[name], first[name]) for name in own)
+    kept = load_file(tmp_path / "run" / "checkpoint-3" / FILE)
+    assert kept.keys() == own.keys() and all(torch.equal(kept[name], own[name]) for name in own)
 
 
 def test_a_resumed_run_goes_on_with_it(make_trainer, eager_head, tmp_path):
