@@ -161,7 +161,6 @@ def test_its_greedy_output_and_acceptance_are_ours(name, text_only, tmp_path):
         theirs, their_length = apart.submit(in_vllm, folder, family.dtype, ours).result()
     same = alike(ours, theirs)
     length = our_length(model, same, quirks=name == "glm4_moe")
-    print("LENGTHS", name, length, their_length, len(same), our_length(model, same, False))
     assert len(same) == len(PROMPTS) if family.dtype == "float32" else len(same) >= len(PROMPTS) / 2
     assert all(gap(model, *found) < 4 for found in zip(PROMPTS, ours, theirs, strict=True) if found[0] not in same)
     assert length > 1.3 and their_length == pytest.approx(length, rel=0.05)
