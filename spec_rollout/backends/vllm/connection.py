@@ -48,7 +48,8 @@ class Connection:
 
     def _send_file(self, path: str, file: Path, seconds: float) -> None:
         """PUT `file`; raises what `_request` does."""
-        headers = {**self.headers, "Content-Type": "application/octet-stream", "Content-Length": file.stat().st_size}
+        size = str(file.stat().st_size)
+        headers = {**self.headers, "Content-Type": "application/octet-stream", "Content-Length": size}
         with file.open("rb") as content:
             self._answer(Request(self.url + path, content, headers, method="PUT"), path, seconds)
 

@@ -28,8 +28,8 @@ async def receive_file(name: str, key: bytes | None, receive: Callable) -> tuple
     target = Path(folder, name)
     try:
         descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            whole = await _write(file.write, receive)
+        with os.fdopen(descriptor, "wb") as opened:
+            whole = await _write(opened.write, receive)
     except OSError as error:
         target.unlink(missing_ok=True)
         return 507, f"{name} cannot be written to {folder}: {error}"
