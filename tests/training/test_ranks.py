@@ -34,7 +34,9 @@ def test_two_ranks_learn_what_plain_decoding_learns(tmp_path, kind):
     logged = [entry for entry in speculative[0]["log"] if "speculative/acceptance_rate" in entry]
     assert logged and max(entry["speculative/mean_acceptance_length"] for entry in logged) > 1
     waits = [max(both) - sum(both) / 2 for both in zip(*(run["seconds"] for run in speculative), strict=True)]
-    assert len(waits) == 2 and [entry["speculative/rank_wait_seconds"] for entry in logged] == pytest.approx(waits)
+    name = "speculative/rank_wait_seconds"
+    waited = [entry[name] for entry in speculative[0]["log"] if name in entry]
+    assert len(waits) == 2 and waited == pytest.approx(waits, rel=1e-3, abs=1e-5)
     assert speculative[0]["draft_version"] == speculative[1]["draft_version"] > 0
     assert speculative[0]["draft"] == speculative[1]["draft"] is not None
     head = Path(tmp_path, "gamma2", "checkpoint-2", "draft", "model.safetensors")
