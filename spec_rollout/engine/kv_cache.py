@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from spec_rollout.engine.recurrent import RecurrentPass, RecurrentStates
+from spec_rollout.engine.recurrent import Key, RecurrentPass, RecurrentStates
 
 EXTENT_STEP = 32
 """Attention reads a multiple of this many entries: few shapes occur, and in bfloat16 a CPU's sums over fewer than 32
 come out otherwise."""
+
+
+@dataclass
+class KeptSlot:
+    """Copies of what a slot held of its first `tokens` tokens: per attention layer keys and values
+    [tokens, heads, head_dim], per recurrent layer the state behind them."""
+
+    tokens: int
+    keys: list[Tensor]
+    values: list[Tensor]
+    convolutions: dict[Key, Tensor] = field(default_factory=dict)
+    states: dict[Key, Tensor] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        parts = (*self.keys, *self.values, *self.convolutions.values(), *self.states.values())
+        return sum(part.nbytes for part in parts)
 
 
 class SlotCache:
@@ -21,6 +40,9 @@ class SlotCache:
     entries beyond a row's committed length are masked by the caller and overwritten later. The recurrent layers follow
     the tokens that `commit` keeps.
     """
+
+    first = 0
+    """Entry of a slot's first token."""
 
     def __init__(self):
         self.release()
@@ -87,6 +109,23 @@ class SlotCache:
         for buffer in (*self.keys, *self.values):
             buffer[target, :extent] = buffer[source, :extent]
         self.states.copy(source, target)
+
+    def keep(self, slot: int, tokens: int) -> KeptSlot:
+        """What `slot` holds of its first `tokens` tokens; its states are those behind them."""
+        place = slice(self.first, self.first + tokens)
+        keys, values = ([buffer[slot, place].clone() for buffer in b] for b in (self.keys, self.values))
+        return KeptSlot(tokens, keys, values, *self.states.keep(slot))
+
+    def put(self, slot: int, kept: KeptSlot, tokens: int) -> None:
+        """The first `tokens` tokens of `slot` are those of `kept`, of which recurrent layers take all. Like a pass it
+        makes buffers that are missing."""
+        for buffers, parts in ((self.keys, kept.keys), (self.values, kept.values)):
+            for layer, part in enumerate(parts):
+                if layer == len(buffers):
+                    buffers.append(part.new_zeros(self.slots, self.capacity, *part.shape[1:]))
+                buffers[layer][slot, self.first : self.first + tokens] = part[:tokens]
+        self.states.put(slot, kept.convolutions, kept.states)
+        self.begun = True
 
 
 class SlotWindow(Cache):

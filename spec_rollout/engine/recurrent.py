@@ -68,6 +68,18 @@ class RecurrentStates:
         for buffer in self.buffers:
             buffer[target] = buffer[source]
 
+    def keep(self, slot: int) -> list[dict[Key, Tensor]]:
+        """Copies of the convolutions' inputs and of the states of `slot`."""
+        return [{key: b[slot].clone() for key, b in kind.items()} for kind in (self.convolutions, self.states)]
+
+    def put(self, slot: int, convolutions: dict[Key, Tensor], states: dict[Key, Tensor]) -> None:
+        """`slot` takes over what `keep` gave; buffers that are missing are made."""
+        for kind, parts in ((self.convolutions, convolutions), (self.states, states)):
+            for key, part in parts.items():
+                if key not in kind:
+                    kind[key] = part.new_zeros(self.slots, *part.shape)
+                kind[key][slot] = part
+
     def commit(self, tokens: Tensor) -> None:
         """Of the tokens of the last pass, row n keeps the first `tokens` [N]."""
         rows, true = slice(0, len(tokens)), None

@@ -34,6 +34,10 @@ class Room:
         """Whether `slots` of `capacity` tokens stay within the bound."""
         return self.bound is None or self.bytes(slots, capacity) <= self.bound
 
+    def left(self, slots: int, capacity: int) -> int:
+        """Bytes of the bound that `slots` of `capacity` tokens leave."""
+        return self.bound - self.bytes(slots, capacity)
+
     def grown(self, needed: int) -> int:
         """How long slots become that have to take `needed` tokens, if the bound allows it."""
         return rounded_up(needed + needed // GROWTH)

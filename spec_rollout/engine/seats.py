@@ -8,7 +8,9 @@ import numpy as np
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine import prefill
+from spec_rollout.engine.beginnings import Beginnings
 from spec_rollout.engine.guarded_drafter import GuardedDrafter
+from spec_rollout.engine.kept_rows import KeptRow, KeptRows
 from spec_rollout.engine.kv_cache import SlotCache, rounded_up
 from spec_rollout.engine.prefill import Prefill
 from spec_rollout.engine.room import GIB, Room
@@ -44,14 +46,17 @@ class Seats:
         target: Target,
         draft: GuardedDrafter,
         stats: RolloutStats,
+        kept: KeptRows | None = None,
     ):
         self.scheduler, self.rows, self.cache, self.sampler = scheduler, rows, cache, sampler
-        self.target, self.draft, self.stats = target, draft, stats
+        self.target, self.draft, self.stats, self.kept = target, draft, stats, kept
+        self.beginnings = Beginnings(kept, target.recurrent, cache=cache, rows=rows, draft=draft)
         self.ahead = config.widest + 2  # the tokens that a pass reads, and the one that it may sample after them
         # To a compiler, one slot alone or rows read to their end are a case of their own.
         self.least, self.odd = (2, 1) if config.compile_passes == "true" else (1, 0)
         token, slot = target.cache_bytes
         self.room = Room(bound, token + draft.token_bytes + rows.token_bytes, slot)
+        self.kept_bytes = token + draft.token_bytes
         self.most = max(len(r.prompt) + r.max_new_tokens for r in scheduler.waiting) - 1 + self.ahead
         for request in scheduler.waiting:
             if not self.room.holds(1, rounded_up(len(request.prompt) - 1 + self.ahead)):
@@ -78,7 +83,7 @@ class Seats:
             admission, reading = self.entering
             self.rows.count = self.taken  # the drafter is shown the new rows too
             if not reading.finished:
-                reading.step(self.target, self.cache, self.rows, self.draft)
+                self.stats.prefilled_tokens += reading.step(self.target, self.cache, self.rows, self.draft)
             if reading.finished:
                 self._seat(admission, reading)
             elif reading.first:
@@ -88,7 +93,7 @@ class Seats:
 
     def _enter(self) -> bool:
         """Give slots to waiting requests; False where none can have one."""
-        admission = self.scheduler.admit(self._fits, prefill.PREFILL_TOKENS)
+        admission = self.scheduler.admit(self._fits, prefill.PREFILL_TOKENS, self.beginnings)
         if admission is None:
             return False
         requests, first = admission.requests, admission.first
@@ -101,7 +106,9 @@ class Seats:
         self.sampler.admit(self.rows, first, self.taken)
         fresh = first + len(admission.fresh)
         self.cache.clear((first, fresh))
-        self.entering = admission, Prefill(first, fresh, self.rows, np.zeros(len(admission.fresh), dtype=np.int64))
+        taken = self.beginnings.take(self.scheduler.active, (first, fresh), admission.beginnings)
+        self.stats.reused_tokens += int(taken.sum())
+        self.entering = admission, Prefill(first, fresh, self.rows, taken)
         return True
 
     def _seat(self, admission: Admission, reading: Prefill) -> None:
@@ -111,6 +118,7 @@ class Seats:
             self.draft.call("admit", self.rows, (reading.first, reading.first + reading.count))
         if admission.siblings:
             first = reading.first + reading.count
+            self.stats.reused_tokens += int(self.rows.lengths[first : self.taken].sum())
             self.copy(admission.source, list(range(first, self.taken)))
 
     def make_room(self) -> None:
@@ -141,7 +149,22 @@ class Seats:
 
     def leave(self, finished: np.ndarray) -> None:
         """The rows in the slots `finished` are complete: close the gaps that they leave."""
+        if self.kept is not None:
+            self._keep(self.kept, finished)
         self._close(*self.scheduler.release(finished.tolist(), self.taken - self.rows.count), len(finished))
+
+    def _keep(self, kept: KeptRows, finished: np.ndarray) -> None:
+        """Keep what the slots `finished` hold, as far as the bound leaves room beside the slots for it."""
+        parts = self.draft.keep(self.rows, on_both_sides(finished, self.rows.device))
+        for slot, part in zip(finished.tolist(), parts, strict=True):
+            tokens = int(self.rows.lengths[slot])
+            if self.room.bound is not None:
+                left = self.room.left(self.slots, self.capacity) - self.room.slot_bytes - tokens * self.kept_bytes
+                if left < 0:
+                    continue
+                kept.shrink(left)
+            kept.add(KeptRow(self.scheduler.active[slot].index, self.cache.keep(slot, tokens), part))
+        self._note_bytes()
 
     def _give_way(self, slots: list[int]) -> None:
         """The rows in `slots` wait until there is room for them again."""
@@ -189,11 +212,17 @@ class Seats:
         capacity = self.capacity
         if needed > capacity:
             capacity = self.room.capacity(slots, needed, self.most) + self.odd
+        if self.kept is not None and self.room.bound is not None:
+            self.kept.shrink(max(self.room.left(slots, capacity), 0))
         self.slots, self.capacity = slots, capacity
         self.cache.resize(slots, capacity, kept)
         self.rows.resize(slots, capacity, kept)
         self.draft.call("resize", self.rows, kept)
-        self.stats.cache_bytes = max(self.stats.cache_bytes, self.room.bytes(slots, capacity))
+        self._note_bytes()
+
+    def _note_bytes(self) -> None:
+        taken = self.room.bytes(self.slots, self.capacity) + (0 if self.kept is None else self.kept.bytes)
+        self.stats.cache_bytes = max(self.stats.cache_bytes, taken)
 
     def _too_long(self, index: int, tokens: int) -> CacheBoundError:
         most = (self.room.bound - self.room.slot_bytes) // self.room.token_bytes - self.ahead + 1

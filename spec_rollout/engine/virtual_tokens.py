@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from spec_rollout.engine.kv_cache import SlotCache, SlotWindow
+from spec_rollout.engine.state import state_of
 from spec_rollout.engine.support import REMEDY
 from spec_rollout.engine.target import Target
 from spec_rollout.records import UnsupportedModelError
@@ -71,6 +72,10 @@ class PrefixedTarget(Target):
     @property
     def room(self) -> int | None:
         return None if self.context is None else self.context - self.virtual
+
+    @property
+    def state(self) -> tuple:
+        return state_of(self.policy), ()
 
     def make_cache(self) -> SlotCache:
         return PrefixedCache(self)
@@ -156,6 +161,7 @@ class PrefixedCache(SlotCache):
         """Make room as `SlotCache` does, and write the virtual tokens of now into all slots."""
         virtual = self.target.virtual
         super().allocate(slots, capacity + virtual, kind)
+        self.first = virtual
         if not self.keys:
             for buffers, part in ((self.keys, 0), (self.values, 1)):
                 for layer in self.target.prefix:
