@@ -32,6 +32,8 @@ def local_sums(
         "compiled_steps": stats.compiled_steps,
         "preemptions": stats.preemptions,
         "cache_bytes": stats.cache_bytes,
+        "prefilled_tokens": stats.prefilled_tokens,
+        "reused_tokens": stats.reused_tokens,
         "speculative_rows": sum(step.rows for step in speculative),
         "speculative_emitted": sum(step.emitted for step in speculative),
         "seconds": seconds,
@@ -74,6 +76,8 @@ def metrics(sums: dict[str, float]) -> dict[str, float]:
         "compiled_share": sums["compiled_steps"] / max(1, sums["steps"]),
         "preemptions": sums["preemptions"],
         "cache_gib": sums["cache_bytes"] / ranks / GIB,
+        "prefilled_tokens": sums["prefilled_tokens"],
+        "reused_tokens": sums["reused_tokens"],
     }
     figures |= {f"time_{part}": sums[f"{part}_s"] / ranks for part in ("prefill", "draft", "verify", "host")}
     if sums["drafted"]:
