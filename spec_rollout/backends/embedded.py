@@ -118,8 +118,8 @@ class EmbeddedBackend:
         max_new_tokens: Sequence[int] | None = None,
         collect: bool = True,
     ) -> list[Completion]:
-        """One completion per prompt entry, in order; see `RolloutEngine.generate`. `collect=False` keeps these out of the
-        draft's training, as for evaluation."""
+        """One completion per prompt entry, in order; see `RolloutEngine.generate`. `collect=False` keeps what is drawn
+        out of the draft's training, as of an evaluation."""
         self._step_began = self._step_began or time.perf_counter()
         if self.learner is not None:
             self.drafter.buffer = self.learner.buffer if collect and self.config.draft_refresh else None
