@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from spec_rollout.engine.kv_cache import KeptSlot, SlotCache
+from spec_rollout.engine.kept_slot import KeptSlot, Put
+from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.protocols import Drafter, GoesOn
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import Slots
@@ -32,7 +33,7 @@ class Entries:
         for slot, part in enumerate(kept, start=slots[0]):
             if part is not None:
                 self.known[slot] = min(part.tokens, int(self.taken[slot]))
-                self.cache.put(slot, part, int(self.known[slot]))
+                self.cache.put([Put(slot, part, int(self.known[slot]))])
 
     def _keep(self, rows: Rows, slots: Slots) -> list[KeptSlot | None]:
         known = np.minimum(self.known, rows.lengths)

@@ -12,7 +12,8 @@ from spec_rollout.draft.drafter import CATCH_UP_TOKENS
 from spec_rollout.draft.entries import Collecting, Entries
 from spec_rollout.engine.attention_choice import attend
 from spec_rollout.engine.gumbel_max import draw_among
-from spec_rollout.engine.kv_cache import KeptSlot, SlotCache
+from spec_rollout.engine.kept_slot import KeptSlot
+from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.protocols import Drafter
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows

@@ -8,7 +8,8 @@ import numpy as np
 
 from spec_rollout.engine.guarded_drafter import GuardedDrafter
 from spec_rollout.engine.kept_rows import KeptRow, KeptRows
-from spec_rollout.engine.kv_cache import KeptSlot, SlotCache
+from spec_rollout.engine.kept_slot import KeptSlot, Put
+from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.prefixes import Sequences, packed
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import on_both_sides
@@ -37,12 +38,14 @@ class Beginnings:
     """
 
     def __init__(self, kept: KeptRows | None, recurrent: bool, *, cache: SlotCache, rows: Rows, draft: GuardedDrafter):
-        self.kept, self.recurrent = kept, recurrent
+        self.kept, self.recurrent = KeptRows() if kept is None else kept, recurrent
         self.cache, self.rows, self.draft = cache, rows, draft
         self._packed: dict[int, bytes] = {}
         """Prompts but for the last token, by the index of their request."""
         self._active: Sequences[int] = Sequences()
         self._entering: dict[int, Beginning] = {}
+        self._taken_out: set[int] = set()
+        """Slots whose keys and values come from kept rows that have been taken out."""
 
     def look_at(self, active: list[Request]) -> None:
         """The requests of the rows that sit in the slots, from the first on; all have been read."""
@@ -70,35 +73,53 @@ class Beginnings:
             self._entering[request.index] = beginning
             self._active.add(self._prompt(request), request.index)
 
+    def take_out(self, first: int, beginnings: list[Beginning]) -> list[Put]:
+        """What rows that enter the slots from `first` on take of kept rows of which one of them takes all. These are
+        kept no more: the row that goes on from one will be, in its place."""
+        kept = [
+            (slot, tokens, source)
+            for slot, (tokens, source) in enumerate(beginnings, start=first)
+            if isinstance(source, KeptRow) and source in self.kept
+        ]
+        whole = {source for _, tokens, source in kept if tokens == source.slot.tokens}
+        puts = [Put(slot, source.slot, tokens) for slot, tokens, source in kept if source in whole]
+        self._taken_out = {put.slot for put in puts}
+        for row in whole:
+            self.kept.drop(row)
+        return puts
+
     def take(self, active: list[Request], slots: tuple[int, int], beginnings: list[Beginning]) -> np.ndarray:
-        """Put what the `beginnings` are of into the slots slots[0]..slots[1] - 1. `active` are the requests in the
-        slots. Returns for each how many tokens are there; none of a kept row that has given way meanwhile."""
+        """Put what the `beginnings` are of into the slots slots[0]..slots[1] - 1, but for keys and values of what was
+        taken out. `active` are the requests in the slots. Returns for each how many tokens are there; none of a kept
+        row that has given way meanwhile."""
         taken = np.zeros(len(beginnings), dtype=np.int64)
         parts: list[KeptSlot | None] = [None] * len(beginnings)
         places = {request.index: slot for slot, request in enumerate(active[: slots[0]])}
         moves: list[tuple[int, int]] = []
-        used: dict[KeptRow, None] = {}
-        for i, (tokens, source) in enumerate(beginnings):
+        puts: list[Put] = []
+        for i, (slot, (tokens, source)) in enumerate(zip(range(*slots), beginnings, strict=True)):
             if isinstance(source, KeptRow):
-                if source not in self.kept:
-                    continue
-                self.cache.put(slots[0] + i, source.slot, tokens)
+                if slot not in self._taken_out:
+                    if source not in self.kept:
+                        continue
+                    puts.append(Put(slot, source.slot, tokens))
+                self.cache.states.put(slot, source.slot.convolutions, source.slot.states)
                 parts[i] = self.draft.part(source.draft)
-                used |= {source: None} if tokens == source.slot.tokens else {}
             elif source is not None:
-                moves.append((places[source], slots[0] + i))
+                moves.append((places[source], slot))
             taken[i] = tokens
+        self.cache.put(puts)
         if moves:
             src, dst = (on_both_sides(side, self.rows.device) for side in zip(*moves, strict=True))
             self.cache.copy(src.device, dst.device, int(taken[dst.host - slots[0]].max()))
             self.draft.call("copy", self.rows, src, dst)
         self.draft.enter(self.rows, slots, taken, parts)
-        for row in used:  # the rows that go on from it will be kept in its place
-            self.kept.drop(row)
+        self._entering = {}
+        beginnings.clear()  # what was taken out takes memory no more
         return taken
 
     def _of_kept(self, request: Request) -> Beginning:
-        if not self.kept:
+        if not len(self.kept):
             return Beginning()
         row, size = self.kept.find(self._prompt(request), whole=self.recurrent)
         return Beginning(size - 1, row) if size > LEAST and self.draft.takes(self.rows, row.draft) else Beginning()

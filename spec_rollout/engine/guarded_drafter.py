@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spec_rollout.engine.kv_cache import KeptSlot
+from spec_rollout.engine.kept_slot import KeptSlot
 from spec_rollout.engine.protocols import Drafter, GoesOn
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows

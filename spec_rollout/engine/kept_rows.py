@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spec_rollout.engine.kv_cache import KeptSlot
+from spec_rollout.engine.kept_slot import KeptSlot
 from spec_rollout.engine.prefixes import Sequences, packed
 from spec_rollout.records import Completion, Request
 
@@ -20,9 +20,8 @@ class KeptRow:
     draft: tuple[object, KeptSlot | None]
     tokens: bytes = b""
 
-    @property
-    def bytes(self) -> int:
-        return self.slot.bytes + (self.draft[1].bytes if self.draft[1] is not None else 0)
+    def __post_init__(self):
+        self.bytes = self.slot.bytes + (self.draft[1].bytes if self.draft[1] is not None else 0)
 
 
 class KeptRows:

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from spec_rollout.engine.recurrent import Key, RecurrentPass, RecurrentStates
+from spec_rollout.engine.kept_slot import KeptSlot, Put
+from spec_rollout.engine.recurrent import RecurrentPass, RecurrentStates
 
 EXTENT_STEP = 32
 """Attention reads a multiple of this many entries: few shapes occur, and in bfloat16 a CPU's sums over fewer than 32
 come out otherwise."""
-
-
-@dataclass
-class KeptSlot:
-    """Copies of what a slot held of its first `tokens` tokens: per attention layer keys and values
-    [tokens, heads, head_dim], per recurrent layer the state behind them."""
-
-    tokens: int
-    keys: list[Tensor]
-    values: list[Tensor]
-    convolutions: dict[Key, Tensor] = field(default_factory=dict)
-    states: dict[Key, Tensor] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        parts = (*self.keys, *self.values, *self.convolutions.values(), *self.states.values())
-        return sum(part.nbytes for part in parts)
 
 
 class SlotCache:
@@ -63,14 +47,26 @@ class SlotCache:
         self.slots, self.capacity, self.kind = slots, capacity, kind
         self.states.allocate(slots)
 
-    def resize(self, slots: int, capacity: int, kept: int) -> None:
-        """From here on there are `slots` of `capacity` tokens; the first `kept` slots keep what they hold. One buffer
-        after the other, so that little is there twice."""
+    def resize(self, slots: int, capacity: int, kept: int, puts: Sequence[Put] = ()) -> None:
+        """From here on there are `slots` of `capacity` tokens; the first `kept` slots keep what they hold, and others
+        take over `puts`, whose memory goes meanwhile. One layer after the other, so that little is there twice."""
         self.slots, self.capacity = slots, capacity
-        for buffers in (self.keys, self.values):
-            for i, buffer in enumerate(buffers):
-                buffers[i] = resized(buffer, slots, capacity, kept)
+        for buffers, parts in ((self.keys, [p.kept.keys for p in puts]), (self.values, [p.kept.values for p in puts])):
+            for layer in range(max(len(each) for each in (buffers, *parts))):
+                if layer < len(buffers):
+                    buffers[layer] = resized(buffers[layer], slots, capacity, kept)
+                self._fill(buffers, layer, puts, parts)
+                for part in parts:
+                    part[layer] = part[layer][:0]
         self.states.resize(slots, kept)
+
+    def _fill(self, buffers: list[Tensor], layer: int, puts: Sequence[Put], parts: Sequence[list[Tensor]]) -> None:
+        """Write `parts` of `puts` to a layer's buffer, which is made like a pass makes it if it is missing."""
+        for put, part in zip(puts, parts, strict=True):
+            if layer == len(buffers):
+                buffers.append(part[layer].new_zeros(self.slots, self.capacity, *part[layer].shape[1:]))
+            buffers[layer][put.slot, self.first : self.first + put.tokens] = part[layer][: put.tokens]
+            self.begun = True
 
     def extent(self, tokens: int) -> int:
         """How many entries a pass over rows of at most `tokens` tokens reads."""
@@ -116,16 +112,25 @@ class SlotCache:
         keys, values = ([buffer[slot, place].clone() for buffer in b] for b in (self.keys, self.values))
         return KeptSlot(tokens, keys, values, *self.states.keep(slot))
 
-    def put(self, slot: int, kept: KeptSlot, tokens: int) -> None:
-        """The first `tokens` tokens of `slot` are those of `kept`, of which recurrent layers take all. Like a pass it
-        makes buffers that are missing."""
-        for buffers, parts in ((self.keys, kept.keys), (self.values, kept.values)):
-            for layer, part in enumerate(parts):
-                if layer == len(buffers):
-                    buffers.append(part.new_zeros(self.slots, self.capacity, *part.shape[1:]))
-                buffers[layer][slot, self.first : self.first + tokens] = part[:tokens]
-        self.states.put(slot, kept.convolutions, kept.states)
-        self.begun = True
+    def put(self, puts: Sequence[Put]) -> None:
+        """Slots take over keys and values of `puts`."""
+        for buffers, parts in ((self.keys, [p.kept.keys for p in puts]), (self.values, [p.kept.values for p in puts])):
+            for layer in range(max(map(len, parts), default=0)):
+                self._fill(buffers, layer, puts, parts)
+
+    def leave(self, gone: Sequence[tuple[int, int]], stay: Sequence[int]) -> list[KeptSlot]:
+        """What the slots of `gone`, (slot, tokens) each, hold, as in `keep`. From here on there are the slots `stay`
+        alone, in that order. One layer after the other, as in `resize`."""
+        found = [KeptSlot(tokens, [], [], *self.states.keep(slot)) for slot, tokens in gone]
+        for buffers, name in ((self.keys, "keys"), (self.values, "values")):
+            for layer, buffer in enumerate(buffers):
+                for part, (slot, tokens) in zip(found, gone, strict=True):
+                    getattr(part, name).append(buffer[slot, self.first : self.first + tokens].clone())
+                buffers[layer] = buffer[list(stay)]
+                del buffer
+        self.slots = len(stay)
+        self.states.choose(stay)
+        return found
 
 
 class SlotWindow(Cache):

@@ -8,7 +8,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from spec_rollout.engine.kv_cache import KeptSlot, SlotCache
+from spec_rollout.engine.kept_slot import KeptSlot
+from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import Slots

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,6 +53,13 @@ class RecurrentStates:
             for key, buffer in kind.items():
                 kind[key] = buffer.new_zeros(slots, *buffer.shape[1:])
                 kind[key][:kept] = buffer[:kept]
+
+    def choose(self, slots: Sequence[int]) -> None:
+        """From here on there are the `slots` alone, in that order. No pass waits for its `commit`."""
+        self.slots = len(slots)
+        for kind in (self.convolutions, self.states):
+            for key, buffer in kind.items():
+                kind[key] = buffer[list(slots)]
 
     @property
     def buffers(self) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,16 +11,18 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.engine import prefill
 from spec_rollout.engine.beginnings import Beginnings
 from spec_rollout.engine.guarded_drafter import GuardedDrafter
-from spec_rollout.engine.kept_rows import KeptRow, KeptRows
+from spec_rollout.engine.keeper import Keeper
+from spec_rollout.engine.kept_rows import KeptRows
+from spec_rollout.engine.kept_slot import Put
 from spec_rollout.engine.kv_cache import SlotCache, rounded_up
 from spec_rollout.engine.prefill import Prefill
-from spec_rollout.engine.room import GIB, Room
+from spec_rollout.engine.room import Room
 from spec_rollout.engine.rows import Parked, Rows
 from spec_rollout.engine.sampling import Sampler
 from spec_rollout.engine.scheduler import Admission, Scheduler
 from spec_rollout.engine.target import Target
-from spec_rollout.engine.transfers import on_both_sides
-from spec_rollout.records import CacheBoundError, RolloutStats
+from spec_rollout.engine.transfers import Slots, on_both_sides
+from spec_rollout.records import RolloutStats
 
 
 class Seats:
@@ -49,18 +52,18 @@ class Seats:
         kept: KeptRows | None = None,
     ):
         self.scheduler, self.rows, self.cache, self.sampler = scheduler, rows, cache, sampler
-        self.target, self.draft, self.stats, self.kept = target, draft, stats, kept
+        self.target, self.draft, self.stats = target, draft, stats
         self.beginnings = Beginnings(kept, target.recurrent, cache=cache, rows=rows, draft=draft)
         self.ahead = config.widest + 2  # the tokens that a pass reads, and the one that it may sample after them
         # To a compiler, one slot alone or rows read to their end are a case of their own.
         self.least, self.odd = (2, 1) if config.compile_passes == "true" else (1, 0)
         token, slot = target.cache_bytes
         self.room = Room(bound, token + draft.token_bytes + rows.token_bytes, slot)
-        self.kept_bytes = token + draft.token_bytes
+        self.keeper = Keeper(kept, self.room, token + draft.token_bytes, cache=cache, rows=rows, draft=draft)
         self.most = max(len(r.prompt) + r.max_new_tokens for r in scheduler.waiting) - 1 + self.ahead
         for request in scheduler.waiting:
             if not self.room.holds(1, rounded_up(len(request.prompt) - 1 + self.ahead)):
-                raise self._too_long(request.index, len(request.prompt))
+                raise self.room.too_long(request.index, len(request.prompt), self.ahead)
         self.parked: dict[int, Parked] = {}
         self.entering: tuple[Admission, Prefill] | None = None
         self.slots = self.capacity = 0
@@ -98,7 +101,8 @@ class Seats:
             return False
         requests, first = admission.requests, admission.first
         tokens = max(self.scheduler.tokens(request) for request in requests)
-        self._resize(self.taken, max(tokens - 1, self._longest()) + self.ahead, kept=first)
+        puts = self.beginnings.take_out(first, admission.beginnings)
+        self._resize(self.taken, max(tokens - 1, self._longest()) + self.ahead, kept=first, puts=puts)
         self.rows.fill(first, requests, self.parked)
         for request in requests:
             self.parked.pop(request.index, None)
@@ -139,7 +143,7 @@ class Seats:
                 self._give_way([max(range(self.taken), key=lambda slot: active[slot].index)])
                 self.stats.preemptions += 1
             else:
-                raise self._too_long(self.scheduler.active[0].index, self._longest() + 1)
+                raise self.room.too_long(self.scheduler.active[0].index, self._longest() + 1, self.ahead)
             needed = self._longest() + self.ahead
         self._resize(self.taken, needed, kept=self.taken)
 
@@ -149,22 +153,30 @@ class Seats:
 
     def leave(self, finished: np.ndarray) -> None:
         """The rows in the slots `finished` are complete: close the gaps that they leave."""
-        if self.kept is not None:
-            self._keep(self.kept, finished)
-        self._close(*self.scheduler.release(finished.tolist(), self.taken - self.rows.count), len(finished))
-
-    def _keep(self, kept: KeptRows, finished: np.ndarray) -> None:
-        """Keep what the slots `finished` hold, as far as the bound leaves room beside the slots for it."""
-        parts = self.draft.keep(self.rows, on_both_sides(finished, self.rows.device))
-        for slot, part in zip(finished.tolist(), parts, strict=True):
-            tokens = int(self.rows.lengths[slot])
-            if self.room.bound is not None:
-                left = self.room.left(self.slots, self.capacity) - self.room.slot_bytes - tokens * self.kept_bytes
-                if left < 0:
-                    continue
-                kept.shrink(left)
-            kept.add(KeptRow(self.scheduler.active[slot].index, self.cache.keep(slot, tokens), part))
+        indices = [self.scheduler.active[slot].index for slot in finished]
+        nobody_enters = self.entering is None and not self.scheduler.waiting
+        crowded = nobody_enters and self.keeper.lacks_room(finished, self.slots, self.capacity)
+        if not crowded:
+            self.keeper.keep(finished, indices, (self.slots, self.capacity))
+        moves = self.scheduler.release(finished.tolist(), self.taken - self.rows.count)
+        if crowded:
+            self._contract(finished, indices, *moves)
+        else:
+            self._close(*moves, len(finished))
         self._note_bytes()
+
+    def _contract(self, finished: np.ndarray, indices: list[int], source: list[int], target: list[int]) -> None:
+        """The rows in the slots `finished` are kept in the memory of their own slots, which are no more."""
+        stay = np.zeros(max(self.taken, self.least) if self.taken else 0, dtype=np.int64)
+        stay[: self.taken] = np.arange(self.taken)
+        stay[target] = source
+        self.slots = len(stay)
+        self.keeper.keep(finished, indices, (self.slots, self.capacity), stay)
+        if source:
+            self._move_all_but_cache(*(on_both_sides(slots, self.rows.device) for slots in (source, target)))
+        self.rows.count -= len(finished)
+        self.rows.resize(self.slots, self.capacity, self.taken)
+        self.draft.call("resize", self.rows, self.taken)
 
     def _give_way(self, slots: list[int]) -> None:
         """The rows in `slots` wait until there is room for them again."""
@@ -189,11 +201,16 @@ class Seats:
     def copy(self, source: list[int], target: list[int], move: bool = False) -> None:
         """Copy slots; a sibling takes over what the cache holds only, a moved row everything."""
         src, dst = (on_both_sides(slots, self.rows.device) for slots in (source, target))
+        self.cache.copy(src.device, dst.device, int(self.rows.lengths[source if move else target].max()))
         if move:
-            self.rows.copy(src, dst)
-            self.sampler.copy(src, dst)
-        self.cache.copy(src.device, dst.device, int(self.rows.lengths[target].max()))
-        self.draft.call("copy", self.rows, src, dst)
+            self._move_all_but_cache(src, dst)
+        else:
+            self.draft.call("copy", self.rows, src, dst)
+
+    def _move_all_but_cache(self, source: Slots, target: Slots) -> None:
+        self.rows.copy(source, target)
+        self.sampler.copy(source, target)
+        self.draft.call("copy", self.rows, source, target)
 
     def _longest(self) -> int:
         """Committed tokens of the longest active row."""
@@ -204,30 +221,23 @@ class Seats:
         needed = max(self._longest(), tokens - 1) + self.ahead
         return self.room.holds(slots, max(self.capacity, self.room.grown(needed)))
 
-    def _resize(self, slots: int, needed: int, kept: int) -> None:
-        """Slots for `slots` rows of `needed` tokens, if there are not: the first `kept` rows keep theirs."""
+    def _resize(self, slots: int, needed: int, kept: int, puts: Sequence[Put] = ()) -> None:
+        """Slots for `slots` rows of `needed` tokens, if there are not: the first `kept` rows keep theirs. Others take
+        over `puts`."""
         if slots <= self.slots and needed <= self.capacity:
+            self.cache.put(puts)
             return
         slots = max(slots, self.least)
         capacity = self.capacity
         if needed > capacity:
             capacity = self.room.capacity(slots, needed, self.most) + self.odd
-        if self.kept is not None and self.room.bound is not None:
-            self.kept.shrink(max(self.room.left(slots, capacity), 0))
+        self.keeper.give_way(slots, capacity)
         self.slots, self.capacity = slots, capacity
-        self.cache.resize(slots, capacity, kept)
+        self.cache.resize(slots, capacity, kept, puts)
         self.rows.resize(slots, capacity, kept)
         self.draft.call("resize", self.rows, kept)
         self._note_bytes()
 
     def _note_bytes(self) -> None:
-        taken = self.room.bytes(self.slots, self.capacity) + (0 if self.kept is None else self.kept.bytes)
+        taken = self.room.bytes(self.slots, self.capacity) + self.keeper.bytes
         self.stats.cache_bytes = max(self.stats.cache_bytes, taken)
-
-    def _too_long(self, index: int, tokens: int) -> CacheBoundError:
-        most = (self.room.bound - self.room.slot_bytes) // self.room.token_bytes - self.ahead + 1
-        return CacheBoundError(
-            f"Prompt {index} with its completion so far has {tokens} tokens, and max_cache_gib="
-            f"{self.room.bound / GIB:.3g} holds {max(most, 0)} of a single row: raise max_cache_gib, or shorten the "
-            "prompt or the completions."
-        )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from spec_rollout.engine.kept_slot import Put
 from spec_rollout.engine.kv_cache import SlotCache, SlotWindow
 from spec_rollout.engine.state import state_of
 from spec_rollout.engine.support import REMEDY
@@ -171,9 +172,9 @@ class PrefixedCache(SlotCache):
             for buffer, layer in zip(buffers, self.target.prefix, strict=True):
                 buffer[:, :virtual] = layer[part].transpose(0, 1)
 
-    def resize(self, slots: int, capacity: int, kept: int) -> None:
+    def resize(self, slots: int, capacity: int, kept: int, puts: Sequence[Put] = ()) -> None:
         virtual = self.target.virtual
-        super().resize(slots, capacity + virtual, kept)
+        super().resize(slots, capacity + virtual, kept, puts)
         for buffers, part in ((self.keys, 0), (self.values, 1)):
             for buffer, layer in zip(buffers, self.target.prefix, strict=True):
                 buffer[kept:, :virtual] = layer[part].transpose(0, 1)

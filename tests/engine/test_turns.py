@@ -13,14 +13,14 @@ from spec_rollout.engine import beginnings
 from spec_rollout.engine.beginnings import Beginning, Beginnings
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kept_rows import KeptRow, KeptRows
-from spec_rollout.engine.kv_cache import KeptSlot
+from spec_rollout.engine.kept_slot import KeptSlot
 from spec_rollout.engine.prefixes import Sequences
 from spec_rollout.engine.room import GIB
 from spec_rollout.engine.target import Target
 from spec_rollout.records import SamplingParams
 from tests.engine.conversations import TOLD, Talk, keeping, told
 from tests.engine.test_room import bounded
-from tests.engine.test_virtual_tokens import TUNINGS, tuned
+from tests.engine.test_virtual_tokens import tuned
 from tests.tiny import PROMPTS, VOCAB, assert_same, make_policy, policy, reference, unprobed
 
 ATTENTION = ("llama", "mistral", "gemma3_text", "gpt2", "llama4_text")
@@ -97,7 +97,7 @@ def test_five_turns_over_2000_tokens(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "lfm2"])
-@pytest.mark.parametrize("rows", [1.5, 2, 4.5])
+@pytest.mark.parametrize("rows", [1.5, 4.5])
 def test_kept_rows_give_way(name, rows):
     """A pool so small that rows are preempted as well."""
     engine = bounded(policy(name), rows, 96)
@@ -109,7 +109,8 @@ def test_kept_rows_give_way(name, rows):
         assert 0 < engine.kept.bytes <= bound
     assert engine.stats.cache_bytes <= bound and len(engine.kept) < ROWS
     assert engine.stats.preemptions > 0
-    assert TOLD * ROWS < talk.read[2] and engine.stats.reused_tokens > free.engine.stats.reused_tokens
+    assert talk.read[2] > TOLD * ROWS
+    assert rows < 4 or engine.stats.reused_tokens > free.engine.stats.reused_tokens + 20
 
 
 def test_rows_that_were_preempted_read_less_of_what_siblings_have():
