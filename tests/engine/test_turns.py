@@ -12,9 +12,8 @@ from spec_rollout.draft.references import OracleDrafter
 from spec_rollout.engine import beginnings
 from spec_rollout.engine.beginnings import Beginning, Beginnings
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.engine.kept_rows import KeptRow, KeptRows
+from spec_rollout.engine.kept_rows import KeptRows
 from spec_rollout.engine.kept_slot import KeptSlot
-from spec_rollout.engine.prefixes import Sequences
 from spec_rollout.engine.room import GIB
 from spec_rollout.engine.target import Target
 from spec_rollout.records import SamplingParams
@@ -121,7 +120,6 @@ def test_rows_that_were_preempted_read_less_of_what_siblings_have():
     expected = reference(policy("llama"), prompts, params, max_new_tokens=limits)
     assert_same(engine.generate(prompts, params, max_new_tokens=limits), expected)
     assert engine.stats.preemptions > 0
-    print(engine.stats.preemptions, engine.stats.prefilled_tokens)
     assert engine.stats.prefilled_tokens < 39 * (1 + engine.stats.preemptions)
 
 
@@ -141,12 +139,10 @@ def test_virtual_tokens(tuning):
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_bfloat16(name):
     """As anywhere in this dtype: the same where a row's sums are the same in any company."""
-    torch.manual_seed(0)
-    alike = torch.randn(64, 32).bfloat16() @ torch.randn(32, 48).bfloat16()
     model = make_policy(name, torch.bfloat16)
     talk, whole = (Talk(e) for e in (keeping(model), RolloutEngine(model, SpecConfig(num_speculative_tokens=0))))
     got, expected = talk.go(TURNS), whole.go(TURNS)
-    assert talk.read[1:] == [TOLD * ROWS] * (TURNS - 1) and alike.isfinite().all()
+    assert talk.read[1:] == [TOLD * ROWS] * (TURNS - 1)
     for mine, theirs in zip(got, expected, strict=True):
         assert_same(mine, theirs, 0.2)
 
@@ -296,4 +292,3 @@ def test_mutation_is_noticed(name, mutation, monkeypatch):
 def test_the_engine_as_it_is_passes():
     fail("llama")
     fail("bamba")
-    assert KeptRow and Sequences
