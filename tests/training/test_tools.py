@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from spec_rollout.engine.beginnings import Beginning, Beginnings
 from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer, SpecRLOOConfig, SpecRLOOTrainer
 from tests.training import talking
 from tests.training.conftest import OPTIONS
@@ -157,6 +158,32 @@ def test_the_tool_loop(make_talking, tool, policy):
     count = sum(logged(speculative, "tools/call_frequency")) / len(logged(speculative, "tools/call_frequency"))
     assert count == pytest.approx(len(answers) / len(conversations))
     assert_same(speculative, trained(make_talking(*scripts, gamma=0, **given)))
+
+
+def test_a_turn_reads_what_is_new(make_talking, monkeypatch):
+    """What is kept from turn to turn changes nothing of what is learned, and is gone before anything is trained."""
+    held = []
+    loss = SpecGRPOTrainer._compute_loss
+
+    def compute_loss(self, model, inputs):
+        held.append(self.sampler.backend.engine.kept)
+        assert len(held[-1]) == 0 == held[-1].bytes
+        return loss(self, model, inputs)
+
+    monkeypatch.setattr(SpecGRPOTrainer, "_compute_loss", compute_loss)
+    given = {"train_dataset": CHATS, "tools": [multiply], "options": {"max_steps": 2}}
+    reusing = trained(make_talking(GOOD, TALK, **given))
+    assert len(held) == 2 and held[0] is not None
+    tokens = {name: sum(logged(reusing, f"speculative/{name}_tokens")) for name in ("prefilled", "reused")}
+    monkeypatch.setattr(Beginnings, "find", lambda self, request: Beginning())
+    whole = trained(make_talking(GOOD, TALK, **given))
+    assert_same(reusing, whole)
+    assert sum(logged(whole, "speculative/prefilled_tokens")) > 2 * tokens["prefilled"] < tokens["reused"]
+
+
+def test_a_trainer_without_tools_keeps_nothing(make_talking):
+    trainer = trained(make_talking(TALK, ("Done",), train_dataset=CHATS))
+    assert trainer.sampler.backend.engine.kept is None
 
 
 def test_a_turn_that_fills_the_completion_is_cut(make_talking):
