@@ -40,10 +40,11 @@ class Keeper:
         if self.kept is not None and self.room.bound is not None:
             self.kept.shrink(max(self.room.left(slots, capacity), 0))
 
-    def lacks_room(self, finished: np.ndarray, slots: int, capacity: int) -> bool:
-        """Whether the rows in the slots `finished` cannot all be kept beside what is there."""
-        if self.kept is None or self.room.bound is None:
-            return False
+    def lacks_room(self, finished: np.ndarray, slots: int, capacity: int, all_leave: bool) -> bool:
+        """Whether the rows in the slots `finished` are not to be kept beside what is there: if they cannot all be, or
+        if with them `all_leave`, since then nothing has to move for it."""
+        if self.kept is None or self.room.bound is None or all_leave:
+            return self.kept is not None and all_leave
         return self.room.left(slots, capacity) - self.kept.bytes < sum(map(self._bytes, finished))
 
     def keep(

@@ -154,8 +154,8 @@ class Seats:
     def leave(self, finished: np.ndarray) -> None:
         """The rows in the slots `finished` are complete: close the gaps that they leave."""
         indices = [self.scheduler.active[slot].index for slot in finished]
-        nobody_enters = self.entering is None and not self.scheduler.waiting
-        crowded = nobody_enters and self.keeper.lacks_room(finished, self.slots, self.capacity)
+        lacking = self.keeper.lacks_room(finished, self.slots, self.capacity, all_leave=len(finished) == self.taken)
+        crowded = lacking and self.entering is None and not self.scheduler.waiting
         if not crowded:
             self.keeper.keep(finished, indices, (self.slots, self.capacity))
         moves = self.scheduler.release(finished.tolist(), self.taken - self.rows.count)

@@ -248,14 +248,14 @@ def another_rows_prefix(patch):
 
 
 def kept_one_token_short(patch):
-    honest = KeptSlot.__init__
+    honest = KeptRows.add
 
-    def init(self, tokens, keys, values, *states):
-        for part in (*keys, *values):
+    def add(self, row):
+        for part in (*row.slot.keys, *row.slot.values):
             part[-1] = 0
-        honest(self, tokens, keys, values, *states)
+        honest(self, row)
 
-    patch.setattr(KeptSlot, "__init__", init)
+    patch.setattr(KeptRows, "add", add)
 
 
 def states_of_another_row(patch):
