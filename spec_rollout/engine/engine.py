@@ -60,7 +60,7 @@ class RolloutEngine:
         self.recorder: Recorder | None = None
         self.cache = self.target.make_cache()
         self._bound: int | None = None
-        self.kept: KeptRows | None = None
+        self.kept_rows: KeptRows | None = None
         """Where finished rows are kept for later calls, whose prompts may extend them; None, as at first, keeps none.
         See `keep_rows`."""
         self.stats = RolloutStats()
@@ -97,11 +97,11 @@ class RolloutEngine:
         began = time.perf_counter()
         try:
             with self.target.rollout():
-                rollout = self.start(requests, params, self.kept)
+                rollout = self.start(requests, params, self.kept_rows)
                 self._decode(rollout)
                 completions = rollout.results.completions()
-            if self.kept is not None:
-                self.kept.close(requests, completions)
+            if self.kept_rows is not None:
+                self.kept_rows.close(requests, completions)
         except BaseException:
             self.forget()
             raise
@@ -122,12 +122,12 @@ class RolloutEngine:
         """From here on finished rows stay, within `max_cache_gib`, so that a prompt that begins as one of them is read
         from where it goes on. A change of the policy drops them; but call `forget` before weights are written through
         `.data`, and before memory is needed elsewhere."""
-        self.kept = KeptRows() if self.kept is None else self.kept
+        self.kept_rows = KeptRows() if self.kept_rows is None else self.kept_rows
 
     def forget(self) -> None:
         """Drop the rows that were kept, and give their memory back."""
-        if self.kept is not None:
-            self.kept.clear()
+        if self.kept_rows is not None:
+            self.kept_rows.clear()
 
     def start(self, requests: list[Request], params: SamplingParams, kept: KeptRows | None = None) -> Rollout:
         """A rollout of `requests`, not yet admitted; to be driven within `target.rollout()`."""

@@ -69,7 +69,7 @@ def check(name: str, slots: int = 64) -> Talk:
 def test_a_turn_reads_what_tools_said(name, slots):
     talk = check(name, slots)
     assert talk.read[1:] == [TOLD * ROWS] * (TURNS - 1)  # and the last token drawn, but for what the first pass takes
-    kept = talk.engine.kept
+    kept = talk.engine.kept_rows
     assert len(kept) == ROWS and kept.bytes == sum(row.bytes for row in kept._rows)  # those of earlier turns are gone
 
 
@@ -107,8 +107,8 @@ def test_kept_rows_give_way(name, rows):
     free = Talk(RolloutEngine(policy(name)), max_new_tokens=20)
     for _ in range(TURNS):
         assert_same(talk.take(), free.take(), ERROR)
-        assert 0 < engine.kept.bytes <= bound
-    assert engine.stats.cache_bytes <= bound and len(engine.kept) < ROWS
+        assert 0 < engine.kept_rows.bytes <= bound
+    assert engine.stats.cache_bytes <= bound and len(engine.kept_rows) < ROWS
     assert engine.stats.preemptions > 0
     assert talk.read[2] > TOLD * ROWS
     assert rows < 4 or engine.stats.reused_tokens > free.engine.stats.reused_tokens + 20
@@ -198,7 +198,7 @@ def test_another_dtype_reads_everything():
     talk.engine.target.model.double()
     prompts = [list(prompt) for prompt in talk.prompts]
     assert_same(talk.take(), reference(talk.engine.target.model, prompts, talk.params, (1,)))
-    assert talk.read[1] > TOLD * ROWS and {k.dtype for row in talk.engine.kept._rows for k in row.slot.keys} == {
+    assert talk.read[1] > TOLD * ROWS and {k.dtype for row in talk.engine.kept_rows._rows for k in row.slot.keys} == {
         torch.float64
     }
 
@@ -206,19 +206,19 @@ def test_another_dtype_reads_everything():
 def test_nothing_is_kept_unless_asked_or_of_a_call_that_failed():
     engine = RolloutEngine(policy("llama"), SpecConfig(num_speculative_tokens=0))
     Talk(engine).go(2)
-    assert engine.kept is None
+    assert engine.kept_rows is None
     engine.keep_rows()
     talk = Talk(engine)
     talk.go(2)
-    assert len(engine.kept) == ROWS and engine.cache.keys == []
+    assert len(engine.kept_rows) == ROWS and engine.cache.keys == []
     engine.progress = lambda *_: 1 / 0
     with pytest.raises(ZeroDivisionError):
         talk.take()
-    assert len(engine.kept) == 0 == engine.kept.bytes
+    assert len(engine.kept_rows) == 0 == engine.kept_rows.bytes
     engine.progress = None
     talk.go(2)
     engine.forget()
-    assert len(engine.kept) == 0 == engine.kept.bytes
+    assert len(engine.kept_rows) == 0 == engine.kept_rows.bytes
 
 
 def an_older_version_is_kept(patch):

@@ -166,7 +166,7 @@ def test_a_turn_reads_what_is_new(make_talking, monkeypatch):
     loss = SpecGRPOTrainer._compute_loss
 
     def compute_loss(self, model, inputs):
-        held.append(self.sampler.backend.engine.kept)
+        held.append(self.sampler.backend.engine.kept_rows)
         assert len(held[-1]) == 0 == held[-1].bytes
         return loss(self, model, inputs)
 
@@ -183,7 +183,7 @@ def test_a_turn_reads_what_is_new(make_talking, monkeypatch):
 
 def test_a_trainer_without_tools_keeps_nothing(make_talking):
     trainer = trained(make_talking(TALK, ("Done",), train_dataset=CHATS))
-    assert trainer.sampler.backend.engine.kept is None
+    assert trainer.sampler.backend.engine.kept_rows is None
 
 
 def test_a_turn_that_fills_the_completion_is_cut(make_talking):
