@@ -28,6 +28,13 @@ class Admission:
     def requests(self) -> list[Request]:
         return self.fresh + self.siblings
 
+    def copies(self, of_fresh: bool, moved: int = 0) -> tuple[list[int], list[int]]:
+        """Source and target slots of the siblings that copy fresh rows, or of those that copy rows that were active;
+        all that entered have `moved` so many slots to the front since."""
+        slots = enumerate(self.source, start=self.first + len(self.fresh))
+        pairs = [(s - moved, slot - moved) for slot, s in slots if (s >= self.first) == of_fresh]
+        return [s for s, _ in pairs], [slot for _, slot in pairs]
+
 
 class Scheduler:
     """Keeps the active rows a contiguous prefix of the slots. Host side only.

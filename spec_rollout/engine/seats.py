@@ -111,7 +111,9 @@ class Seats:
         fresh = first + len(admission.fresh)
         self.cache.clear((first, fresh))
         taken = self.beginnings.take(self.scheduler.active, (first, fresh), admission.beginnings)
-        self.stats.reused_tokens += int(taken.sum())
+        self.stats.reused_tokens += int(taken.sum()) + int(self.rows.lengths[fresh : self.taken].sum())
+        # Those who copy an active row do so at once: it may move, or leave, while the fresh ones are read.
+        self.copy(*admission.copies(of_fresh=False))
         self.entering = admission, Prefill(first, fresh, self.rows, taken)
         return True
 
@@ -120,10 +122,7 @@ class Seats:
         self.entering = None
         if admission.fresh:
             self.draft.call("admit", self.rows, (reading.first, reading.first + reading.count))
-        if admission.siblings:
-            first = reading.first + reading.count
-            self.stats.reused_tokens += int(self.rows.lengths[first : self.taken].sum())
-            self.copy(admission.source, list(range(first, self.taken)))
+        self.copy(*admission.copies(of_fresh=True, moved=admission.first - reading.first))
 
     def make_room(self) -> None:
         """Before a pass: slots as long as the active rows may become in it. Where the bound leaves no room for that,
@@ -192,14 +191,15 @@ class Seats:
 
     def _close(self, source: list[int], target: list[int], gone: int) -> None:
         """Active rows have left `gone` slots: others move from `source` to `target`."""
-        if source:
-            self.copy(source, target, move=True)
+        self.copy(source, target, move=True)
         self.rows.count -= gone
         if self.entering is not None:
             self.entering[1].first -= gone
 
     def copy(self, source: list[int], target: list[int], move: bool = False) -> None:
         """Copy slots; a sibling takes over what the cache holds only, a moved row everything."""
+        if not source:
+            return
         src, dst = (on_both_sides(slots, self.rows.device) for slots in (source, target))
         self.cache.copy(src.device, dst.device, int(self.rows.lengths[source if move else target].max()))
         if move:
