@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import torch
 
 from spec_rollout.config import SpecConfig
+from spec_rollout.draft.references import OracleDrafter
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.records import Completion, SamplingParams
-from tests.tiny import PROMPTS, VOCAB, Scripted
+from tests.tiny import PROMPTS, VOCAB, Scripted, assert_same, policy, reference
 
 TOLD = 3
 """Tokens of what a tool says."""
 GAMMAS = (3, 0, 5, 1)
+TURNS = 3
+ERROR = 1e-3
+"""Of log-probs."""
 
 
 def keeping(model, drafter=None, **config) -> RolloutEngine:
@@ -46,3 +54,35 @@ class Talk:
 
     def go(self, turns: int) -> list[list[Completion]]:
         return [self.take() for _ in range(turns)]
+
+
+@cache
+def drawn(name: str, turns: int = TURNS):
+    """Completions of each turn, by whole forward passes."""
+    prompts, found = [list(prompt) for prompt in PROMPTS], []
+    for turn in range(turns):
+        found.append(reference(policy(name), prompts, SamplingParams(max_new_tokens=8), (turn,)))
+        for row, completion in enumerate(found[-1]):
+            prompts[row] += [*completion.token_ids, *told(turn, row)]
+    return found
+
+
+def two_thirds(expected) -> OracleDrafter:
+    return OracleDrafter(
+        [replace(c, token_ids=[(t + (i % 3 == 0)) % VOCAB for i, t in enumerate(c.token_ids)]) for c in expected]
+    )
+
+
+def check(name: str, slots: int = 64) -> Talk:
+    """Each turn draws the tokens of whole forward passes, by a drafter that is right two times in three."""
+    talk = Talk(keeping(policy(name), OracleDrafter(drawn(name)[0]), max_slots=slots))
+    for expected in drawn(name):
+        talk.engine.drafter = two_thirds(expected)
+        assert_same(talk.take(), expected, ERROR)
+    assert 1 < talk.engine.stats.mean_acceptance_length < 3
+    return talk
+
+
+def nudged(model):
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.05)

@@ -1,33 +1,24 @@
 """Turns read only what is new, and draw what they would draw had they read everything."""
 
-from dataclasses import replace
-from functools import cache
-
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 from spec_rollout.config import SpecConfig
-from spec_rollout.draft.references import OracleDrafter
 from spec_rollout.engine import beginnings
 from spec_rollout.engine.beginnings import Beginning, Beginnings
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.engine.kept_rows import KeptRows
-from spec_rollout.engine.kept_slot import KeptSlot
 from spec_rollout.engine.room import GIB
-from spec_rollout.engine.target import Target
 from spec_rollout.records import SamplingParams
-from tests.engine.conversations import TOLD, Talk, keeping, told
+from tests.engine.conversations import ERROR, TOLD, TURNS, Talk, check, keeping, nudged
 from tests.engine.test_bfloat16 import wide_llama
 from tests.engine.test_room import bounded
 from tests.engine.test_virtual_tokens import tuned
-from tests.tiny import PROMPTS, VOCAB, assert_same, make_policy, policy, reference, unprobed
+from tests.tiny import PROMPTS, VOCAB, assert_same, make_policy, policy, reference
 
 ATTENTION = ("llama", "mistral", "gemma3_text", "gpt2", "llama4_text")
 HYBRIDS = ("qwen3_5_text", "lfm2", "bamba")
-TURNS = 3
-ERROR = 1e-3
 ROWS = len(PROMPTS)
 
 
@@ -35,33 +26,6 @@ ROWS = len(PROMPTS)
 def short_beginnings(monkeypatch):
     """These conversations begin with few tokens."""
     monkeypatch.setattr(beginnings, "LEAST", 0)
-
-
-@cache
-def drawn(name: str, turns: int = TURNS):
-    """Completions of each turn, by whole forward passes."""
-    prompts, found = [list(prompt) for prompt in PROMPTS], []
-    for turn in range(turns):
-        found.append(reference(policy(name), prompts, SamplingParams(max_new_tokens=8), (turn,)))
-        for row, completion in enumerate(found[-1]):
-            prompts[row] += [*completion.token_ids, *told(turn, row)]
-    return found
-
-
-def two_thirds(expected) -> OracleDrafter:
-    return OracleDrafter(
-        [replace(c, token_ids=[(t + (i % 3 == 0)) % VOCAB for i, t in enumerate(c.token_ids)]) for c in expected]
-    )
-
-
-def check(name: str, slots: int = 64) -> Talk:
-    """Each turn draws the tokens of whole forward passes, by a drafter that is right two times in three."""
-    talk = Talk(keeping(policy(name), OracleDrafter(drawn(name)[0]), max_slots=slots))
-    for expected in drawn(name):
-        talk.engine.drafter = two_thirds(expected)
-        assert_same(talk.take(), expected, ERROR)
-    assert 1 < talk.engine.stats.mean_acceptance_length < 3
-    return talk
 
 
 @pytest.mark.parametrize("slots", [3, 64])
@@ -152,11 +116,6 @@ def test_bfloat16():
     assert talk.read[1:] == [TOLD * len(prompts)] * (TURNS - 1)
 
 
-def nudged(model):
-    with torch.no_grad():
-        model.get_input_embeddings().weight.add_(0.05)
-
-
 def stepped(model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     model(input_ids=torch.tensor([[1, 2, 3]])).logits.square().sum().backward()
@@ -219,81 +178,3 @@ def test_nothing_is_kept_unless_asked_or_of_a_call_that_failed():
     talk.go(2)
     engine.forget()
     assert len(engine.kept_rows) == 0 == engine.kept_rows.bytes
-
-
-def an_older_version_is_kept(patch):
-    patch.setattr(KeptRows, "open", lambda self, state: None)
-
-
-def two_tokens_too_long(patch):
-    """One more than is the same; the last that is the same is left out anyway."""
-    honest = KeptRows.find
-
-    def find(self, tokens, whole):
-        row, size = honest(self, tokens, whole)
-        return row, size + 2
-
-    patch.setattr(KeptRows, "find", find)
-
-
-def another_rows_prefix(patch):
-    honest = KeptRows.find
-
-    def find(self, tokens, whole):
-        row, size = honest(self, tokens, whole)
-        others = [other for other in self._rows if other.slot.tokens >= size - 1 and other is not row]
-        return (others or [row])[0], size
-
-    patch.setattr(KeptRows, "find", find)
-
-
-def kept_one_token_short(patch):
-    honest = KeptRows.add
-
-    def add(self, row):
-        for part in (*row.slot.keys, *row.slot.values):
-            part[-1] = 0
-        honest(self, row)
-
-    patch.setattr(KeptRows, "add", add)
-
-
-def states_of_another_row(patch):
-    honest = KeptSlot.__init__
-    last = {}
-
-    def init(self, tokens, keys, values, convolutions, states):
-        honest(self, tokens, keys, values, last.get("c", convolutions), last.get("s", states))
-        last.update(c=convolutions, s=states)
-
-    patch.setattr(KeptSlot, "__init__", init)
-
-
-MUTATIONS = [an_older_version_is_kept, two_tokens_too_long, another_rows_prefix, kept_one_token_short]
-
-
-def fail(name: str) -> None:
-    """What the mutations must break: turns, and a turn of another version."""
-    check(name)
-    talk = Talk(keeping(make_policy(name), num_speculative_tokens=0))
-    talk.take()
-    nudged(talk.engine.target.model)
-    prompts = [list(prompt) for prompt in talk.prompts]
-    assert_same(talk.take(), reference(talk.engine.target.model, prompts, talk.params, (1,)), ERROR)
-
-
-@pytest.mark.parametrize(
-    ("name", "mutation"),
-    [*((n, m) for n in ("llama", "gemma3_text", "bamba") for m in MUTATIONS), ("qwen3_5_text", states_of_another_row)],
-)
-def test_mutation_is_noticed(name, mutation, monkeypatch):
-    drawn(name)
-    monkeypatch.setattr(Target, "_probe", unprobed)
-    mutation(monkeypatch)
-    with pytest.raises((AssertionError, RuntimeError, IndexError)):
-        fail(name)
-
-
-def test_the_engine_as_it_is_passes():
-    fail("llama")
-    fail("bamba")

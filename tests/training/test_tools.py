@@ -9,10 +9,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from spec_rollout.engine.beginnings import Beginning, Beginnings
 from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer, SpecRLOOConfig, SpecRLOOTrainer
 from tests.training import talking
-from tests.training.conftest import OPTIONS
+from tests.training.talking import logged
 from tests.training.test_grpo import assert_same, trained
 
 CHATS = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in ("3 times 4", "go", "hi")] * 4})
@@ -90,44 +89,6 @@ class Echo:
         return text.upper()
 
 
-class Length:
-    """Rewards long completions, and keeps them all."""
-
-    __name__ = "length"
-
-    def __init__(self):
-        self.seen: list[list[list[int]]] = []
-        self.turns: list[list[dict]] = []
-
-    def __call__(self, completion_ids, completions, **given) -> list[float]:
-        self.seen.append([list(ids) for ids in completion_ids])
-        self.turns.extend(completions)
-        return [float(len(ids)) for ids in completion_ids]
-
-
-@pytest.fixture
-def make_talking(tmp_path, peeking):
-    """Builds a trainer on a policy that goes through `scripts`."""
-
-    def make(*scripts, gamma=3, classes=(SpecGRPOTrainer, SpecGRPOConfig), reward=True, options=None, **given):
-        trainer_class, config_class = classes
-        make_policy = given.pop("policy", talking.make_policy)
-        tokenizer = talking.make_tokenizer(*scripts)
-        own = {"max_completion_length": 300, "num_generations": 8, "max_steps": 1, "num_speculative_tokens": gamma}
-        if config_class is SpecGRPOConfig:
-            own["max_tool_calling_iterations"] = 3
-        args = config_class(str(tmp_path / "run"), **OPTIONS | own | (options or {}))
-        reward = Length() if reward is True else reward
-        policy = make_policy(tokenizer, *scripts)
-        return trainer_class(policy, reward, args, processing_class=tokenizer, **given)
-
-    return make
-
-
-def logged(trainer, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
 def speculated(trainer) -> bool:
     return min(logged(trainer, "speculative/mean_acceptance_length")) > 1.5
 
@@ -158,32 +119,6 @@ def test_the_tool_loop(make_talking, tool, policy):
     count = sum(logged(speculative, "tools/call_frequency")) / len(logged(speculative, "tools/call_frequency"))
     assert count == pytest.approx(len(answers) / len(conversations))
     assert_same(speculative, trained(make_talking(*scripts, gamma=0, **given)))
-
-
-def test_a_turn_reads_what_is_new(make_talking, monkeypatch):
-    """What is kept from turn to turn changes nothing of what is learned, and is gone before anything is trained."""
-    held = []
-    loss = SpecGRPOTrainer._compute_loss
-
-    def compute_loss(self, model, inputs):
-        held.append(self.sampler.backend.engine.kept_rows)
-        assert len(held[-1]) == 0 == held[-1].bytes
-        return loss(self, model, inputs)
-
-    monkeypatch.setattr(SpecGRPOTrainer, "_compute_loss", compute_loss)
-    given = {"train_dataset": CHATS, "tools": [multiply], "options": {"max_steps": 2}}
-    reusing = trained(make_talking(GOOD, TALK, **given))
-    assert len(held) == 2 and held[0] is not None
-    tokens = {name: sum(logged(reusing, f"speculative/{name}_tokens")) for name in ("prefilled", "reused")}
-    monkeypatch.setattr(Beginnings, "find", lambda self, request: Beginning())
-    whole = trained(make_talking(GOOD, TALK, **given))
-    assert_same(reusing, whole)
-    assert sum(logged(whole, "speculative/prefilled_tokens")) > 2 * tokens["prefilled"] < tokens["reused"]
-
-
-def test_a_trainer_without_tools_keeps_nothing(make_talking):
-    trainer = trained(make_talking(TALK, ("Done",), train_dataset=CHATS))
-    assert trainer.sampler.backend.engine.kept_rows is None
 
 
 def test_a_turn_that_fills_the_completion_is_cut(make_talking):
