@@ -45,7 +45,7 @@ piece() { # NAME COMMAND...: once, unless it is done
 }
 
 piece machine "$PYTHON" -m spec_rollout.cli doctor
-for test in equality ends; do # those of whose tensors none is left on the CPU
+for test in equality ends bad_input broken_policy compiled delta_rule gumbel_max kv_cache law noise; do # none of whose tensors is left on the CPU
     piece "suite-$test" "$PYTHON" -m pytest -q --device "$DEVICE" "tests/engine/test_$test.py"
 done
 piece suite-training "$PYTHON" -m pytest -q -n 4 tests/training

@@ -10,6 +10,7 @@ import torch
 
 import tests.tiny
 from spec_rollout.tasks.reference_policy import Recipe, make_model, make_tokenizer
+from tests.devices import follow
 
 
 def pytest_addoption(parser):
@@ -21,10 +22,12 @@ def pytest_configure(config):
     if device == "apart":
         importlib.import_module("tests.apart")
     tests.tiny.DEVICE = torch.device(device)
+    if device != "cpu":
+        follow(tests.tiny.DEVICE)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Elsewhere than on a CPU only the tests run that make all their tensors where the policy lies."""
+    """Elsewhere than on a CPU only the tests run that were made for it."""
     if config.getoption("--device") != "cpu":
         apart = [item for item in items if item.get_closest_marker("any_device") is None]
         config.hook.pytest_deselected(items=apart)

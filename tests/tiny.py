@@ -112,7 +112,7 @@ def reference(
         while len(tokens) < limit and not (tokens and tokens[-1] in params.eos_token_ids):
             known = [*prompt, *tokens]
             output = model(torch.tensor([known], device=DEVICE), use_cache=False)
-            z = processed(model, params, known, output.logits[0, -1]).cpu()
+            z = processed(model, params, known, output.logits[0, -1])
             tokens.append(int(z.argmax()) if params.greedy else gumbel_max(z, key, len(tokens))[0])
             logprobs.append(float(z.log_softmax(-1)[tokens[-1]]))
         completions.append(Completion(tokens, logprobs, "eos" if tokens[-1] in params.eos_token_ids else "length"))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import tests.tiny
 from spec_rollout.draft.features import Sample
 from spec_rollout.draft.mtp import MtpDrafter, MtpHead
 from spec_rollout.draft.packing import pack
@@ -46,7 +47,7 @@ def test_unrolled_states_are_the_states_of_decoding(head, samples, some):
     start = dict(zip(order, [0, *torch.tensor([LENGTHS[i] for i in order]).cumsum(0).tolist()], strict=False))
     starts = torch.tensor([[start[i] + cut - 1 for i in reversed(range(len(samples)))]]) if some else None
     trained = list(unroll(head, view.embed(packed.tokens), packed, steps, starts))
-    rows = Rows(len(samples), max(LENGTHS) + 8, VOCAB, torch.device("cpu"))
+    rows = Rows(len(samples), max(LENGTHS) + 8, VOCAB, tests.tiny.DEVICE)
     rows.count = len(samples)
     drafter = MtpDrafter(head, view)
     drafter.begin(rows)

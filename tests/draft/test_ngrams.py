@@ -7,6 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import tests.tiny
 from spec_rollout.backends.embedded import EmbeddedBackend
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft import ngrams
@@ -16,7 +17,7 @@ from spec_rollout.engine.gumbel_max import draw, noise_width
 from spec_rollout.records import SamplingParams
 from tests.tiny import PROMPTS, assert_same, policy
 
-CPU = torch.device("cpu")
+CPU = tests.tiny.DEVICE
 PARAMS = SamplingParams(max_new_tokens=40, temperature=0.3, eos_token_ids=(4,))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import tests.tiny
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.features import FeatureBuffer, Sample
@@ -34,7 +35,7 @@ def samples():
 
 
 def committed_rows(samples, guesses=8):
-    rows = Rows(len(samples), max(LENGTHS) + guesses, VOCAB, torch.device("cpu"))
+    rows = Rows(len(samples), max(LENGTHS) + guesses, VOCAB, tests.tiny.DEVICE)
     rows.count = len(samples)
     for slot, sample in enumerate(samples):
         n = len(sample.features)

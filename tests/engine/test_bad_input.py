@@ -12,6 +12,8 @@ from spec_rollout.records import SamplingParams
 from tests.tiny import PROMPTS, VOCAB, Scripted, make_policy, policy
 from tests.tiny_configs import SIZES
 
+pytestmark = pytest.mark.any_device
+
 PARAMS = SamplingParams(max_new_tokens=16)
 
 
@@ -87,7 +89,7 @@ def test_an_output_head_of_another_width():
     """More logits than the vocabulary has ids, or fewer."""
     for width in (VOCAB + 31, VOCAB - 1):
         model = make_policy("llama")
-        model.lm_head = torch.nn.Linear(32, width, bias=False)
+        model.lm_head = torch.nn.Linear(32, width, bias=False, device=model.device)
         with pytest.raises(ValueError, match=f"LlamaForCausalLM gives {width} logits where .*vocab_size is 97"):
             RolloutEngine(model, SpecConfig(num_speculative_tokens=0)).generate(PROMPTS, PARAMS)
 

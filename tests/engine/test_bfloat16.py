@@ -49,7 +49,7 @@ def apart(blocks: list, tokens: list[list], one: int, other: int) -> float:
 def test_divergences_are_near_ties(name, autocast):
     model = make_policy(name, torch.float32 if autocast else torch.bfloat16)
     if autocast:  # as accelerate wraps a policy under `bf16=True`
-        model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+        model.forward = torch.autocast(model.device.type, dtype=torch.bfloat16)(model.forward)
     batched, a = recorded(RolloutEngine(model, PLAIN), PROMPTS, PARAMS)
     single, b = recorded(RolloutEngine(model, SpecConfig(num_speculative_tokens=0, max_slots=1)), PROMPTS, PARAMS)
     places = common(batched, single)
@@ -86,7 +86,7 @@ def test_divergences_are_near_ties(name, autocast):
 def test_autocast_is_known_for_what_it_is():
     """Weights of float32, arithmetic of bfloat16: the probe allows for its rounding, and near-ties are left alone."""
     model = make_policy("llama")
-    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    model.forward = torch.autocast(model.device.type, dtype=torch.bfloat16)(model.forward)
     engine = RolloutEngine(model, PLAIN)
     engine.generate(PROMPTS, SamplingParams(max_new_tokens=20, temperature=0))
     assert engine.target.dtype == torch.float32 and engine.target.precision == torch.bfloat16
@@ -107,7 +107,7 @@ def test_precision_is_that_of_each_rollout():
     expected = reference(model, PROMPTS, PARAMS)
     engine, kept = RolloutEngine(model, PLAIN), []
     engine.progress = lambda *_: kept.append(engine.cache.values[0].dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
         engine.generate(PROMPTS, PARAMS)
     assert engine.target.precision == kept[-1] == torch.bfloat16
     assert_same(engine.generate(PROMPTS, PARAMS), expected)

@@ -13,6 +13,8 @@ from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.records import SamplingParams
 from tests.tiny import PROMPTS, VOCAB, Scripted, assert_same, make_policy, policy, reference
 
+pytestmark = pytest.mark.any_device
+
 PARAMS = SamplingParams(max_new_tokens=12)
 BROKEN = (
     r"LlamaForCausalLM gave no distribution in decoding step \d+, after \d+ tokens of prompt \d+: its logits are NaN"

@@ -12,6 +12,8 @@ from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.records import SamplingParams
 from tests.tiny import PROMPTS, Scripted, assert_same, make_policy, policy, reference
 
+pytestmark = pytest.mark.any_device
+
 PARAMS = SamplingParams(max_new_tokens=16)
 
 

@@ -8,6 +8,8 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_d
 from spec_rollout.engine.delta_rule import GuessedTokens
 from spec_rollout.engine.recurrent import first
 
+pytestmark = pytest.mark.any_device
+
 ROWS, HEADS, WIDTH, VALUES = 3, 2, 8, 12
 KERNELS = {"gated": torch_recurrent_gated_delta_rule, "Kimi": recurrent_kimi_delta_attention}
 

@@ -10,6 +10,8 @@ from spec_rollout.engine.noise import gumbel, request_keys
 from tests.engine.test_law import FALSE_ALARM, p_value
 from tests.tiny import gumbel_max
 
+pytestmark = pytest.mark.any_device
+
 DRAWS = 20000
 
 

@@ -17,6 +17,8 @@ from spec_rollout.records import SamplingParams
 from tests.engine.watched import Watched
 from tests.tiny import PROMPTS, VOCAB, Scripted, policy
 
+pytestmark = pytest.mark.any_device
+
 
 class Checked(Watched):
     """A rollout that compares every active row with a fresh prefill whenever the rows have changed."""

@@ -18,6 +18,8 @@ from spec_rollout.engine.gumbel_max import block_size, num_blocks
 from spec_rollout.records import SamplingParams
 from tests.tiny import Scripted, make_policy, processed
 
+pytestmark = pytest.mark.any_device
+
 FALSE_ALARM = 1e-6
 VOCAB, LENGTH, DRAWS = 4, 3, 4000
 PROMPT = [1, 3]

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+import tests.tiny
 from spec_rollout.engine.noise import NoiseWindow, gumbel, request_keys, threefry
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import on_both_sides
 from spec_rollout.records import Request
+
+pytestmark = pytest.mark.any_device
 
 KNOWN_ANSWERS = [  # of threefry2x32-20, from Random123's kat_vectors: counter, key, result
     ((0x00000000, 0x00000000), (0x00000000, 0x00000000), (0x6B200159, 0x99BA4EFE)),
@@ -131,7 +134,7 @@ def test_window(ahead, monkeypatch):
     """Drawn ahead or not, through admissions, moves and uneven progress, it is the same noise."""
     monkeypatch.setattr("spec_rollout.engine.noise.AHEAD", ahead)
     generator = np.random.default_rng(0)
-    rows = Rows(4, 200, 7, torch.device("cpu"))
+    rows = Rows(4, 200, 7, tests.tiny.DEVICE)
     waiting = [
         Request(i, [1] * int(generator.integers(1, 9)), key, 99) for i, key in enumerate(request_keys((1,), 40))
     ]
@@ -165,5 +168,5 @@ def test_window(ahead, monkeypatch):
 
 def test_a_window_for_a_large_vocabulary_stays_small(monkeypatch):
     monkeypatch.setattr("spec_rollout.engine.noise.AHEAD_NUMBERS", 100)
-    rows = Rows(3, 10, 33, torch.device("cpu"))
+    rows = Rows(3, 10, 33, tests.tiny.DEVICE)
     assert NoiseWindow(rows, 33).window.numel() <= 100

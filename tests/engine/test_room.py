@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import tests.tiny
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
@@ -215,7 +216,7 @@ def test_a_batch_that_drains_leaves_its_room():
 def test_the_head_keeps_what_it_has_of_rows_that_are_still_read():
     model = policy("llama")
     drafter = EagleDrafter(EagleHead(HeadConfig.for_target(model.config)).eval(), PolicyView(model))
-    rows = Rows(4, 0, VOCAB, torch.device("cpu"))
+    rows = Rows(4, 0, VOCAB, tests.tiny.DEVICE)
     drafter.begin(rows)
     for slots, capacity, kept in ((2, 32, 0), (3, 64, 2)):
         rows.resize(slots, capacity, kept)

@@ -6,6 +6,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+import tests.tiny
 from spec_rollout import UnsupportedModelError
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter
@@ -133,7 +134,7 @@ def test_processors_see_the_guessed_prefix(params):
     """At verify position i the logits are processed as `generate` would after the prompt, the tokens so far and the
     first i guesses, to the last bit."""
     generator = torch.Generator().manual_seed(0)
-    rows = Rows(5, 64, VOCAB, torch.device("cpu"))
+    rows = Rows(5, 64, VOCAB, tests.tiny.DEVICE)
     requests = [Request(i, p, (i, -i), 20) for i, p in enumerate(PROMPTS[:4])]
     rows.fill(0, requests)
     rows.count = 4
@@ -158,7 +159,7 @@ def test_processors_see_the_guessed_prefix(params):
 
 def test_a_moved_row_takes_what_it_has_seen_along():
     params = SamplingParams(repetition_penalty=1.5)
-    rows = Rows(3, 64, VOCAB, torch.device("cpu"))
+    rows = Rows(3, 64, VOCAB, tests.tiny.DEVICE)
     sampler = Sampler(params, rows)
     rows.fill(0, [Request(i, p, (0, 0), 9) for i, p in enumerate(([1, 2], [3], [4, 5, 6]))])
     sampler.admit(rows, 0, 3)
@@ -172,7 +173,7 @@ def test_a_moved_row_takes_what_it_has_seen_along():
 def test_stops_are_found_at_every_position_at_once():
     """Flags of T samples are the flags of the same tokens given one at a time."""
     params = SamplingParams(stop_strings=("abca", "dd", "c b"), eos_token_ids=(17,))
-    rows = Rows(4, 64, VOCAB, torch.device("cpu"))
+    rows = Rows(4, 64, VOCAB, tests.tiny.DEVICE)
     rows.fill(0, [Request(i, p, (0, 0), 20) for i, p in enumerate(PROMPTS[:4])])
     rows.count = 4
     stops = Stops(params, tokenizer(), rows.device)

@@ -12,6 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tests.tiny
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
@@ -80,7 +81,7 @@ def head(model) -> EagleDrafter:
 
 
 def ngrams(model) -> NgramDrafter:
-    history = History(torch.device("cpu"))
+    history = History(tests.tiny.DEVICE)
     history.add((p, c.token_ids) for p, c in zip(PROMPTS, RolloutEngine(model).generate(PROMPTS, PARAMS), strict=True))
     return NgramDrafter(history, head(model))
 
