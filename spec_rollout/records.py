@@ -142,7 +142,13 @@ class RolloutStats:
     preemptions: int = 0
     """Rows that gave way to longer ones, and were read again later."""
     cache_bytes: int = 0
-    """Most that slots took at one time: keys, values, recurrent states and what the draft keeps for each token."""
+    """Most that slots and kept rows took at one time: keys, values, recurrent states and what the draft keeps for each
+    token."""
+    prefilled_tokens: int = 0
+    """Tokens of prompts, and of rows that gave way, that were read before they could go on."""
+    reused_tokens: int = 0
+    """Those that were copied instead, from a row that had read them: of the same prompt, of one that begins alike, or
+    in an earlier call."""
 
     @property
     def emitted(self) -> int:

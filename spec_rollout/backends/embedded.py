@@ -119,10 +119,8 @@ class EmbeddedBackend:
         max_new_tokens: Sequence[int] | None = None,
         collect: bool = True,
     ) -> list[Completion]:
-        """One completion per prompt entry, in order; see `RolloutEngine.generate`.
-
-        `collect=False` keeps these rollouts out of the draft's training, as for evaluation.
-        """
+        """One completion per prompt entry, in order; see `RolloutEngine.generate`. `collect=False` keeps what is drawn
+        out of the draft's training, as of an evaluation."""
         self._step_began = self._step_began or time.perf_counter()
         if self.learner is not None:
             self.drafter.buffer = self.learner.buffer if collect and self.config.draft_refresh else None
@@ -152,6 +150,7 @@ class EmbeddedBackend:
             remaining: generation phases that the run has still to come, if that is known.
         """
         self.model.policy_changed()
+        self.engine.forget()
         if self.learner is None or self._step_began is None:
             return RefreshStats(draft_version=self.draft_version)
         self._last_trace, self._trace = self._trace, []

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spec_rollout.draft.eagle import EagleHead
+from spec_rollout.draft.entries import HeadEntries
 from spec_rollout.draft.features import FeatureBuffer
 from spec_rollout.draft.lean_head import GraphedHead, LeanHead, lean_head, programs_of
 from spec_rollout.draft.policy_view import PolicyView
@@ -38,7 +39,7 @@ class Guess(NamedTuple):
     hidden: Tensor
 
 
-class EagleDrafter:
+class EagleDrafter(HeadEntries):
     """Guesses with an `EagleHead`.
 
     Entry p of a slot pairs token p + 1 with the target's feature at p. `known` entries of a slot have been through the
@@ -91,7 +92,7 @@ class EagleDrafter:
         dtype = self.head.fc.weight.dtype
         self.features = torch.zeros(rows.slots, rows.capacity, width, dtype=dtype, device=rows.device)
         self.cache.allocate(rows.slots, rows.capacity, dtype)
-        self.known = np.zeros(rows.slots, dtype=np.int64)
+        self._begin(rows)
         own = self.head.own_output
         self.output_rows = (self.view.output_rows() if own is None else own.detach()).to(dtype)
         whole = isinstance(self.first, Compiled)
@@ -110,7 +111,6 @@ class EagleDrafter:
         flat.index_copy_(0, index.flatten(), kept.flatten(0, 1).to(flat.dtype))
 
     def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
-        self.known[slots[0] : slots[1]] = 0
         if self.ready:
             self._read_until(rows, *slots, 0)
 
@@ -233,12 +233,12 @@ class EagleDrafter:
     def copy(self, rows: Rows, source: Slots, target: Slots) -> None:
         extent = int(rows.lengths[target.host].max())
         self.features[target.device, :extent] = self.features[source.device, :extent]
-        self.cache.copy(source.device, target.device, extent)
-        self.known[target.host] = np.minimum(self.known[source.host], rows.lengths[target.host])
+        self._copy(rows, source, target, extent)
 
     def finish(self, rows: Rows, slots: Slots) -> None:
         if self.buffer is None:
             return
         for slot in slots.host.tolist():
-            length, start = int(rows.lengths[slot]), int(rows.starts[slot])
-            self.buffer.add(rows.tokens[slot, : length + 1].clone(), self.features[slot, :length].clone(), start)
+            length, start, first = (int(known[slot]) for known in (rows.lengths, rows.starts, self.taken))
+            tokens, features = rows.tokens[slot, first : length + 1], self.features[slot, first:length]
+            self.buffer.add(tokens.clone(), features.clone(), start - first)

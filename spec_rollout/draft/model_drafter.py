@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from spec_rollout.draft.drafter import CATCH_UP_TOKENS
+from spec_rollout.draft.entries import Collecting, Entries
 from spec_rollout.engine.attention_choice import attend
 from spec_rollout.engine.gumbel_max import draw_among
+from spec_rollout.engine.kept_slot import KeptSlot
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.protocols import Drafter
 from spec_rollout.engine.rejection import Proposal
@@ -22,7 +24,7 @@ LEFT = 4
 """Most committed tokens that the pass of the first guess reads besides the newest; its logits take memory for each."""
 
 
-class ModelDrafter:
+class ModelDrafter(Entries, Collecting):
     """Guesses with `model`, which is not trained, while `collector`, the head's drafter, goes on gathering features.
 
     Entry p of a slot holds the model's keys and values of token p. The first `known` entries of a slot are those of
@@ -49,7 +51,7 @@ class ModelDrafter:
     def begin(self, rows: Rows) -> None:
         self._take_pass()
         self.cache.allocate(rows.slots, rows.capacity, (self.model.dtype, self.model.device))
-        self.known = np.zeros(rows.slots, dtype=np.int64)
+        self._begin(rows)
         if self.collector is not None:
             self.collector.begin(rows)
 
@@ -69,8 +71,14 @@ class ModelDrafter:
         attend(self._configs, proven)
 
     def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
-        self.known[slots[0] : slots[1]] = 0
         self._read_until(rows, *slots, 0)
+
+    def keep(self, rows: Rows, slots: Slots) -> list[KeptSlot | None]:
+        return self._keep(rows, slots)
+
+    def enter(self, rows: Rows, slots: tuple[int, int], taken: np.ndarray, kept: list[KeptSlot | None]) -> None:
+        self._enter(slots, taken, kept)
+        super().enter(rows, slots, taken, kept)
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
         """Fewer guesses, or none, where a row nears the end of the model's context."""
@@ -129,8 +137,7 @@ class ModelDrafter:
             self.collector.observe(rows, slots, start, hidden)
 
     def copy(self, rows: Rows, source: Slots, target: Slots) -> None:
-        self.cache.copy(source.device, target.device, int(rows.lengths[target.host].max()) + 1)
-        self.known[target.host] = np.minimum(self.known[source.host], rows.lengths[target.host])
+        self._copy(rows, source, target, int(rows.lengths[target.host].max()) + 1)
         if self.collector is not None:
             self.collector.copy(rows, source, target)
 

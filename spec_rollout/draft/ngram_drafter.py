@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spec_rollout.draft.entries import Collecting
 from spec_rollout.draft.ngrams import CANDIDATES, LONGEST, ORDERS, History
 from spec_rollout.engine.protocols import Drafter
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import Slots
 
 
-class NgramDrafter:
+class NgramDrafter(Collecting):
     """Guesses from the table of `history`, while `collector`, the head's drafter, goes on gathering features."""
 
     def __init__(self, history: History, collector: Drafter):

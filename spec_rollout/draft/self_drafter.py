@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spec_rollout.draft.entries import Collecting
 from spec_rollout.draft.quantized import quantized_copy, refuse_unquantizable, renew
 from spec_rollout.engine.attention_choice import attend
 from spec_rollout.engine.gumbel_max import draw_among
@@ -39,7 +40,7 @@ class QuantizedTarget(Target):
         self._lean = None if family is None else LeanPass(self.model, family)
 
 
-class SelfDrafter:
+class SelfDrafter(Collecting):
     """Guesses with `policy`'s matrices in 8 bit, while `collector`, the head's drafter, goes on gathering features.
 
     It reads the policy's cache and writes the guesses' keys and values there, beyond the committed ones, where the

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from spec_rollout.config import SpecConfig
+from spec_rollout.engine.kept_rows import KeptRows
 from spec_rollout.engine.protocols import Drafter, ReadsCache, Recorder
 from spec_rollout.engine.requests import make_requests
 from spec_rollout.engine.rollout import Rollout
@@ -59,6 +60,9 @@ class RolloutEngine:
         self.recorder: Recorder | None = None
         self.cache = self.target.make_cache()
         self._bound: int | None = None
+        self.kept_rows: KeptRows | None = None
+        """Where finished rows are kept for later calls, whose prompts may extend them; None, as at first, keeps none.
+        See `keep_rows`."""
         self.stats = RolloutStats()
         self.progress: Callable[[int, int], None] | None = None
         """Told after each step how many requests are not finished yet, and how many tokens the step emitted."""
@@ -93,9 +97,14 @@ class RolloutEngine:
         began = time.perf_counter()
         try:
             with self.target.rollout():
-                rollout = self.start(requests, params)
+                rollout = self.start(requests, params, self.kept_rows)
                 self._decode(rollout)
                 completions = rollout.results.completions()
+            if self.kept_rows is not None:
+                self.kept_rows.close(requests, completions)
+        except BaseException:
+            self.forget()
+            raise
         finally:
             self.cache.release()
         seconds = time.perf_counter() - began
@@ -109,7 +118,18 @@ class RolloutEngine:
             self.recorder.rollout(requests, completions, own)
         return completions
 
-    def start(self, requests: list[Request], params: SamplingParams) -> Rollout:
+    def keep_rows(self) -> None:
+        """From here on finished rows stay, within `max_cache_gib`, so that a prompt that begins as one of them is read
+        from where it goes on. A change of the policy drops them; but call `forget` before weights are written through
+        `.data`, and before memory is needed elsewhere."""
+        self.kept_rows = KeptRows() if self.kept_rows is None else self.kept_rows
+
+    def forget(self) -> None:
+        """Drop the rows that were kept, and give their memory back."""
+        if self.kept_rows is not None:
+            self.kept_rows.clear()
+
+    def start(self, requests: list[Request], params: SamplingParams, kept: KeptRows | None = None) -> Rollout:
         """A rollout of `requests`, not yet admitted; to be driven within `target.rollout()`."""
         reader: object = self.drafter
         if isinstance(reader, ReadsCache):
@@ -124,6 +144,7 @@ class RolloutEngine:
             drafter=self.drafter,
             tokenizer=self.tokenizer,
             bound=self.bound,
+            kept=kept,
         )
 
     @property

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from spec_rollout.engine.protocols import Drafter
+from spec_rollout.engine.kept_slot import KeptSlot
+from spec_rollout.engine.protocols import Drafter, GoesOn
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import Slots
@@ -74,6 +77,26 @@ class GuardedDrafter:
         if fault or proposal is None:
             return None
         return Proposal(proposal[0].float().masked_fill(invalid[:, None, None], torch.nan), proposal[1])
+
+    def keep(self, rows: Rows, slots: Slots) -> list[tuple[object, KeptSlot | None]]:
+        """The drafter, and what it keeps of the complete rows in `slots` [N]."""
+        kept = self.call("keep", rows, slots) if isinstance(self.drafter, GoesOn) else None
+        return [(self.drafter, part) for part in kept or [None] * len(slots.host)]
+
+    def part(self, kept: tuple[object, KeptSlot | None]) -> KeptSlot | None:
+        """What `keep` gave, if it is of this drafter."""
+        return kept[1] if kept[0] is self.drafter else None
+
+    def takes(self, rows: Rows, kept: tuple[object, KeptSlot | None]) -> bool:
+        """Whether the drafter can go on from what `keep` gave. One that is off, or breaks, is in nobody's way."""
+        if not isinstance(self.drafter, GoesOn):
+            return True
+        return self.call("takes", rows, self.part(kept), news=0) is not False
+
+    def enter(self, rows: Rows, slots: tuple[int, int], taken: np.ndarray, kept: Sequence[KeptSlot | None]) -> None:
+        """Rows begin in slots[0]..slots[1] - 1, behind the `taken` [N] first tokens of each; see `GoesOn`."""
+        if isinstance(self.drafter, GoesOn):
+            self.call("enter", rows, slots, taken.copy(), kept)
 
     def switch_off(self, error: Exception) -> None:
         """Warn of `error` and count it; from here on the rollout decodes without guesses."""

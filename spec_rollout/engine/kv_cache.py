@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import Cache
 
+from spec_rollout.engine.kept_slot import KeptSlot, Put
 from spec_rollout.engine.recurrent import RecurrentPass, RecurrentStates
 
 EXTENT_STEP = 32
@@ -22,6 +25,9 @@ class SlotCache:
     entries beyond a row's committed length are masked by the caller and overwritten later. The recurrent layers follow
     the tokens that `commit` keeps.
     """
+
+    first = 0
+    """Entry of a slot's first token."""
 
     def __init__(self):
         self.release()
@@ -42,14 +48,28 @@ class SlotCache:
         self.slots, self.capacity, self.kind = slots, capacity, kind
         self.states.allocate(slots)
 
-    def resize(self, slots: int, capacity: int, kept: int) -> None:
-        """From here on there are `slots` of `capacity` tokens; the first `kept` slots keep what they hold. One buffer
-        after the other, so that little is there twice."""
+    def resize(self, slots: int, capacity: int, kept: int, puts: Sequence[Put] = ()) -> None:
+        """From here on there are `slots` of `capacity` tokens; the first `kept` slots keep what they hold, and others
+        take over `puts`, whose memory goes meanwhile. One layer after the other, so that little is there twice."""
         self.slots, self.capacity = slots, capacity
-        for buffers in (self.keys, self.values):
-            for i, buffer in enumerate(buffers):
-                buffers[i] = resized(buffer, slots, capacity, kept, dim=2)
+        for buffers, parts in ((self.keys, [p.kept.keys for p in puts]), (self.values, [p.kept.values for p in puts])):
+            for layer in range(max(len(each) for each in (buffers, *parts))):
+                if layer < len(buffers):
+                    buffers[layer] = resized(buffers[layer], slots, capacity, kept, dim=2)
+                self._fill(buffers, layer, puts, parts)
+                for part in parts:
+                    part[layer] = part[layer][:, :0].clone()  # a view would hold the memory
         self.states.resize(slots, kept)
+
+    def _fill(self, buffers: list[Tensor], layer: int, puts: Sequence[Put], parts: Sequence[list[Tensor]]) -> None:
+        """Write `parts` of `puts` to a layer's buffer, which is made like a pass makes it if it is missing."""
+        for put, part in zip(puts, parts, strict=True):
+            if layer == len(buffers):
+                heads, _, size = part[layer].shape
+                buffers.append(part[layer].new_zeros(self.slots, heads, self.capacity, size))
+            place = slice(self.first, self.first + put.tokens)
+            buffers[layer][put.slot, :, place] = part[layer][:, : put.tokens]
+            self.begun = True
 
     def extent(self, tokens: int) -> int:
         """How many entries a pass over rows of at most `tokens` tokens reads."""
@@ -88,6 +108,32 @@ class SlotCache:
         for buffer in (*self.keys, *self.values):
             buffer[target, :, :extent] = buffer[source, :, :extent]
         self.states.copy(source, target)
+
+    def keep(self, slot: int, tokens: int) -> KeptSlot:
+        """What `slot` holds of its first `tokens` tokens; its states are those behind them."""
+        place = slice(self.first, self.first + tokens)
+        keys, values = ([buffer[slot, :, place].clone() for buffer in b] for b in (self.keys, self.values))
+        return KeptSlot(tokens, keys, values, *self.states.keep(slot))
+
+    def put(self, puts: Sequence[Put]) -> None:
+        """Slots take over keys and values of `puts`."""
+        for buffers, parts in ((self.keys, [p.kept.keys for p in puts]), (self.values, [p.kept.values for p in puts])):
+            for layer in range(max(map(len, parts), default=0)):
+                self._fill(buffers, layer, puts, parts)
+
+    def leave(self, gone: Sequence[tuple[int, int]], stay: Sequence[int]) -> list[KeptSlot]:
+        """What the slots of `gone`, (slot, tokens) each, hold, as in `keep`. From here on there are the slots `stay`
+        alone, in that order. One layer after the other, as in `resize`."""
+        found = [KeptSlot(tokens, [], [], *self.states.keep(slot)) for slot, tokens in gone]
+        for buffers, name in ((self.keys, "keys"), (self.values, "values")):
+            for layer, buffer in enumerate(buffers):
+                for part, (slot, tokens) in zip(found, gone, strict=True):
+                    getattr(part, name).append(buffer[slot, :, self.first : self.first + tokens].clone())
+                buffers[layer] = buffer[list(stay)]
+                del buffer
+        self.slots = len(stay)
+        self.states.choose(stay)
+        return found
 
 
 class SlotWindow(Cache):

@@ -49,8 +49,8 @@ class Prefill:
     def finished(self) -> bool:
         return not self._passes
 
-    def step(self, target: Target, cache: SlotCache, rows: Rows, draft: GuardedDrafter) -> None:
-        """One pass."""
+    def step(self, target: Target, cache: SlotCache, rows: Rows, draft: GuardedDrafter) -> int:
+        """One pass. Returns how many tokens it read, without padding."""
         (begin, end), width = self._passes.pop(0)
         wide = max(width, 2)  # see Target.reads_pairs
         slots = self.first + begin, self.first + end
@@ -65,3 +65,4 @@ class Prefill:
         _, hidden = target.forward(cache, slots, ids, place, extent, keep_logits=1, lengths=lengths)
         self.done[begin:end] += left
         draft.call("observe", rows, slots, done, hidden)
+        return int(left.sum())

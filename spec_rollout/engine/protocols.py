@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
+from spec_rollout.engine.kept_slot import KeptSlot
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
@@ -62,6 +63,23 @@ class ReadsCache(Protocol):
 
     policy_cache: SlotCache | None
     """Set before a rollout begins."""
+
+
+@runtime_checkable
+class GoesOn(Protocol):
+    """A drafter that keeps what it made of a row's tokens, for rows that begin with them. Of such tokens nothing is
+    observed. One without these verbs reads what it needs in `rows.tokens`."""
+
+    def keep(self, rows: Rows, slots: Slots) -> list[KeptSlot | None]:
+        """Copies of what the slots `slots` [N] hold of their committed tokens; None where that is not all there is to
+        keep. The rows are complete, and not closed up yet."""
+
+    def takes(self, rows: Rows, kept: KeptSlot | None) -> bool:
+        """Whether it can go on behind the tokens of which it kept that; None is what it keeps of another drafter's."""
+
+    def enter(self, rows: Rows, slots: tuple[int, int], taken: np.ndarray, kept: list[KeptSlot | None]) -> None:
+        """Rows begin in slots[0]..slots[1]-1. Of each the first `taken` [N] tokens are not observed: what `kept` has
+        of them is to be put there; where it is None, `copy` has done so."""
 
 
 class Recorder(Protocol):

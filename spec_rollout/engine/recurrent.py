@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,6 +54,13 @@ class RecurrentStates:
                 kind[key] = buffer.new_zeros(slots, *buffer.shape[1:])
                 kind[key][:kept] = buffer[:kept]
 
+    def choose(self, slots: Sequence[int]) -> None:
+        """From here on there are the `slots` alone, in that order. No pass waits for its `commit`."""
+        self.slots = len(slots)
+        for kind in (self.convolutions, self.states):
+            for key, buffer in kind.items():
+                kind[key] = buffer[list(slots)]
+
     @property
     def buffers(self) -> list[Tensor]:
         return [*self.convolutions.values(), *self.states.values()]
@@ -67,6 +74,18 @@ class RecurrentStates:
         """Slots `target` [N] take over the states of slots `source` [N]."""
         for buffer in self.buffers:
             buffer[target] = buffer[source]
+
+    def keep(self, slot: int) -> list[dict[Key, Tensor]]:
+        """Copies of the convolutions' inputs and of the states of `slot`."""
+        return [{key: b[slot].clone() for key, b in kind.items()} for kind in (self.convolutions, self.states)]
+
+    def put(self, slot: int, convolutions: dict[Key, Tensor], states: dict[Key, Tensor]) -> None:
+        """`slot` takes over what `keep` gave; buffers that are missing are made."""
+        for kind, parts in ((self.convolutions, convolutions), (self.states, states)):
+            for key, part in parts.items():
+                if key not in kind:
+                    kind[key] = part.new_zeros(self.slots, *part.shape)
+                kind[key][slot] = part
 
     def commit(self, tokens: Tensor) -> None:
         """Of the tokens of the last pass, row n keeps the first `tokens` [N]."""

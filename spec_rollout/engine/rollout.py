@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.guarded_drafter import GuardedDrafter
 from spec_rollout.engine.gumbel_max import draw, noise_width
+from spec_rollout.engine.kept_rows import KeptRows
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.near_ties import NearTies
 from spec_rollout.engine.precision import broken_policy
@@ -44,11 +45,14 @@ class Rollout:
         drafter: Drafter | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         bound: int | None = None,
+        kept: KeptRows | None = None,
     ):
         self.target, self.cache = target, cache
         self.draft = GuardedDrafter(drafter, stats)
         slots = min(config.max_slots, len(requests))
         target.confine(max(len(r.prompt) + r.max_new_tokens for r in requests))
+        if kept is not None:
+            kept.open(target.state)
         self.rows = Rows(slots, 0, target.vocab_size, target.device)
         self.scheduler = Scheduler(requests, slots, keeps_prompts=not target.recurrent)
         self.rejection = config.verification == "rejection" and not params.greedy
@@ -72,6 +76,7 @@ class Rollout:
             target=target,
             draft=self.draft,
             stats=stats,
+            kept=kept,
         )
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from spec_rollout.engine.kv_cache import EXTENT_STEP, rounded_up
+from spec_rollout.records import CacheBoundError
 
 GIB = 2**30
 SHARE = 0.5
@@ -33,6 +34,19 @@ class Room:
     def holds(self, slots: int, capacity: int) -> bool:
         """Whether `slots` of `capacity` tokens stay within the bound."""
         return self.bound is None or self.bytes(slots, capacity) <= self.bound
+
+    def left(self, slots: int, capacity: int) -> int:
+        """Bytes of the bound that `slots` of `capacity` tokens leave."""
+        return self.bound - self.bytes(slots, capacity)
+
+    def too_long(self, index: int, tokens: int, ahead: int) -> CacheBoundError:
+        """A row of prompt `index` with `tokens` tokens, to which a pass adds `ahead`, does not fit by itself."""
+        most = (self.bound - self.slot_bytes) // self.token_bytes - ahead + 1
+        return CacheBoundError(
+            f"Prompt {index} with its completion so far has {tokens} tokens, and max_cache_gib="
+            f"{self.bound / GIB:.3g} holds {max(most, 0)} of a single row: raise max_cache_gib, or shorten the prompt "
+            "or the completions."
+        )
 
     def grown(self, needed: int) -> int:
         """How long slots become that have to take `needed` tokens, if the bound allows it."""

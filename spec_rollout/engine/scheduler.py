@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from spec_rollout.engine.beginnings import Beginning, Beginnings
 from spec_rollout.records import Request
 
 
 @dataclass
 class Admission:
-    """Requests that enter the slots first, first + 1, …: `fresh` are prefilled, the rest copy a slot of their group.
+    """Requests that enter the slots first, first + 1, …: `fresh` are prefilled from their `beginnings` on, the rest
+    copy a slot of their group.
 
     `source[i]` is the slot that slot first + len(fresh) + i copies.
     """
@@ -20,10 +22,18 @@ class Admission:
     fresh: list[Request]
     siblings: list[Request]
     source: list[int]
+    beginnings: list[Beginning] = field(default_factory=list)
 
     @property
     def requests(self) -> list[Request]:
         return self.fresh + self.siblings
+
+    def copies(self, of_fresh: bool, moved: int = 0) -> tuple[list[int], list[int]]:
+        """Source and target slots of the siblings that copy fresh rows, or of those that copy rows that were active;
+        all that entered have `moved` so many slots to the front since."""
+        slots = enumerate(self.source, start=self.first + len(self.fresh))
+        pairs = [(s - moved, slot - moved) for slot, s in slots if (s >= self.first) == of_fresh]
+        return [s for s, _ in pairs], [slot for _, slot in pairs]
 
 
 class Scheduler:
@@ -45,22 +55,29 @@ class Scheduler:
     def done(self) -> bool:
         return not self.waiting and not self.active
 
-    def admit(self, fits: Callable[[int, int], bool] | None = None, most: int | None = None) -> Admission | None:
+    def admit(
+        self,
+        fits: Callable[[int, int], bool] | None = None,
+        most: int | None = None,
+        beginnings: Beginnings | None = None,
+    ) -> Admission | None:
         """Move waiting requests into the free slots; None when nothing can move.
 
-        Nobody overtakes: the first that may not enter holds up those behind it.
+        Nobody overtakes, but for those that wait for a row that enters: the first that may not enter holds up those
+        behind it.
 
         Args:
             fits: says whether so many rows can be there, the entering ones of at most so many tokens; the first row
                 always enters.
             most: tokens that may be read for all that enter, padding included, unless it is a single prompt. None
                 lets all enter.
+            beginnings: finds what need not be read; None reads all.
         """
         first = len(self.active)
         old = self.active if self.keeps_prompts else []
         slot_of = {tuple(request.prompt): slot for slot, request in enumerate(old)}
-        fresh, siblings = [], []
-        longest = 0
+        fresh, siblings, found, held = [], [], [], []
+        longest = to_read = 0
         while self.waiting and first + len(fresh) + len(siblings) < self.slots:
             request = self.waiting[0]
             tokens = self.tokens(request)
@@ -70,18 +87,28 @@ class Scheduler:
                 break
             group = tuple(request.prompt)
             if group in slot_of and request.index not in self.known:
-                siblings.append(request)
-            elif fresh and most is not None and longest * (len(fresh) + 1) > most:
+                siblings.append(self.waiting.popleft())
+                continue
+            if beginnings is not None and not fresh:
+                beginnings.look_at(self.active)
+            beginning = Beginning() if beginnings is None else beginnings.find(request)
+            if beginning is None:
+                held.append(self.waiting.popleft())
+                continue
+            to_read = max(to_read, tokens - beginning.tokens)
+            if fresh and most is not None and to_read * (len(fresh) + 1) > most:
                 break
-            else:
-                fresh.append(request)
-                if self.keeps_prompts or request.index not in self.known:
-                    slot_of.setdefault(group, first + len(fresh) - 1)
-            self.waiting.popleft()
+            fresh.append(self.waiting.popleft())
+            found.append(beginning)
+            if beginnings is not None:
+                beginnings.enter(request, beginning)
+            if self.keeps_prompts or request.index not in self.known:
+                slot_of.setdefault(group, first + len(fresh) - 1)
+        self.waiting.extendleft(reversed(held))
         if not fresh and not siblings:
             return None
         self.active += fresh + siblings
-        return Admission(first, fresh, siblings, [slot_of[tuple(r.prompt)] for r in siblings])
+        return Admission(first, fresh, siblings, [slot_of[tuple(r.prompt)] for r in siblings], found)
 
     def tokens(self, request: Request) -> int:
         """The tokens that a waiting `request` begins with: its prompt, or what was known of it when it gave way."""

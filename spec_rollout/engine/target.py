@@ -19,6 +19,7 @@ from spec_rollout.engine.masks import masks
 from spec_rollout.engine.precision import rounds_products
 from spec_rollout.engine.probe import STRIDES, Probe, prove
 from spec_rollout.engine.recurrences import Recurrences, running
+from spec_rollout.engine.state import state_of
 from spec_rollout.engine.support import has_recurrent_layers, refuse_unsupported, rope_switches
 
 REPAYS_S = 90.0
@@ -88,7 +89,6 @@ class Target:
         return self.context
 
     def make_cache(self) -> SlotCache:
-        """An empty cache for this policy's rows."""
         return SlotCache()
 
     @property
@@ -104,6 +104,11 @@ class Target:
     @property
     def dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def state(self) -> tuple:
+        """What keys and values depend on besides the tokens."""
+        return state_of(self.model), self.switches and self._reach
 
     @contextmanager
     def rollout(self) -> Iterator[None]:
@@ -211,8 +216,7 @@ class Target:
     def _pass(
         self, ids: Tensor, positions: Tensor, extent: int, window: SlotWindow, keep_logits: int = 0
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        # A guess, or padding, may reach past the rows' ends. What it leads to is never emitted; it only must not be an
-        # invalid index, nor switch the rope.
+        # A guess, or padding, may reach past the rows' ends: it must not be an invalid index, nor switch the rope.
         place = positions if self._reach is None else positions.clamp(max=self._reach - 1)
         with running(window.recurrent) if self.recurrent else nullcontext():
             output = self.model(

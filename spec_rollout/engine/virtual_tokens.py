@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from spec_rollout.engine.kept_slot import Put
 from spec_rollout.engine.kv_cache import SlotCache, SlotWindow
+from spec_rollout.engine.state import state_of
 from spec_rollout.engine.support import REMEDY
 from spec_rollout.engine.target import Target
 from spec_rollout.records import UnsupportedModelError
@@ -71,6 +73,10 @@ class PrefixedTarget(Target):
     @property
     def room(self) -> int | None:
         return None if self.context is None else self.context - self.virtual
+
+    @property
+    def state(self) -> tuple:
+        return state_of(self.policy), ()
 
     def make_cache(self) -> SlotCache:
         return PrefixedCache(self)
@@ -156,6 +162,7 @@ class PrefixedCache(SlotCache):
         """Make room as `SlotCache` does, and write the virtual tokens of now into all slots."""
         virtual = self.target.virtual
         super().allocate(slots, capacity + virtual, kind)
+        self.first = virtual
         if not self.keys:
             for buffers, part in ((self.keys, 0), (self.values, 1)):
                 for layer in self.target.prefix:
@@ -165,9 +172,9 @@ class PrefixedCache(SlotCache):
             for buffer, layer in zip(buffers, self.target.prefix, strict=True):
                 buffer[:, :, :virtual] = layer[part]
 
-    def resize(self, slots: int, capacity: int, kept: int) -> None:
+    def resize(self, slots: int, capacity: int, kept: int, puts: Sequence[Put] = ()) -> None:
         virtual = self.target.virtual
-        super().resize(slots, capacity + virtual, kept)
+        super().resize(slots, capacity + virtual, kept, puts)
         for buffers, part in ((self.keys, 0), (self.values, 1)):
             for buffer, layer in zip(buffers, self.target.prefix, strict=True):
                 buffer[kept:, :, :virtual] = layer[part]

@@ -39,6 +39,8 @@ def local_sums(
         "compiled_steps": stats.compiled_steps,
         "preemptions": stats.preemptions,
         "cache_bytes": stats.cache_bytes,
+        "prefilled_tokens": stats.prefilled_tokens,
+        "reused_tokens": stats.reused_tokens,
         "speculative_rows": sum(step.rows for step in speculative),
         "speculative_emitted": sum(step.emitted for step in speculative),
         "seconds": seconds,
@@ -82,6 +84,8 @@ def metrics(sums: dict[str, float]) -> dict[str, float]:
         "compiled_share": sums["compiled_steps"] / max(1, sums["steps"]),
         "preemptions": sums["preemptions"],
         "cache_gib": sums["cache_bytes"] / ranks / GIB,
+        "prefilled_tokens": sums["prefilled_tokens"],
+        "reused_tokens": sums["reused_tokens"],
     }
     if ranks > 1:
         slowest = max(value for name, value in sums.items() if name.startswith(SECONDS_OF))

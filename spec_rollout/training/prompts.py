@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers import Trainer
 
 from spec_rollout.engine.virtual_tokens import virtual_tokens
+from spec_rollout.records import SamplingParams
 from spec_rollout.training.sampling_params import trainer_params
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,13 @@ def context_of(trainer: Trainer) -> int | None:
     if getattr(trainer.args, "rollout_backend", "embedded") == "vllm":
         bounds.append(trainer.args.vllm_max_model_length)
     return min((bound - virtual_tokens(policy) for bound in bounds if bound is not None), default=None)
+
+
+def within_context(prompts: Sequence[Sequence[int]], params: SamplingParams, context: int | None) -> list[int] | None:
+    """For each of `prompts` as many new tokens as `context` leaves, at least one; None without a bound."""
+    if context is None:
+        return None
+    return [max(1, min(params.max_new_tokens, context - len(prompt))) for prompt in prompts]
 
 
 def fit_prompts(trainer: Trainer, prompt_ids: list[list[int]], overlong: str) -> list[list[int]]:

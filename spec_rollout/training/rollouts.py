@@ -48,7 +48,8 @@ class SpeculativeRollouts:
             close_gaps(self.model)
         trainer_params(self)
         log_inherited(self)
-        self.sampler = TrainerSampler(spec_config(self.args))
+        # With tools TRL's loop samples in turns, each of which extends the last one's rows.
+        self.sampler = TrainerSampler(spec_config(self.args), turns=bool(getattr(self, "tools", None)))
         self._overlong = getattr(self.args, "overlong_prompts", REFUSE)
         if self._overlong == SKIP:
             skip_overlong(self, super()._tokenize_prompts)

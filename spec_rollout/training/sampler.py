@@ -21,11 +21,11 @@ from spec_rollout.backends.trace import FOLDER, HEAD, MODEL, NGRAMS, TraceRecord
 from spec_rollout.backends.vllm.backend import VLLMBackend
 from spec_rollout.config import SpecConfig
 from spec_rollout.gamma import GammaController
-from spec_rollout.records import Completion, RefreshStats, SamplingParams
+from spec_rollout.records import Completion, RefreshStats
 from spec_rollout.training.gathering import gathered_policy, own_random_stream, whole_for_draft
 from spec_rollout.training.metrics import local_sums, metrics
 from spec_rollout.training.progress import rollout_bar
-from spec_rollout.training.prompts import context_of
+from spec_rollout.training.prompts import context_of, within_context
 from spec_rollout.training.sampling_params import trainer_params
 
 DRAFT_FOLDER = "draft"
@@ -37,11 +37,12 @@ class TrainerSampler:
 
     The backend is made at the first generation, from the unwrapped policy. The noise of the embedded one depends on
     the trainer's seed, rank, step, and on how many generation calls that step has made before: not on torch's random
-    streams, which are left as they were found.
+    streams, which are left as they were found. With `turns` the prompts of a call may extend rows of those before it
+    within the same `gathered`, where these are kept for it.
     """
 
-    def __init__(self, config: SpecConfig):
-        self.config = config
+    def __init__(self, config: SpecConfig, turns: bool = False):
+        self.config, self.turns = config, turns
         self.backend: EmbeddedBackend | VLLMBackend | None = None
         self._policy: nn.Module | None = None
         """While it is gathered."""
@@ -70,6 +71,8 @@ class TrainerSampler:
                 yield policy
             finally:
                 self._policy = None
+                if self.backend is not None:
+                    self.backend.engine.forget()
 
     def _readable(self, trainer: Trainer) -> AbstractContextManager:
         """Within it the draft can read what it needs of the policy."""
@@ -103,7 +106,7 @@ class TrainerSampler:
                     prompts,
                     params,
                     seed=seed,
-                    max_new_tokens=_limits(prompts, params, context_of(trainer)) if clip else None,
+                    max_new_tokens=within_context(prompts, params, context_of(trainer)) if clip else None,
                     collect=trainer.model.training,
                 )
         self._seconds += time.perf_counter() - began
@@ -185,6 +188,8 @@ class TrainerSampler:
             )
         else:
             backend = EmbeddedBackend(policy, self.config, trainer._tokenizer)
+            if self.turns:
+                backend.engine.keep_rows()
         if self._draft_folder is not None:
             backend.load(self._draft_folder)
         self.backend = backend
@@ -236,9 +241,3 @@ def _remaining(trainer: Trainer) -> int | None:
         return None
     passes = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
     return max(0, -(-passes // (args.steps_per_generation * args.num_iterations)) - 1)
-
-
-def _limits(prompts: Sequence[Sequence[int]], params: SamplingParams, context: int | None) -> list[int] | None:
-    if context is None:
-        return None
-    return [max(1, min(params.max_new_tokens, context - len(prompt))) for prompt in prompts]

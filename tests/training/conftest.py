@@ -206,3 +206,25 @@ def make_ppo(make_trainer, make_policy, tmp_path):
         return make_trainer(located, PPOConfig, **(PPO | options))
 
     return make
+
+
+@pytest.fixture
+def make_talking(tmp_path, peeking):
+    """Builds a trainer on a policy that goes through `scripts`."""
+
+    from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
+    from tests.training import talking
+
+    def make(*scripts, gamma=3, classes=(SpecGRPOTrainer, SpecGRPOConfig), reward=True, options=None, **given):
+        trainer_class, config_class = classes
+        make_policy = given.pop("policy", talking.make_policy)
+        tokenizer = talking.make_tokenizer(*scripts)
+        own = {"max_completion_length": 300, "num_generations": 8, "max_steps": 1, "num_speculative_tokens": gamma}
+        if config_class is SpecGRPOConfig:
+            own["max_tool_calling_iterations"] = 3
+        args = config_class(str(tmp_path / "run"), **OPTIONS | own | (options or {}))
+        reward = talking.Length() if reward is True else reward
+        policy = make_policy(tokenizer, *scripts)
+        return trainer_class(policy, reward, args, processing_class=tokenizer, **given)
+
+    return make

@@ -104,3 +104,22 @@ def table(tokenizer: PreTrainedTokenizerFast, scripts, hidden: int) -> torch.Ten
         for before, after in zip((START, *script), (*script, END), strict=True):
             logits[ids(before), ids(after)] = 20.0
     return logits
+
+
+class Length:
+    """Rewards long completions, and keeps them all."""
+
+    __name__ = "length"
+
+    def __init__(self):
+        self.seen: list[list[list[int]]] = []
+        self.turns: list[list[dict]] = []
+
+    def __call__(self, completion_ids, completions, **given) -> list[float]:
+        self.seen.append([list(ids) for ids in completion_ids])
+        self.turns.extend(completions)
+        return [float(len(ids)) for ids in completion_ids]
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]

@@ -13,6 +13,7 @@ def rank(
 ) -> dict[str, float]:
     stats = RolloutStats(steps=list(steps), seconds=99.0, prefill_s=0.5, ngram_drafted=2, lean_steps=1)
     stats.preemptions, stats.cache_bytes = 1, 3 << 29
+    stats.prefilled_tokens, stats.reused_tokens = 20, 30
     return local_sums(stats, refresh or RefreshStats(), seconds, version=3, healthy=True, rank=number, ranks=ranks)
 
 
@@ -47,6 +48,8 @@ def test_ratios_are_taken_of_sums():
             "speculative/compiled_share": 0,
             "speculative/preemptions": 2,
             "speculative/cache_gib": 1.5,
+            "speculative/prefilled_tokens": 40,
+            "speculative/reused_tokens": 60,
             "speculative/rollout_seconds": 3,
             "speculative/rank_wait_seconds": 1,  # 4 s of the slowest less 3, a rank's mean
             "speculative/refresh_seconds": 1,

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer, SpecRLOOConfig, SpecRLOOTrainer
 from tests.training import talking
-from tests.training.conftest import OPTIONS
+from tests.training.talking import logged
 from tests.training.test_grpo import assert_same, trained
 
 CHATS = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in ("3 times 4", "go", "hi")] * 4})
@@ -87,44 +87,6 @@ class Echo:
         """
         self._heard.append(text)
         return text.upper()
-
-
-class Length:
-    """Rewards long completions, and keeps them all."""
-
-    __name__ = "length"
-
-    def __init__(self):
-        self.seen: list[list[list[int]]] = []
-        self.turns: list[list[dict]] = []
-
-    def __call__(self, completion_ids, completions, **given) -> list[float]:
-        self.seen.append([list(ids) for ids in completion_ids])
-        self.turns.extend(completions)
-        return [float(len(ids)) for ids in completion_ids]
-
-
-@pytest.fixture
-def make_talking(tmp_path, peeking):
-    """Builds a trainer on a policy that goes through `scripts`."""
-
-    def make(*scripts, gamma=3, classes=(SpecGRPOTrainer, SpecGRPOConfig), reward=True, options=None, **given):
-        trainer_class, config_class = classes
-        make_policy = given.pop("policy", talking.make_policy)
-        tokenizer = talking.make_tokenizer(*scripts)
-        own = {"max_completion_length": 300, "num_generations": 8, "max_steps": 1, "num_speculative_tokens": gamma}
-        if config_class is SpecGRPOConfig:
-            own["max_tool_calling_iterations"] = 3
-        args = config_class(str(tmp_path / "run"), **OPTIONS | own | (options or {}))
-        reward = Length() if reward is True else reward
-        policy = make_policy(tokenizer, *scripts)
-        return trainer_class(policy, reward, args, processing_class=tokenizer, **given)
-
-    return make
-
-
-def logged(trainer, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def speculated(trainer) -> bool:
