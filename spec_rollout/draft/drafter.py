@@ -17,7 +17,8 @@ from spec_rollout.draft.lean_head import GraphedHead, LeanHead, lean_head, progr
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.gumbel_max import draw_among
-from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask, resized, rounded_up
+from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, resized, rounded_up
+from spec_rollout.engine.masks import causal_mask
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import Slots, upload

@@ -20,7 +20,8 @@ from spec_rollout.draft.eagle import HeadConfig
 from spec_rollout.draft.mtp_names import QWEN, Names, names_in, of_further, refuse_quantized
 from spec_rollout.draft.policy_view import decoder_layers
 from spec_rollout.engine.attention import GROUPED_SDPA
-from spec_rollout.engine.kv_cache import SlotWindow, causal_mask
+from spec_rollout.engine.kv_cache import SlotWindow
+from spec_rollout.engine.masks import causal_mask
 from spec_rollout.engine.target import cache_argument
 
 FULL = "full_attention"

@@ -234,20 +234,3 @@ def resized(buffer: Tensor, slots: int, capacity: int, kept: int, dim: int = 1) 
 def rounded_up(tokens: int) -> int:
     """`tokens`, or the next multiple of `EXTENT_STEP`."""
     return -(-tokens // EXTENT_STEP) * EXTENT_STEP
-
-
-def causal_mask(positions: Tensor, extent: int, window: int | None = None) -> Tensor:
-    """Boolean [N, 1, T, extent]: a query at `positions` [N, T] sees the entries up to itself, and with `window` only
-    the last `window` of them."""
-    entry = torch.arange(extent, device=positions.device)
-    query = positions[:, None, :, None]
-    mask = entry <= query
-    return mask if window is None else mask & (entry > query - window)
-
-
-def chunked_mask(positions: Tensor, extent: int, size: int) -> Tensor:
-    """Boolean [N, 1, T, extent]: a query at `positions` [N, T] sees the entries up to itself of its own chunk; chunks
-    are of `size` positions and begin at 0."""
-    entry = torch.arange(extent, device=positions.device)
-    query = positions[:, None, :, None]
-    return (entry <= query) & (entry // size == query // size)

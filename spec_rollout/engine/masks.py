@@ -1,4 +1,4 @@
-"""Which cache entries the policy's own attention layers see."""
+"""Which cache entries a token sees."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from spec_rollout.engine.kv_cache import causal_mask, chunked_mask
 from spec_rollout.engine.support import ATTENTION
 
 
@@ -34,3 +33,20 @@ def masks(
         else:
             found[kind] = as_taken(causal_mask(positions, extent, windows.get(kind)))
     return found | dict.fromkeys(kinds - set(found)) if len(found) > 1 else next(iter(found.values()))
+
+
+def causal_mask(positions: Tensor, extent: int, window: int | None = None) -> Tensor:
+    """Boolean [N, 1, T, extent]: a query at `positions` [N, T] sees the entries up to itself, and with `window` only
+    the last `window` of them."""
+    entry = torch.arange(extent, device=positions.device)
+    query = positions[:, None, :, None]
+    mask = entry <= query
+    return mask if window is None else mask & (entry > query - window)
+
+
+def chunked_mask(positions: Tensor, extent: int, size: int) -> Tensor:
+    """Boolean [N, 1, T, extent]: a query at `positions` [N, T] sees the entries up to itself of its own chunk; chunks
+    are of `size` positions and begin at 0."""
+    entry = torch.arange(extent, device=positions.device)
+    query = positions[:, None, :, None]
+    return (entry <= query) & (entry // size == query // size)

@@ -11,7 +11,7 @@ from spec_rollout.draft.references import OracleDrafter
 from spec_rollout.engine import attention
 from spec_rollout.engine.attention import GROUPED_SDPA, grouped_sdpa
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.engine.kv_cache import causal_mask
+from spec_rollout.engine.masks import causal_mask
 from spec_rollout.engine.target import Target
 from spec_rollout.records import SamplingParams
 from tests.tiny import PROMPTS, assert_same, policy, reference

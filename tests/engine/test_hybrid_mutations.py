@@ -10,7 +10,8 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter
 from spec_rollout.engine import masks, recurrences, recurrent, rollout
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.engine.kv_cache import SlotCache, causal_mask
+from spec_rollout.engine.kv_cache import SlotCache
+from spec_rollout.engine.masks import causal_mask
 from spec_rollout.engine.recurrent import RecurrentPass, RecurrentStates
 from spec_rollout.engine.scheduler import Scheduler
 from spec_rollout.engine.seats import Seats

@@ -10,7 +10,8 @@ from transformers import DynamicCache
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter, RandomDrafter
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.engine.kv_cache import SlotCache, causal_mask
+from spec_rollout.engine.kv_cache import SlotCache
+from spec_rollout.engine.masks import causal_mask
 from spec_rollout.engine.requests import make_requests
 from spec_rollout.engine.target import cache_argument
 from spec_rollout.records import SamplingParams

@@ -7,9 +7,9 @@ import torch
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.engine.kv_cache import causal_mask
 from spec_rollout.engine.lean import attention, lean_pass
 from spec_rollout.engine.lean.recognition import family_of
+from spec_rollout.engine.masks import causal_mask
 from spec_rollout.engine.target import Target
 from tests.engine.test_lean import PARAMS, rough
 from tests.tiny import PROMPTS, VOCAB, assert_same, make_policy, reference

@@ -12,7 +12,8 @@ from spec_rollout.draft.references import OracleDrafter
 from spec_rollout.engine import masks, probe
 from spec_rollout.engine.attention import GROUPED_SDPA
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.engine.kv_cache import SlotCache, causal_mask
+from spec_rollout.engine.kv_cache import SlotCache
+from spec_rollout.engine.masks import causal_mask
 from spec_rollout.engine.target import Target
 from spec_rollout.records import SamplingParams
 from tests.tiny import PROMPTS, assert_same, make_policy, policy, reference

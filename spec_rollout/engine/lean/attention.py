@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spec_rollout.engine.kv_cache import causal_mask
 from spec_rollout.engine.lean.rope import Angles
 from spec_rollout.engine.lean.views import LayerBuffers
+from spec_rollout.engine.masks import causal_mask
 
 SHAPES = 64
 """Pass shapes whose views are kept."""
