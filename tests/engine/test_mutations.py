@@ -8,9 +8,10 @@ import torch
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter
-from spec_rollout.engine import kv_cache, masks, noise, rollout, verify
+from spec_rollout.engine import masks, noise, rollout, verify
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kv_cache import SlotCache
+from spec_rollout.engine.masks import causal_mask
 from spec_rollout.engine.noise import NoiseWindow
 from spec_rollout.engine.results import Results
 from spec_rollout.engine.rollout import Rollout
@@ -169,15 +170,15 @@ def no_rollback(patch):
 
 
 def blind_to_itself(patch):
-    patch.setattr(masks, "causal_mask", lambda positions, *args: kv_cache.causal_mask(positions - 1, *args))
+    patch.setattr(masks, "causal_mask", lambda positions, *args: causal_mask(positions - 1, *args))
 
 
 def sees_the_future(patch):
-    patch.setattr(masks, "causal_mask", lambda positions, *args: kv_cache.causal_mask(positions + 1, *args))
+    patch.setattr(masks, "causal_mask", lambda positions, *args: causal_mask(positions + 1, *args))
 
 
 def sliding_window_ignored(patch):
-    patch.setattr(masks, "causal_mask", lambda positions, extent, window: kv_cache.causal_mask(positions, extent))
+    patch.setattr(masks, "causal_mask", lambda positions, extent, window: causal_mask(positions, extent))
 
 
 def results_in_order_of_completion(patch):
