@@ -77,6 +77,8 @@ def measure(engine: RolloutEngine, rows: Iterable[int], widest: int, measure_row
             start = time.perf_counter()
             found += measure_rows(apart, count, widest)
             speed = (time.perf_counter() - start) / count
+    if engine.drafter is not None:
+        engine.drafter.end()
     return found
 
 

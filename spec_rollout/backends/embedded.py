@@ -124,7 +124,7 @@ class EmbeddedBackend:
         """
         self._step_began = self._step_began or time.perf_counter()
         if self.learner is not None:
-            self.drafter.buffer = self.learner.buffer if collect and self.config.draft_refresh else None
+            self.drafter.collector.buffer = self.learner.buffer if collect and self.config.draft_refresh else None
             power = 1 << (len(prompts) - 1).bit_length()  # a few prompts more or less are nothing new to measure
             self._slots = max(self._slots, min(self.config.max_slots, power))
             self._choose_source()
@@ -197,8 +197,8 @@ class EmbeddedBackend:
         kind = MtpDrafter if isinstance(head, MtpHead) else EagleDrafter
         compiled = self.config.compile_passes, self.config.calibration_cache
         self.head.drafter = kind(running, self.learner.view, self.learner.buffer, *compiled)
-        self.ngrams.drafter = NgramDrafter(self.history, self.head.drafter)
-        self.model.collect_with(self.head.drafter)
+        self.ngrams.drafter = NgramDrafter(self.history, self.head.drafter.collector)
+        self.model.collect_with(self.head.drafter.collector)
         self._publish()
 
     def _publish(self) -> None:

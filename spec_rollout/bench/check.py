@@ -116,7 +116,7 @@ def _drafter(kind: str, policy: Policy, expected: list[Completion]) -> Drafter:
         history.add((prompt, completion.token_ids) for prompt, completion in zip(earlier, drawn, strict=True))
         return NgramDrafter(history, RandomDrafter())
     drafter = warm_backend(policy, SpecConfig(num_speculative_tokens=3)).drafter
-    drafter.buffer = None
+    drafter.collector.buffer = None
     return drafter
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spec_rollout.draft.collecting import Collecting
+from spec_rollout.draft.collector import Collector
 from spec_rollout.draft.drafter import CATCH_UP_TOKENS
 from spec_rollout.engine.attention_choice import attend
 from spec_rollout.engine.gumbel_max import draw_among
 from spec_rollout.engine.kv_cache import SlotCache
-from spec_rollout.engine.protocols import Drafter
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.target import Target
@@ -22,8 +23,8 @@ LEFT = 4
 """Most committed tokens that the pass of the first guess reads besides the newest; its logits take memory for each."""
 
 
-class ModelDrafter:
-    """Guesses with `model`, which is not trained, while `collector`, the head's drafter, goes on gathering features.
+class ModelDrafter(Collecting):
+    """Guesses with `model`, which is not trained, while the head's `collector` goes on gathering features.
 
     Entry p of a slot holds the model's keys and values of token p. The first `known` entries of a slot are those of
     committed tokens; the rest, left by plain decoding or rejected guesses, is read in one pass.
@@ -31,8 +32,9 @@ class ModelDrafter:
 
     ready = True
 
-    def __init__(self, model: Target, collector: Drafter | None = None):
-        self.model, self.collector = model, collector
+    def __init__(self, model: Target, collector: Collector | None = None):
+        super().__init__(collector)
+        self.model = model
         self.cache = SlotCache()
         self.shape = model.config.to_dict()
         self._bytes = 0
@@ -44,20 +46,24 @@ class ModelDrafter:
 
     @property
     def token_bytes(self) -> int:
-        return self._bytes + (0 if self.collector is None else self.collector.token_bytes)
+        return self._bytes
 
     def begin(self, rows: Rows) -> None:
         self._take_pass()
         self.cache.allocate(rows.slots, rows.capacity, (self.model.dtype, self.model.device))
         self.known = np.zeros(rows.slots, dtype=np.int64)
-        if self.collector is not None:
-            self.collector.begin(rows)
+        super().begin(rows)
+
+    def end(self) -> None:
+        super().end()
+        self.cache.release()
+        self.model._lean = None
+        self._scores = []
 
     def resize(self, rows: Rows, kept: int) -> None:
         self.model.confine(rows.capacity)
         self.cache.resize(len(rows.tokens), rows.capacity, kept)
-        if self.collector is not None:
-            self.collector.resize(rows, kept)
+        super().resize(rows, kept)
 
     def _take_pass(self) -> None:
         """Decode by what is proven for the model; nobody else runs it, so that it may stay so between the verbs."""
@@ -71,6 +77,7 @@ class ModelDrafter:
     def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
         self.known[slots[0] : slots[1]] = 0
         self._read_until(rows, *slots, 0)
+        super().admit(rows, slots)
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
         """Fewer guesses, or none, where a row nears the end of the model's context."""
@@ -125,15 +132,9 @@ class ModelDrafter:
     def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
         here = slice(*slots)
         np.minimum(self.known[here], rows.lengths[here], out=self.known[here])
-        if self.collector is not None:
-            self.collector.observe(rows, slots, start, hidden)
+        super().observe(rows, slots, start, hidden)
 
     def copy(self, rows: Rows, source: Slots, target: Slots) -> None:
         self.cache.copy(source.device, target.device, int(rows.lengths[target.host].max()) + 1)
         self.known[target.host] = np.minimum(self.known[source.host], rows.lengths[target.host])
-        if self.collector is not None:
-            self.collector.copy(rows, source, target)
-
-    def finish(self, rows: Rows, slots: Slots) -> None:
-        if self.collector is not None:
-            self.collector.finish(rows, slots)
+        super().copy(rows, source, target)

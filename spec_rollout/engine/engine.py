@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from spec_rollout.config import SpecConfig
+from spec_rollout.engine.guarded_drafter import GuardedDrafter
 from spec_rollout.engine.protocols import Drafter, ReadsCache, Recorder
 from spec_rollout.engine.requests import make_requests
 from spec_rollout.engine.rollout import Rollout
@@ -98,6 +99,7 @@ class RolloutEngine:
                 completions = rollout.results.completions()
         finally:
             self.cache.release()
+            GuardedDrafter(self.drafter, self.stats).end()
         seconds = time.perf_counter() - began
         self.stats.seconds += seconds
         self.stats.lean_steps += (len(self.stats.steps) - before) * ("lean" in target.path)

@@ -29,6 +29,20 @@ class GuardedDrafter:
         """What the drafter keeps for each token of a slot."""
         return 0 if self.drafter is None else self.drafter.token_bytes
 
+    @property
+    def slot_bytes(self) -> int:
+        """And for each slot besides."""
+        return 0 if self.drafter is None else self.drafter.slot_bytes
+
+    def end(self) -> None:
+        """The rollout is over; the drafter gives back what it took."""
+        if self.drafter is None:
+            return
+        try:
+            self.drafter.end()
+        except Exception as error:  # whatever it is, the rollout is complete
+            self.switch_off(error)
+
     def call(self, verb: str, rows: Rows, *args, news: int | None = None):
         """What the drafter's `verb` returns for `rows` and `args`; None where the drafter is off or breaks. Only
         the last `news` known tokens of each row may be others than at the call before; any of them if None."""
