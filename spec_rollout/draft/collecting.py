@@ -16,6 +16,8 @@ from spec_rollout.engine.transfers import Slots
 class Collecting:
     """Hands all verbs but guessing on to `collector`, the head's; None collects nothing."""
 
+    ready = True
+
     def __init__(self, collector: Collector | None = None):
         self.collector = collector or Collector((), torch.empty(0), None)
 
@@ -25,7 +27,7 @@ class Collecting:
 
     @property
     def slot_bytes(self) -> int:
-        return self.collector.slot_bytes
+        return self.collector.slot_bytes()
 
     def begin(self, rows: Rows) -> None:
         self.collector.begin(rows)

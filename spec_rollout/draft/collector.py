@@ -35,28 +35,31 @@ class Collector:
     def __init__(self, layers: Sequence[int], like: Tensor, buffer: FeatureBuffer | None):
         self.layers, self.like, self.buffer = layers, like, buffer
         self.window = Window()
-        self.reads = self.collects = False
+        self.reads = False
         self.number = self.copied = np.zeros(0, dtype=np.int64)
         """Of each slot the span that its row is in, and the entries before which all is in the buffer; NEVER where the
         span is not sampled."""
 
     @property
-    def slot_bytes(self) -> int:
-        """What a slot takes in this rollout, however long its row is."""
-        width, context, features = self._sizes()
+    def collects(self) -> bool:
+        return self.buffer is not None and self.buffer.max_tokens > 0
+
+    def slot_bytes(self, reads: bool = False) -> int:
+        """What a slot takes, however long its row is; `reads` as for `begin`."""
+        width, context, features = self._sizes(reads)
         return (width + context) * features * self.like.itemsize
 
-    def _sizes(self) -> tuple[int, int, int]:
+    def _sizes(self, reads: bool) -> tuple[int, int, int]:
         """Entries of the window, of the prompt's, and numbers in each."""
-        if not (self.reads or self.collects):
+        if not (reads or self.collects):
             return 0, 0, 0
-        width = READ if self.reads else STAGED
+        width = READ if reads else STAGED
         return width, CONTEXT if self.collects else 1, (len(self.layers) + self.collects) * len(self.like)
 
     def begin(self, rows: Rows, reads: bool = False) -> None:
         """`reads` says whether a head will read the window too."""
-        self.reads, self.collects = reads, self.buffer is not None and self.buffer.max_tokens > 0
-        width, context, features = self._sizes()
+        self.reads = reads
+        width, context, features = self._sizes(reads)
         self.window.release()
         if features:
             self.window.allocate(rows, width, context, self.like.new_empty(features))

@@ -67,7 +67,7 @@ class EagleDrafter(HeadPasses):
 
     @property
     def slot_bytes(self) -> int:
-        return self.collector.slot_bytes
+        return self.collector.slot_bytes(self.ready)
 
     def begin(self, rows: Rows) -> None:
         self.collector.begin(rows, reads=self.ready)
@@ -95,11 +95,10 @@ class EagleDrafter(HeadPasses):
         self.known[here] = end
         if place.shape[1]:
             true = torch.cat([hidden[i][:, : place.shape[1]] for i in self.head.config.aux_layers], -1)
-            tokens = rows.tokens[here].gather(1, (place + 1).clamp(max=rows.capacity - 1))
-            place, extent = place.clamp(max=rows.capacity - 1), min(rounded_up(int(end.max())), rows.capacity)
-            self._layer(
-                tokens, self.head.fuse(true.to(self.head.fc.weight.dtype)), place, extent, *self._cache(), slots[0]
-            )
+            fused = self.head.fuse(true.to(self.head.fc.weight.dtype))
+            place = place.clamp(max=rows.capacity - 2)  # beyond a row's length is padding
+            tokens, extent = rows.tokens[here].gather(1, place + 1), min(rounded_up(int(end.max())), rows.capacity)
+            self._layer(tokens, fused, place, extent, *self._cache(), slots[0])
 
     def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
         self.collector.admit(rows, slots)

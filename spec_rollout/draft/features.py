@@ -115,7 +115,7 @@ class FeatureBuffer:
         self.tokens -= self.open.pop(row).size
 
     def add(self, tokens: Tensor, features: Tensor, prompt: int) -> None:
-        """A whole rollout: `tokens` [n + 1] int64, `features` [n, F], the first `prompt` tokens of which were given."""
+        """A whole rollout: `tokens` [n + 1] int64 and `features` [n, F]; the first `prompt` tokens were given."""
         self.begin()
         group = hash(tuple(tokens[:prompt].tolist()))
         for number, (start, stop) in enumerate(spans(prompt, len(features))):

@@ -30,8 +30,6 @@ class ModelDrafter(Collecting):
     committed tokens; the rest, left by plain decoding or rejected guesses, is read in one pass.
     """
 
-    ready = True
-
     def __init__(self, model: Target, collector: Collector | None = None):
         super().__init__(collector)
         self.model = model

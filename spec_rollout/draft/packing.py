@@ -26,8 +26,8 @@ class Pack(NamedTuple):
 
 
 def pack(samples: list[Sample], width: int) -> Pack:
-    """Pack `samples` first-fit into rows of at most `width`, a multiple of 64 that takes the longest of them, or as long
-    as that one."""
+    """Pack `samples` first-fit into rows of at most `width`, a multiple of 64 that takes the longest of them, or as
+    long as that one."""
     longest = max(len(sample.features) for sample in samples)
     width = max(longest, min(width, -(-longest // 64) * 64))
     rows: list[list[Sample]] = []

@@ -49,8 +49,6 @@ class SelfDrafter(Collecting):
         ValueError: the policy cannot be put in 8 bit, or keeps more for a row than keys and values.
     """
 
-    ready = True
-
     def __init__(self, policy: Target, collector: Collector | None = None):
         refuse_unquantizable(policy.model)
         if type(policy) is not Target or policy.recurrent:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 PACK_WIDTH = 512
-"""Most entries of a packed row, and of a span: a short rollout is one span. The rows of short rollouts are narrower, as
-attention grows with the square."""
+"""Most entries of a packed row, and of a span: a short rollout is one span. The rows of short rollouts are narrower,
+as attention grows with the square."""
 STRIDE = PACK_WIDTH - 1
 """The last entry of a span is the first of the next: it has the state that the one before it learns from."""
 CONTEXT = 128

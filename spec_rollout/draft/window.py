@@ -14,7 +14,7 @@ from spec_rollout.engine.transfers import Slots, upload
 
 
 class Window:
-    """Of each slot the last `width` entries, entry p at p modulo `width`, and the last `context` entries of the prompt.
+    """Of each slot the last `width` entries, entry p at p modulo `width`, and the last `context` ones of its prompt.
 
     The latter are there for siblings, who take over a prompt when its first row may be far beyond it.
 

@@ -18,6 +18,9 @@ from spec_rollout.records import Completion, Request, RolloutStats
 class Drafter(Protocol):
     """Guesses the next tokens of each active row. Its guesses can cost speed, never correctness."""
 
+    ready: bool
+    """False until it has learned to guess: it is then not asked, but when its time is measured."""
+
     @property
     def token_bytes(self) -> int:
         """Bytes that it keeps for each token of a slot, once a rollout has begun."""
