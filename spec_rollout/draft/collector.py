@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spec_rollout.draft.features import FeatureBuffer
-from spec_rollout.draft.spans import CONTEXT, STRIDE, first_entry, span_after
+from spec_rollout.draft.spans import CONTEXT, first_entry, span_after
 from spec_rollout.draft.window import Window
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import Slots
@@ -150,7 +150,7 @@ class Collector:
     def _cross(self, rows: Rows, slot: int) -> None:
         """The row in `slot` has come to its next span, whose first entry is the last one of the span before."""
         self.number[slot] += 1
-        place = int(first_entry(rows.starts[slot]) + STRIDE * self.number[slot])
+        place = int(first_entry(rows.starts[slot], self.number[slot]))
         self._seal(rows, slot, place + 1)
         span = self.buffer.start(int(rows.indices[slot]), int(self.number[slot]), place)
         self.copied[slot] = NEVER if span is None else place
@@ -161,7 +161,7 @@ class Collector:
         span = self.buffer.open.get(row)
         if span is None:
             return
-        first = int(first_entry(prompt) + STRIDE * span.number)
+        first = int(first_entry(prompt, span.number))
         if stop - max(first, prompt - 2) < 2:
             self.buffer.drop(row)  # nothing that was sampled has its target state here
             return

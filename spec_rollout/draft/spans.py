@@ -13,9 +13,9 @@ CONTEXT = 128
 """Most entries of the prompt at the head of the first span."""
 
 
-def first_entry(prompt: int | np.ndarray) -> int | np.ndarray:
-    """Where the first span begins, after a `prompt` of so many tokens."""
-    return np.maximum(prompt - 1 - CONTEXT, 0)
+def first_entry(prompt: int | np.ndarray, number: int = 0) -> int | np.ndarray:
+    """Where span `number` of a rollout begins that has a `prompt` of so many tokens."""
+    return np.maximum(prompt - 1 - CONTEXT, 0) + STRIDE * number
 
 
 def span_after(prompt: int | np.ndarray, entries: int | np.ndarray) -> int | np.ndarray:
@@ -26,5 +26,5 @@ def span_after(prompt: int | np.ndarray, entries: int | np.ndarray) -> int | np.
 def spans(prompt: int, entries: int) -> list[tuple[int, int]]:
     """First entry, and the one behind the last, of each span of a rollout that can be learned from."""
     first = int(first_entry(prompt))
-    found = [(start, min(start + PACK_WIDTH, entries)) for start in range(first, entries, STRIDE)]
+    found = [(start, min(start + STRIDE + 1, entries)) for start in range(first, entries, STRIDE)]
     return [(start, stop) for start, stop in found if stop - max(start, prompt - 2) >= 2]
