@@ -166,7 +166,7 @@ class Collector:
             self.buffer.drop(row)  # nothing that was sampled has its target state here
             return
         self._copy_out(rows, slot, stop)
-        if span.number == 0:
+        if span.number == 0 and row in self.buffer.open:
             self.buffer.extend(row, self.window.prompt(slot, prompt - 1 - first).clone(), front=True)
         if row in self.buffer.open:
             tokens = rows.tokens[slot, first : stop + 1].clone()

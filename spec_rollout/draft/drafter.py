@@ -115,7 +115,10 @@ class EagleDrafter(HeadPasses):
         self.collector.observe(rows, slots, start, hidden)
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
+        """None where the head is not ready."""
         count = rows.count
+        if not self.ready:
+            return rows.tokens[:count, :0]
         width = self._read_until(rows, 0, count, rows.lengths[:count], max(1, CATCH_UP_TOKENS // count))
         known = upload(self.known[:count], rows.device)
         lanes = [None] * gamma if noise is None else noise[:, :gamma].unbind(1)

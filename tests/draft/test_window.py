@@ -181,4 +181,4 @@ def test_a_head_that_has_learned_is_accepted_as_before(tmp_path, monkeypatch):
             )
             drawn = engine.generate(PROMPTS * 4, PARAMS_OF_LEARNED, seed=(3,))
             found.add(tuple((*c.token_ids, c.num_drafted, c.num_accepted) for c in drawn))
-    assert len(found) == 1 and sum(row[-1] for row in found.pop()) > 100
+    assert len(found) == 1 and sum(row[-1] for row in found.pop()) > 20
