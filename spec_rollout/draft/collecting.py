@@ -21,13 +21,8 @@ class Collecting:
     def __init__(self, collector: Collector | None = None):
         self.collector = collector or Collector((), torch.empty(0), None)
 
-    @property
-    def token_bytes(self) -> int:
-        return 0
-
-    @property
-    def slot_bytes(self) -> int:
-        return self.collector.slot_bytes()
+    def slot_bytes(self, capacity: int) -> int:
+        return self.collector.slot_bytes(capacity)
 
     def begin(self, rows: Rows) -> None:
         self.collector.begin(rows)

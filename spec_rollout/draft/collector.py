@@ -15,7 +15,8 @@ from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import Slots
 
 READ = 128
-"""Entries of a slot's window for a head that guesses: plain decoding costs it one pass for as many tokens."""
+"""Entries that go round in a slot's window for a head that guesses: plain decoding costs it one pass for as many
+tokens of rows that are longer than the window. A wider pass takes no less time for each token."""
 STAGED = 32
 """And where features are only collected: they are copied out that often."""
 NEVER = np.iinfo(np.int64).max // 2
@@ -44,13 +45,13 @@ class Collector:
     def collects(self) -> bool:
         return self.buffer is not None and self.buffer.max_tokens > 0
 
-    def slot_bytes(self, reads: bool = False) -> int:
-        """What a slot takes, however long its row is; `reads` as for `begin`."""
+    def slot_bytes(self, capacity: int, reads: bool = False) -> int:
+        """What a slot of `capacity` tokens takes; `reads` as for `begin`."""
         width, context, features = self._sizes(reads)
-        return (width + context) * features * self.like.itemsize
+        return min(capacity, width + context) * features * self.like.itemsize
 
     def _sizes(self, reads: bool) -> tuple[int, int, int]:
-        """Entries of the window, of the prompt's, and numbers in each."""
+        """Entries of the window that go round, those that stay, and numbers in each."""
         if not (reads or self.collects):
             return 0, 0, 0
         width = READ if reads else STAGED
@@ -75,7 +76,7 @@ class Collector:
 
     def resize(self, rows: Rows, kept: int) -> None:
         if self.reads or self.collects:
-            self.window.resize(len(rows.tokens), kept)
+            self.window.resize(len(rows.tokens), rows.capacity, kept)
 
     def read(self, rows: Rows, slots: tuple[int, int], start: np.ndarray, hidden: Sequence[Tensor]) -> None:
         if not (self.reads or self.collects):
@@ -107,11 +108,11 @@ class Collector:
             return
         parts, here = self.parts(hidden), slice(*slots)
         width = parts[0].shape[1]
-        self.window.fit(width)
+        self.window.fit(rows, width)
         seen = self.window.seen[here]
-        for n in np.flatnonzero(seen + width - self.window.width > self.copied[here]):
+        for n in np.flatnonzero(self.window.missing(rows, here, self.copied[here], width)):
             self._copy_out(rows, slots[0] + int(n), int(seen[n]))
-        self.window.write(slots, start, parts)
+        self.window.write(rows, slots, start, parts)
         seen[:] = rows.lengths[here]
         if self.collects:
             for n in np.flatnonzero(span_after(rows.starts[here], seen) > self.number[here]):
@@ -143,7 +144,7 @@ class Collector:
         length, row, prompt = int(rows.lengths[slot]), int(rows.indices[slot]), int(rows.starts[slot])
         span = self.buffer.open.get(row)
         if span is None and length == prompt - 1:
-            span = self.buffer.start(row, 0, length)  # what comes before is the prompt's
+            span = self.buffer.start(row, 0, int(first_entry(prompt)))
         self.number[slot] = span_after(prompt, length)
         self.copied[slot] = NEVER if span is None else span.copied
 
@@ -166,8 +167,6 @@ class Collector:
             self.buffer.drop(row)  # nothing that was sampled has its target state here
             return
         self._copy_out(rows, slot, stop)
-        if span.number == 0 and row in self.buffer.open:
-            self.buffer.extend(row, self.window.prompt(slot, prompt - 1 - first).clone(), front=True)
         if row in self.buffer.open:
             tokens = rows.tokens[slot, first : stop + 1].clone()
             self.buffer.seal(row, tokens, prompt, first, int(rows.groups[slot]))
@@ -177,6 +176,6 @@ class Collector:
         row, start = int(rows.indices[slot]), int(self.copied[slot])
         self.copied[slot] = NEVER
         if row in self.buffer.open and start < stop:
-            self.buffer.extend(row, self.window.entries(slot, start, stop))
+            self.buffer.extend(row, self.window.entries(rows, slot, start, stop))
         if row in self.buffer.open:
             self.buffer.open[row].copied = self.copied[slot] = max(start, stop)

@@ -44,12 +44,11 @@ class EagleDrafter(HeadPasses):
         compiled: str = "false",
         folder: str | None = None,
     ):
-        super().__init__(head, view, compiled, folder)
+        layers = head.config.aux_layers
+        self.collector = Collector(layers, head.fc.weight.new_empty(head.fused_width // len(layers)), buffer)
+        super().__init__(head, view, self.collector.window, compiled, folder)
         self.ready = False
         """False until the head has been trained or loaded: it then only collects."""
-        layers = head.config.aux_layers
-        self.collector = Collector(layers, head.fc.weight.new_empty(self.fused_width // len(layers)), buffer)
-        self.window = self.collector.window
         self._scores: list[Tensor] = []
         """Of the last guesses, [B, Vd] each."""
 
@@ -60,14 +59,10 @@ class EagleDrafter(HeadPasses):
         rows = len(own) if own is not None else self.head.config.vocab_size if ids is None else len(ids)
         return self.head.config.to_dict() | {"output_rows": rows}
 
-    @property
-    def token_bytes(self) -> int:
-        config = self.head.config
-        return 2 * config.num_key_value_heads * config.head_dim * self.head.fc.weight.itemsize * self.ready
-
-    @property
-    def slot_bytes(self) -> int:
-        return self.collector.slot_bytes(self.ready)
+    def slot_bytes(self, capacity: int) -> int:
+        config, size = self.head.config, self.head.fc.weight.itemsize
+        own = 2 * config.num_key_value_heads * config.head_dim * size * self.ready
+        return capacity * own + self.collector.slot_bytes(capacity, self.ready)
 
     def begin(self, rows: Rows) -> None:
         self.collector.begin(rows, reads=self.ready)
@@ -108,10 +103,9 @@ class EagleDrafter(HeadPasses):
     def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
         if self.ready:
             here, width = slice(*slots), hidden[-1].shape[1]
-            self.window.fit(width)
-            seen = self.window.seen[here]
-            if (seen + width - self.known[here]).max() > self.window.width:
-                self._read_until(rows, *slots, seen, 0)
+            self.window.fit(rows, width)
+            if self.window.missing(rows, here, self.known[here], width).any():
+                self._read_until(rows, *slots, self.window.seen[here], 0)
         self.collector.observe(rows, slots, start, hidden)
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
@@ -122,7 +116,7 @@ class EagleDrafter(HeadPasses):
         width = self._read_until(rows, 0, count, rows.lengths[:count], max(1, CATCH_UP_TOKENS // count))
         known = upload(self.known[:count], rows.device)
         lanes = [None] * gamma if noise is None else noise[:, :gamma].unbind(1)
-        state = (rows.tokens, self.window.ring, rows.length)
+        state = (rows.tokens, self.window.kept, rows.start, rows.length)
         guesses = [self.first(known, *state, lanes[0], temperature, width, self._extent(rows, 0), *self._cache())]
         self.known[:count] = rows.lengths[:count]
         for i in range(1, gamma):
@@ -145,7 +139,7 @@ class EagleDrafter(HeadPasses):
         width = max(1, CATCH_UP_TOKENS // (stop - start))
         while (behind := int((lengths - known).max())) > most:
             first = upload(known, rows.device)
-            here = (rows.tokens[start:stop], self.window.ring[start:stop])
+            here = (rows.tokens[start:stop], self.window.kept[start:stop], rows.start[start:stop])
             tokens, fused, place = self._entries(first, *here, min(width, behind))
             self._layer(tokens, fused, place, self._extent(rows, 0), *self._cache(), start)
             np.minimum(known + width, end, out=known)

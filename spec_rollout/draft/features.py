@@ -95,10 +95,10 @@ class FeatureBuffer:
         self.open[row] = OpenSpan(number, rank, place)
         return self.open[row]
 
-    def extend(self, row: int, features: Tensor, front: bool = False) -> None:
-        """`features` [n, F] go behind those that the open span of `row` has, or in `front` of them."""
+    def extend(self, row: int, features: Tensor) -> None:
+        """`features` [n, F] go behind those that the open span of `row` has."""
         span = self.open[row]
-        span.parts.insert(0 if front else len(span.parts), features)
+        span.parts.append(features)
         span.size += len(features)
         self.tokens += len(features)
         self._make_room()

@@ -11,6 +11,7 @@ from torch import Tensor
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.lean_head import GraphedHead, LeanHead, lean_head, programs_of
 from spec_rollout.draft.policy_view import PolicyView
+from spec_rollout.draft.window import Window, bases, indices
 from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.gumbel_max import draw_among
 from spec_rollout.engine.kv_cache import SlotCache, SlotWindow, causal_mask
@@ -35,11 +36,12 @@ class HeadPasses:
     Args:
         head: the draft head, in the policy's dtype.
         view: the policy's embedding and output head.
+        window: where the features are.
         compiled: as `compile_passes`; by halves of the layer, kept in `folder`, or whole functions.
     """
 
-    def __init__(self, head: EagleHead, view: PolicyView, compiled: str, folder: str | None):
-        self.head, self.view = head, view
+    def __init__(self, head: EagleHead, view: PolicyView, window: Window, compiled: str, folder: str | None):
+        self.head, self.view, self.window = head, view, window
         self.cache = SlotCache()
         self.fused_width = head.fused_width
         self.compiled, self.folder = compiled, folder
@@ -71,19 +73,23 @@ class HeadPasses:
             cache.keys, cache.values = [weight.new_zeros(size)], [weight.new_zeros(size)]
         return cache.keys, cache.values
 
-    def _entries(self, first: Tensor, tokens: Tensor, ring: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _entries(
+        self, first: Tensor, tokens: Tensor, kept: Tensor, prompt: Tensor, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`width` entries of each row from `first` [N] on: their tokens, fused features [N, width, H] and places."""
-        count = first.shape[0]
+        count, window = first.shape[0], self.window
         place = (first[:, None] + torch.arange(width, device=first.device)).clamp(max=tokens.shape[1] - 2)
-        index = torch.arange(count, device=first.device)[:, None] * ring.shape[1] + place % ring.shape[1]
-        true = ring[:count].flatten(0, 1)[index, : self.fused_width]
+        at = indices(place - bases(prompt[:count, None], window.context), window.context, window.width)
+        index = torch.arange(count, device=first.device)[:, None] * kept.shape[1] + at
+        true = kept[:count].flatten(0, 1)[index, : self.fused_width]
         return tokens[:count].gather(1, place + 1), self.head.fuse(true), place
 
     def _first(
         self,
         known: Tensor,
         tokens: Tensor,
-        ring: Tensor,
+        kept: Tensor,
+        prompt: Tensor,
         length: Tensor,
         noise: Tensor | None,
         temperature: float,
@@ -94,7 +100,7 @@ class HeadPasses:
     ) -> Guess:
         """The first guess of the rows 0..B-1 after the `width` entries from `known` [B] on have been read; the last
         before their `length` must be among them."""
-        ids, fused, place = self._entries(known, tokens, ring, width)
+        ids, fused, place = self._entries(known, tokens, kept, prompt, width)
         hidden = self._layer(ids, fused, place, extent, keys, values)
         at = length[: known.shape[0]] - 1 - known
         last = hidden.gather(1, at.clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2]))

@@ -42,9 +42,8 @@ class ModelDrafter(Collecting):
         self._configs = list(found.values())
         self._own = [config._attn_implementation for config in self._configs]
 
-    @property
-    def token_bytes(self) -> int:
-        return self._bytes
+    def slot_bytes(self, capacity: int) -> int:
+        return capacity * self._bytes + super().slot_bytes(capacity)
 
     def begin(self, rows: Rows) -> None:
         self._take_pass()

@@ -16,11 +16,13 @@ from spec_rollout.records import Completion
 class RandomDrafter:
     """Guesses uniformly; about 1 in V guesses comes true. Has a random stream of its own."""
 
-    token_bytes = slot_bytes = 0
     ready = True
 
     def __init__(self, seed: int = 0):
         self.generator = torch.Generator().manual_seed(seed)
+
+    def slot_bytes(self, capacity: int) -> int:
+        return 0
 
     def begin(self, rows: Rows) -> None:
         pass

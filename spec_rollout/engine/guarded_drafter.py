@@ -24,15 +24,9 @@ class GuardedDrafter:
         self.drafter, self.stats = drafter, stats
         self._shown: Rows | None = None
 
-    @property
-    def token_bytes(self) -> int:
-        """What the drafter keeps for each token of a slot."""
-        return 0 if self.drafter is None else self.drafter.token_bytes
-
-    @property
-    def slot_bytes(self) -> int:
-        """And for each slot besides."""
-        return 0 if self.drafter is None else self.drafter.slot_bytes
+    def slot_bytes(self, capacity: int) -> int:
+        """What the drafter keeps for a slot of `capacity` tokens."""
+        return 0 if self.drafter is None else self.drafter.slot_bytes(capacity)
 
     def end(self) -> None:
         """The rollout is over; the drafter gives back what it took."""

@@ -21,13 +21,8 @@ class Drafter(Protocol):
     ready: bool
     """False until it has learned to guess: it is then not asked, but when its time is measured."""
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes that it keeps for each token of a slot, once a rollout has begun."""
-
-    @property
-    def slot_bytes(self) -> int:
-        """And for each slot besides, however many tokens it has."""
+    def slot_bytes(self, capacity: int) -> int:
+        """What it keeps for a slot of `capacity` tokens in the rollout that has begun."""
 
     def begin(self, rows: Rows) -> None:
         """A rollout starts on `rows`, at most `rows.slots` at a time, which have no room yet."""

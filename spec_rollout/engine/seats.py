@@ -51,7 +51,7 @@ class Seats:
         # To a compiler, one slot alone or rows read to their end are a case of their own.
         self.least, self.odd = (2, 1) if config.compile_passes == "true" else (1, 0)
         token, slot = target.cache_bytes
-        self.room = Room(bound, token + draft.token_bytes + rows.token_bytes, slot + draft.slot_bytes)
+        self.room = Room(bound, token + rows.token_bytes, slot, draft.slot_bytes)
         self.most = max(len(r.prompt) + r.max_new_tokens for r in scheduler.waiting) - 1 + self.ahead
         for request in scheduler.waiting:
             if not self.room.holds(1, rounded_up(len(request.prompt) - 1 + self.ahead)):
@@ -196,7 +196,7 @@ class Seats:
         self.stats.cache_bytes = max(self.stats.cache_bytes, self.room.bytes(slots, capacity))
 
     def _too_long(self, index: int, tokens: int) -> CacheBoundError:
-        most = (self.room.bound - self.room.slot_bytes) // self.room.token_bytes - self.ahead + 1
+        most = self.room.longest - self.ahead + 1
         return CacheBoundError(
             f"Prompt {index} with its completion so far has {tokens} tokens, and max_cache_gib="
             f"{self.room.bound / GIB:.3g} holds {max(most, 0)} of a single row: raise max_cache_gib, or shorten the "

@@ -49,7 +49,7 @@ def drafter_with(policy, samples, rows, head, compiled=False):
     drafter.begin(rows)
     drafter.resize(rows, 0)
     for slot, sample in enumerate(samples):
-        drafter.window.ring[slot, : len(sample.features)] = sample.features[:, : drafter.fused_width]
+        drafter.window.kept[slot, : len(sample.features)] = sample.features[:, : drafter.fused_width]
     return drafter
 
 
@@ -70,7 +70,9 @@ def test_unrolled_states_are_the_states_of_decoding(policy, samples, some):
     rows.length[:] = cut  # decode from here with the sample's own tokens as guesses
     rows.lengths[:] = cut
     known, cache = torch.zeros_like(rows.length), drafter._cache()
-    guess = drafter.first(known, rows.tokens, drafter.window.ring, rows.length, None, 1.0, cut, rows.capacity, *cache)
+    guess = drafter.first(
+        known, rows.tokens, drafter.window.kept, rows.start, rows.length, None, 1.0, cut, rows.capacity, *cache
+    )
     for j in range(steps):
         if j:
             place = rows.length[:, None] + j - 1

@@ -98,7 +98,7 @@ def test_the_guesses_are_those_with_all_features_kept(kind, width, monkeypatch):
     assert got.widths and not expected.widths
 
 
-@pytest.mark.parametrize(("new", "reads"), [(15, 0), (16, 0), (17, 1), (32, 1), (33, 2)])
+@pytest.mark.parametrize(("new", "reads"), [(16, 0), (17, 0), (18, 1), (33, 1), (34, 2)])
 def test_plain_decoding_reads_once_per_window(new, reads, monkeypatch):
     """When the window is full, and not before."""
     monkeypatch.setattr(collector, "READ", 16)
@@ -112,12 +112,14 @@ def bytes_of(kind):
     engine = RolloutEngine(model)
     with engine.target.rollout():
         token, slot = engine.target.cache_bytes
-    return token + Rows.token_bytes + drafter.token_bytes, slot
+    return token + Rows.token_bytes + drafter.slot_bytes(100) // 100, slot
 
 
 @pytest.mark.parametrize("kind", ["eagle", "mtp"])
 def test_rows_that_give_way_are_guessed_for_as_before(kind, monkeypatch):
-    monkeypatch.setattr(Collector, "slot_bytes", lambda self, reads=False: 0)  # so that the same rows give way
+    monkeypatch.setattr(
+        Collector, "slot_bytes", lambda self, capacity, reads=False: 0
+    )  # so that the same rows give way
     options = {"kind": kind, "slots": 8}
     token, slot = bytes_of(kind)
     options["bound"] = int(2.2 * (96 * token + slot))
@@ -146,12 +148,12 @@ def test_a_pass_wider_than_the_window_widens_it(monkeypatch):
 
 
 def test_a_sibling_needs_the_prompts_last_feature(monkeypatch):
-    """Broken on purpose: its place in the window holds what its first row read later."""
+    """Broken on purpose: it does not take over the one that stays."""
     monkeypatch.setattr(collector, "READ", 16)
     expected = Watched(gammas=(1,))
 
     def copy(self, rows, source, target):
-        self.ring[target.device], self.tail[target.device] = self.ring[source.device], self.tail[source.device]
+        self.kept[target.device, 1:] = self.kept[source.device, 1:]
         self.seen[target.host] = self.seen[source.host].clip(max=rows.lengths[target.host])
 
     monkeypatch.setattr(Window, "copy", copy)

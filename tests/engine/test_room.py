@@ -34,9 +34,8 @@ def bounded(model, rows: float, tokens: int, drafter=None, **config) -> RolloutE
     engine = RolloutEngine(model, SpecConfig(**config), drafter=drafter, controller=drafter and Scripted(*GAMMAS))
     with engine.target.rollout():
         token, slot = engine.target.cache_bytes
-    per_token = token + Rows.token_bytes + (drafter.token_bytes if drafter else 0)
-    slot += drafter.slot_bytes if drafter else 0
-    engine.config.max_cache_gib = rows * (tokens * per_token + slot) / GIB
+    slot += drafter.slot_bytes(tokens) if drafter else 0
+    engine.config.max_cache_gib = rows * (tokens * (token + Rows.token_bytes) + slot) / GIB
     return engine
 
 
@@ -223,5 +222,5 @@ def test_the_head_keeps_what_it_has_of_rows_that_are_still_read():
         rows.resize(slots, capacity, kept)
         drafter.resize(rows, kept)
         rows.count = 1  # the second is being read
-        assert (drafter.window.ring[1] == (5 if kept else 0)).all()
-        drafter.window.ring[1] = 5
+        assert (drafter.window.kept[1, :32] == (5 if kept else 0)).all()
+        drafter.window.kept[1] = 5
