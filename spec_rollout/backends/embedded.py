@@ -61,12 +61,12 @@ class EmbeddedBackend:
         self._slots = 1
         """Rows that the rollouts had so far."""
         self._last_trace: list[StepStats] = []
-        """Steps of the rollouts before the last call of `refresh`."""
         self._trace: list[StepStats] = []
-        """Steps of the rollouts since."""
+        """Steps of the rollouts before the last call of `refresh`, and since."""
         self._step_began: float | None = None
         if self.config.num_speculative_tokens != 0:
             self.learner = DraftLearner(PolicyView(model), self.config, self.engine.target.device, seed)
+            self.engine.kept = lambda: {"max_feature_tokens": self.learner.buffer.nbytes}
             self._take_head()
             if self.config.draft_model_path and self.model.drafter is None:
                 self.load(self.config.draft_model_path, resume=False)

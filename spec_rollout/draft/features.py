@@ -76,6 +76,12 @@ class FeatureBuffer:
         """Of the ranks of this version's spans that have given way."""
         self._calls = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Of all features that are kept."""
+        open_parts = (part for span in self.open.values() for part in span.parts)
+        return sum(x.nbytes for x in (*(s.features for s in self.samples), *open_parts))
+
     def begin(self) -> None:
         """Rollouts begin, whose rows are numbered anew."""
         self.give_up()

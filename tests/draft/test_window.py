@@ -98,7 +98,7 @@ def test_the_guesses_are_those_with_all_features_kept(kind, width, monkeypatch):
     assert got.widths and not expected.widths
 
 
-@pytest.mark.parametrize(("new", "reads"), [(16, 0), (17, 0), (18, 1), (33, 1), (34, 2)])
+@pytest.mark.parametrize(("new", "reads"), [(15, 0), (16, 0), (17, 1), (32, 1), (33, 2)])
 def test_plain_decoding_reads_once_per_window(new, reads, monkeypatch):
     """When the window is full, and not before."""
     monkeypatch.setattr(collector, "READ", 16)
