@@ -61,7 +61,7 @@ def test_it_says_what_to_lower_and_goes_on_with_less(kind):
     backend.generate([[1]], SamplingParams(max_new_tokens=2))  # proven and weighed
     expected = backend.generate(PROMPTS * 16, PARAMS)
     before, own = torch.get_rng_state(), model.config._attn_implementation
-    with Bounded(model, 2**22, *KINDS[kind]) as memory:
+    with Bounded(model, 2**21, *KINDS[kind]) as memory:
         with pytest.raises(
             RolloutMemoryError, match=r"Lower max_cache_gib \(.* took the most, 0\.00\d+ GiB"
         ) as caught:
@@ -71,8 +71,8 @@ def test_it_says_what_to_lower_and_goes_on_with_less(kind):
     assert backend.engine.cache.keys == []
     assert model.training and model.config._attn_implementation == own and torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(p, weights[name]) and p.requires_grad for name, p in model.named_parameters())
-    backend.config.max_cache_gib = 2**19 / 2**30
-    with Bounded(model, 2**22, *KINDS[kind]):
+    backend.config.max_cache_gib, backend.config.max_slots = 2**19 / 2**30, 8
+    with Bounded(model, 2**21, *KINDS[kind]):
         drawn = backend.generate(PROMPTS * 16, PARAMS)
     assert_same(drawn, expected)
 
@@ -90,7 +90,7 @@ def test_a_single_row_can_only_be_shorter():
     model = make_policy("llama", max_position_embeddings=128)
     backend = backend_for(model)
     backend.generate([[1]], SamplingParams(max_new_tokens=2))
-    with Bounded(model, 2**17, *KINDS["cpu"]), pytest.raises(RolloutMemoryError, match="Lower max_completion_length"):
+    with Bounded(model, 2**16, *KINDS["cpu"]), pytest.raises(RolloutMemoryError, match="Lower max_completion_length"):
         backend.generate([[1, 2]], PARAMS)
 
 
@@ -128,7 +128,7 @@ def test_a_process_with_a_bound_on_its_memory():
         config = SpecConfig(num_speculative_tokens=0, max_slots=64, max_cache_gib=64.0)
         engine = RolloutEngine(model, config)
         prompts = [[i % 50 + 1] * 1000 for i in range(64)]
-        params = SamplingParams(max_new_tokens=2)
+        params = SamplingParams(max_new_tokens=40)
         expected = engine.generate(prompts[:2], params)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**26, resource.RLIM_INFINITY))
