@@ -47,7 +47,6 @@ def main() -> None:
         "live_tokens_mib": live * token / 2**20,
         "slots_mib": getattr(engine.stats, "cache_bytes", 0) / 2**20,
         "worst_case_mib": ROWS * (longest + args.limit) * token / 2**20,
-        "draft_live_tokens_mib": live * getattr(drafter, "token_bytes", 0) / 2**20,
         "learned_from_mib": sum(s.features.nbytes for s in buffer_of(drafter)) / 2**20,
         "preemptions": getattr(engine.stats, "preemptions", 0),
         "tokens": hash(tuple(t for c in completions for t in c.token_ids)),
