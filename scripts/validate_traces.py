@@ -81,7 +81,7 @@ class Machine:
         config = SpecConfig(num_speculative_tokens=3, max_slots=SLOTS)
         prompts = load_prompts(policy.tokenizer, "arithmetic")
         backend, _ = warm_backend(policy, prompts, config, time.perf_counter() + WARM_UP_S)
-        backend.drafter.buffer = None
+        backend.drafter.collector.buffer = None
         self.drafters = {PLAIN: None, HEAD: backend.drafter, NGRAMS: backend.ngrams.drafter}
         self.costs = {s: measured_cost(self.engine(s, SLOTS), SLOTS, WIDEST, None) for s in (HEAD, NGRAMS)}
 

@@ -20,6 +20,10 @@ class CacheBoundError(ValueError):
     """A single row does not fit into `max_cache_gib`; the message names both and what to do."""
 
 
+class RolloutMemoryError(RuntimeError):
+    """Memory ran out in a rollout; the message names the option to lower, and what it had taken."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How every completion of one `generate` call is drawn; the names and meanings are those of transformers.

@@ -65,18 +65,27 @@ def measure(engine: RolloutEngine, rows: Iterable[int], widest: int, measure_row
     """Time verbs of the decode loop, those of `measure_rows`, on batches of each of `rows` made-up rows."""
     apart = copy.copy(engine)  # the engine's cache keeps its size, and made-up rows do not count
     apart.stats = RolloutStats()
+    drafter, ready = engine.drafter, engine.drafter is None or engine.drafter.ready
+    if not ready:
+        drafter.ready = True  # what its guesses will take is measured before they are any good
     began, found = time.perf_counter(), []
     speed = 0.0  # seconds of measuring per row, so far
-    with apart.target.rollout():
-        if engine.config.compile_passes == "true":
-            _compile(apart, widest, measure_rows)
-        for count in _coarse_first(rows):
-            left = BUDGET_S - (time.perf_counter() - began)
-            if found and speed * count > left:
-                continue
-            start = time.perf_counter()
-            found += measure_rows(apart, count, widest)
-            speed = (time.perf_counter() - start) / count
+    try:
+        with apart.target.rollout():
+            if engine.config.compile_passes == "true":
+                _compile(apart, widest, measure_rows)
+            for count in _coarse_first(rows):
+                left = BUDGET_S - (time.perf_counter() - began)
+                if found and speed * count > left:
+                    continue
+                start = time.perf_counter()
+                found += measure_rows(apart, count, widest)
+                speed = (time.perf_counter() - start) / count
+    finally:
+        if drafter is not None:
+            drafter.end()
+        if not ready:
+            drafter.ready = False
     return found
 
 

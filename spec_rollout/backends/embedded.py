@@ -62,12 +62,12 @@ class EmbeddedBackend:
         self._slots = 1
         """Rows that the rollouts had so far."""
         self._last_trace: list[StepStats] = []
-        """Steps of the rollouts before the last call of `refresh`."""
         self._trace: list[StepStats] = []
-        """Steps of the rollouts since."""
+        """Steps of the rollouts before the last call of `refresh`, and since."""
         self._step_began: float | None = None
         if self.config.num_speculative_tokens != 0:
             self.learner = DraftLearner(PolicyView(model), self.config, self.engine.target.device, seed)
+            self.engine.kept = lambda: {"max_feature_tokens": self.learner.buffer.nbytes}
             self._take_head()
             if self.config.draft_model_path and self.model.drafter is None:
                 self.load(self.config.draft_model_path, resume=False)
@@ -123,7 +123,7 @@ class EmbeddedBackend:
         out of the draft's training, as of an evaluation."""
         self._step_began = self._step_began or time.perf_counter()
         if self.learner is not None:
-            self.drafter.buffer = self.learner.buffer if collect and self.config.draft_refresh else None
+            self.drafter.collector.buffer = self.learner.buffer if collect and self.config.draft_refresh else None
             power = 1 << (len(prompts) - 1).bit_length()  # a few prompts more or less are nothing new to measure
             self._slots = max(self._slots, min(self.config.max_slots, power))
             self._choose_source()
@@ -196,8 +196,8 @@ class EmbeddedBackend:
         kind = MtpDrafter if isinstance(head, MtpHead) else EagleDrafter
         compiled = self.config.compile_passes, self.config.calibration_cache
         self.head.drafter = kind(running, self.learner.view, self.learner.buffer, *compiled)
-        self.ngrams.drafter = NgramDrafter(self.history, self.head.drafter)
-        self.model.collect_with(self.head.drafter)
+        self.ngrams.drafter = NgramDrafter(self.history, self.head.drafter.collector)
+        self.model.collect_with(self.head.drafter.collector)
         self._publish()
 
     def _publish(self) -> None:

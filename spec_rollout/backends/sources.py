@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spec_rollout.backends.calibration import measured_cost
 from spec_rollout.config import SpecConfig
+from spec_rollout.draft.collector import Collector
 from spec_rollout.draft.draft_model import is_language_model, load_draft_model
 from spec_rollout.draft.model_drafter import ModelDrafter
 from spec_rollout.draft.ngrams import History
@@ -109,8 +110,8 @@ class ModelSource(Source):
         plain = RolloutValue(self.controller.cost, trace, self.config.widest).seconds([])
         return seconds if seconds < plain or not trace else math.inf
 
-    def collect_with(self, collector: Drafter | None) -> None:
-        """The head's drafter gathers features while this one guesses."""
+    def collect_with(self, collector: Collector) -> None:
+        """The head's `collector` gathers features while this one guesses."""
         if self.drafter is not None:
             self.drafter.collector = collector
 

@@ -80,7 +80,7 @@ def _drafter(policy: Policy, args: argparse.Namespace, slots: int) -> Any:
         backend = warm_backend(policy, config, STYLES[args.style])
     else:
         backend = EmbeddedBackend(policy.model, config, policy.tokenizer)
-    backend.drafter.buffer = None
+    backend.drafter.collector.buffer = None
     if backend.model.drafter is None:
         return backend.drafter
     if VLLM_EAGLE in args.peers:

@@ -114,9 +114,9 @@ def _drafter(kind: str, policy: Policy, expected: list[Completion]) -> Drafter:
         )
         drawn = RolloutEngine(policy.model).generate(earlier, policy.params)
         history.add((prompt, completion.token_ids) for prompt, completion in zip(earlier, drawn, strict=True))
-        return NgramDrafter(history, RandomDrafter())
+        return NgramDrafter(history)
     drafter = warm_backend(policy, SpecConfig(num_speculative_tokens=3)).drafter
-    drafter.buffer = None
+    drafter.collector.buffer = None
     return drafter
 
 

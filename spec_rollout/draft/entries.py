@@ -6,33 +6,31 @@ from collections.abc import Callable
 
 import numpy as np
 
+from spec_rollout.draft.collector import Collector
 from spec_rollout.engine.kept_slot import KeptSlot, Put
 from spec_rollout.engine.kv_cache import SlotCache
-from spec_rollout.engine.protocols import Drafter, GoesOn
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import Slots
 
 
 class Entries:
     """Stands in the bases of a drafter with a `cache` of its own. The first `known` entries of a slot are those of
-    committed tokens. Of the first `taken` tokens, which another row had read, no state of the policy was observed."""
+    committed tokens."""
 
     cache: SlotCache
     known: np.ndarray
-    taken: np.ndarray
 
     def _begin(self, rows: Rows) -> None:
-        self.known, self.taken = (np.zeros(rows.slots, dtype=np.int64) for _ in range(2))
+        self.known = np.zeros(rows.slots, dtype=np.int64)
 
     def _enter(self, slots: tuple[int, int], taken: np.ndarray, kept: list[KeptSlot | None]) -> None:
         """Rows begin in slots[0]..slots[1] - 1 with `taken` [N] tokens: with entries of `kept`, or those that are
         there."""
         here = slice(*slots)
-        self.taken[here] = taken
         np.minimum(self.known[here], taken, out=self.known[here])
-        for slot, part in enumerate(kept, start=slots[0]):
+        for slot, tokens, part in zip(range(*slots), taken.tolist(), kept, strict=True):
             if part is not None:
-                self.known[slot] = min(part.tokens, int(self.taken[slot]))
+                self.known[slot] = min(part.tokens, tokens)
                 self.cache.put([Put(slot, part, int(self.known[slot]))])
 
     def _keep(self, rows: Rows, slots: Slots) -> list[KeptSlot | None]:
@@ -42,18 +40,18 @@ class Entries:
     def _copy(self, rows: Rows, source: Slots, target: Slots, extent: int) -> None:
         self.cache.copy(source.device, target.device, extent)
         self.known[target.host] = np.minimum(self.known[source.host], rows.lengths[target.host])
-        self.taken[target.host] = self.taken[source.host]
 
 
 class HeadEntries(Entries):
     """Those of a head. They are made of states of the policy, so that none can be made up for later."""
 
     ready: bool
-    _read_until: Callable[[Rows, int, int, int], int]
+    collector: Collector
+    _read_until: Callable[[Rows, int, int, np.ndarray, int], int]
 
     def keep(self, rows: Rows, slots: Slots) -> list[KeptSlot | None]:
         for slot in slots.host.tolist() if self.ready else []:
-            self._read_until(rows, slot, slot + 1, 0)
+            self._read_until(rows, slot, slot + 1, rows.lengths[slot : slot + 1], 0)
         return self._keep(rows, slots) if self.ready else [None] * len(slots.host)
 
     def takes(self, rows: Rows, kept: KeptSlot | None) -> bool:
@@ -61,21 +59,4 @@ class HeadEntries(Entries):
 
     def enter(self, rows: Rows, slots: tuple[int, int], taken: np.ndarray, kept: list[KeptSlot | None]) -> None:
         self._enter(slots, taken, kept)
-
-
-class Collecting:
-    """Stands in the bases of a drafter that makes no entries of a row's tokens, while its `collector`, the head's
-    drafter, goes on gathering features."""
-
-    collector: Drafter | None
-
-    def keep(self, rows: Rows, slots: Slots) -> list[KeptSlot | None]:
-        return [None] * len(slots.host)
-
-    def takes(self, rows: Rows, kept: KeptSlot | None) -> bool:
-        """What it needs of a row it reads in its tokens."""
-        return True
-
-    def enter(self, rows: Rows, slots: tuple[int, int], taken: np.ndarray, kept: list[KeptSlot | None]) -> None:
-        if isinstance(self.collector, GoesOn):
-            self.collector.enter(rows, slots, taken, [None] * len(taken))
+        self.collector.enter(rows, slots, taken)

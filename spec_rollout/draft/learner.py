@@ -26,6 +26,7 @@ from spec_rollout.draft.own_head import checkpoints_own
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.refresh import SETTLED_STEPS, DraftTrainer
 from spec_rollout.draft.vocabulary import choose_vocabulary
+from spec_rollout.engine.out_of_memory import is_out_of_memory
 from spec_rollout.gamma.saving import RolloutValue
 from spec_rollout.records import RefreshStats
 
@@ -110,7 +111,9 @@ class DraftLearner:
             self._start_over(str(error))
             self.buffer.clear()  # what made it fail may be among the features
             return RefreshStats(draft_version=self.version)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             self._take_less(error)
             return RefreshStats(draft_version=self.version)
         self.buffer.advance()
@@ -146,12 +149,9 @@ class DraftLearner:
     def _inherit(self, features: Tensor, tokens: Tensor) -> None:
         missing = inherit(self.trainer.head, self.view, features, tokens)
         if missing:
-            warnings.warn(
-                f"{type(self.view.model).__name__} has no {' and no '.join(missing)} that a draft head could begin "
-                "with: its own begins with random weights, and learns for longer before it guesses well.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            what = f"{type(self.view.model).__name__} has no {' and no '.join(missing)} that a draft head could begin"
+            told = "its own begins with random weights, and learns for longer before it guesses well."
+            warnings.warn(f"{what} with: {told}", RuntimeWarning, stacklevel=4)
 
     def _agree(self) -> None:
         """After a training every rank must hold the same head; if one does not, all take rank 0's, and no momentum."""
@@ -161,7 +161,7 @@ class DraftLearner:
             for optimizer in self.trainer.optimizers:
                 optimizer.state.clear()
 
-    def _take_less(self, error: torch.OutOfMemoryError) -> None:
+    def _take_less(self, error: RuntimeError | MemoryError) -> None:
         """Go on without this training and with smaller batches; other ranks would wait for this one in vain."""
         if ranks.count() > 1 or self.trainer.batch_tokens <= LEAST_BATCH:
             raise error

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spec_rollout.draft.collecting import Collecting
+from spec_rollout.draft.collector import Collector
 from spec_rollout.draft.drafter import CATCH_UP_TOKENS
-from spec_rollout.draft.entries import Collecting, Entries
+from spec_rollout.draft.entries import Entries
 from spec_rollout.engine.attention_choice import attend
 from spec_rollout.engine.gumbel_max import draw_among
 from spec_rollout.engine.kept_slot import KeptSlot
 from spec_rollout.engine.kv_cache import SlotCache
-from spec_rollout.engine.protocols import Drafter
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.target import Target
@@ -25,16 +26,15 @@ LEFT = 4
 
 
 class ModelDrafter(Entries, Collecting):
-    """Guesses with `model`, which is not trained, while `collector`, the head's drafter, goes on gathering features.
+    """Guesses with `model`, which is not trained, while the head's `collector` goes on gathering features.
 
     Entry p of a slot holds the model's keys and values of token p. The first `known` entries of a slot are those of
     committed tokens; the rest, left by plain decoding or rejected guesses, is read in one pass.
     """
 
-    ready = True
-
-    def __init__(self, model: Target, collector: Drafter | None = None):
-        self.model, self.collector = model, collector
+    def __init__(self, model: Target, collector: Collector | None = None):
+        super().__init__(collector)
+        self.model = model
         self.cache = SlotCache()
         self.shape = model.config.to_dict()
         self._bytes = 0
@@ -44,22 +44,25 @@ class ModelDrafter(Entries, Collecting):
         self._configs = list(found.values())
         self._own = [config._attn_implementation for config in self._configs]
 
-    @property
-    def token_bytes(self) -> int:
-        return self._bytes + (0 if self.collector is None else self.collector.token_bytes)
+    def slot_bytes(self, capacity: int) -> int:
+        return capacity * self._bytes + super().slot_bytes(capacity)
 
     def begin(self, rows: Rows) -> None:
         self._take_pass()
         self.cache.allocate(rows.slots, rows.capacity, (self.model.dtype, self.model.device))
         self._begin(rows)
-        if self.collector is not None:
-            self.collector.begin(rows)
+        super().begin(rows)
+
+    def end(self) -> None:
+        super().end()
+        self.cache.release()
+        self.model._lean = None
+        self._scores = []
 
     def resize(self, rows: Rows, kept: int) -> None:
         self.model.confine(rows.capacity)
         self.cache.resize(len(rows.tokens), rows.capacity, kept)
-        if self.collector is not None:
-            self.collector.resize(rows, kept)
+        super().resize(rows, kept)
 
     def _take_pass(self) -> None:
         """Decode by what is proven for the model; nobody else runs it, so that it may stay so between the verbs."""
@@ -72,6 +75,7 @@ class ModelDrafter(Entries, Collecting):
 
     def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
         self._read_until(rows, *slots, 0)
+        super().admit(rows, slots)
 
     def keep(self, rows: Rows, slots: Slots) -> list[KeptSlot | None]:
         return self._keep(rows, slots)
@@ -133,14 +137,8 @@ class ModelDrafter(Entries, Collecting):
     def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
         here = slice(*slots)
         np.minimum(self.known[here], rows.lengths[here], out=self.known[here])
-        if self.collector is not None:
-            self.collector.observe(rows, slots, start, hidden)
+        super().observe(rows, slots, start, hidden)
 
     def copy(self, rows: Rows, source: Slots, target: Slots) -> None:
         self._copy(rows, source, target, int(rows.lengths[target.host].max()) + 1)
-        if self.collector is not None:
-            self.collector.copy(rows, source, target)
-
-    def finish(self, rows: Rows, slots: Slots) -> None:
-        if self.collector is not None:
-            self.collector.finish(rows, slots)
+        super().copy(rows, source, target)

@@ -165,9 +165,8 @@ class MtpDrafter(EagleDrafter):
     """Guesses with an `MtpHead`: as with an EAGLE head, but that the layer reads the cache by itself."""
 
     @cached_property
-    def token_bytes(self) -> int:
-        own = self.head.cached_numbers() + self.fused_width + self.head.config.hidden_size
-        return own * self.head.fc.weight.itemsize
+    def cached_numbers(self) -> int:
+        return self.head.cached_numbers()
 
     def _cache(self) -> tuple[list[Tensor], list[Tensor]]:
         """The head's keys and values; the first pass makes them, of what size its layer needs."""

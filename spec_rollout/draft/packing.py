@@ -26,13 +26,14 @@ class Pack(NamedTuple):
 
 
 def pack(samples: list[Sample], width: int) -> Pack:
-    """Pack `samples` first-fit into rows of at most `width`, a multiple of 64 that takes the longest of them; longer
-    rollouts are cut to their last `width` entries."""
-    width = min(width, -(-max(len(sample.features) for sample in samples) // 64) * 64)
+    """Pack `samples` first-fit into rows of at most `width`, a multiple of 64 that takes the longest of them, or as
+    long as that one."""
+    longest = max(len(sample.features) for sample in samples)
+    width = max(longest, min(width, -(-longest // 64) * 64))
     rows: list[list[Sample]] = []
     room: list[int] = []
     for sample in sorted(samples, key=lambda s: -len(s.features)):
-        size = min(len(sample.features), width)
+        size = len(sample.features)
         row = next((i for i, free in enumerate(room) if free >= size), len(rows))
         if row == len(rows):
             rows.append([])
@@ -50,7 +51,7 @@ def pack(samples: list[Sample], width: int) -> Pack:
     for r, documents in enumerate(rows):
         at = 0
         for document, sample in enumerate(documents):
-            at = _place(packed, r, at, document, sample, width)
+            at = _place(packed, r, at, document, sample)
     return packed
 
 
@@ -64,15 +65,14 @@ def shuffled(samples: list[Sample], width: int, tokens: int, generator: torch.Ge
         yield Pack(*(x[index] for x in packed))
 
 
-def _place(packed: Pack, row: int, at: int, document: int, sample: Sample, width: int) -> int:
-    total = len(sample.features)
-    first = max(0, total - width)
-    span = slice(at, at + total - first)
-    position = torch.arange(first, total, device=packed.tokens.device)
-    packed.tokens[row, span] = sample.tokens[first + 1 :]
-    packed.features[row, span] = sample.features[first:]
+def _place(packed: Pack, row: int, at: int, document: int, sample: Sample) -> int:
+    last = sample.first + len(sample.features)
+    span = slice(at, at + len(sample.features))
+    position = torch.arange(sample.first, last, device=packed.tokens.device)
+    packed.tokens[row, span] = sample.tokens[1:]
+    packed.features[row, span] = sample.features
     packed.positions[row, span] = position
     packed.document[row, span] = document
     # Entry p predicts token p + 2, and its target distribution is known where entry p + 1 exists.
-    packed.learn[row, span] = (position + 2 >= sample.prompt) & (position + 1 < total)
+    packed.learn[row, span] = (position + 2 >= sample.prompt) & (position + 1 < last)
     return span.stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,12 +16,18 @@ from spec_rollout.records import Completion
 class RandomDrafter:
     """Guesses uniformly; about 1 in V guesses comes true. Has a random stream of its own."""
 
-    token_bytes = 0
+    ready = True
 
     def __init__(self, seed: int = 0):
         self.generator = torch.Generator().manual_seed(seed)
 
+    def slot_bytes(self, capacity: int) -> int:
+        return 0
+
     def begin(self, rows: Rows) -> None:
+        pass
+
+    def end(self) -> None:
         pass
 
     def resize(self, rows: Rows, kept: int) -> None:
@@ -32,6 +39,9 @@ class RandomDrafter:
 
     def proposal(self) -> None:
         """Whatever it guesses is not drawn by the noise."""
+
+    def read(self, rows: Rows, slots: tuple[int, int], start: np.ndarray, hidden: Sequence[Tensor]) -> None:
+        pass
 
     def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
         pass

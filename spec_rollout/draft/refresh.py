@@ -17,6 +17,7 @@ from spec_rollout.draft.muon import Muon, multiplies_bfloat16
 from spec_rollout.draft.objective import divergence, overlap, scores
 from spec_rollout.draft.packing import Pack, pack, shuffled
 from spec_rollout.draft.policy_view import PolicyView
+from spec_rollout.draft.spans import PACK_WIDTH
 from spec_rollout.records import RefreshStats
 
 UNROLLED_STEPS, FIRST_UNROLLED_STEPS, DEEPER_AFTER = 5, 3, 50
@@ -24,8 +25,6 @@ UNROLLED_STEPS, FIRST_UNROLLED_STEPS, DEEPER_AFTER = 5, 3, 50
 more time per step; in its first DEEPER_AFTER steps the time is better spent on the first three."""
 UNROLLED_SHARE = 4
 """All steps but the first are unrolled from one in so many entries."""
-PACK_WIDTH = 512
-"""Most entries of a packed row; the rows of short rollouts are narrower, as attention grows with the square."""
 BATCH_TOKENS = 1024
 MATRIX_RATE = 0.22
 """Learning rate of the matrices times the root of the hidden size: a step changes any width by the same share. A cold

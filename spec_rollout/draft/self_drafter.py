@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from spec_rollout.draft.entries import Collecting
+from spec_rollout.draft.collecting import Collecting
+from spec_rollout.draft.collector import Collector
 from spec_rollout.draft.quantized import quantized_copy, refuse_unquantizable, renew
 from spec_rollout.engine.attention_choice import attend
 from spec_rollout.engine.gumbel_max import draw_among
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.lean.lean_pass import LeanPass
 from spec_rollout.engine.lean.recognition import family_of
-from spec_rollout.engine.protocols import Drafter
 from spec_rollout.engine.rejection import Proposal
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.target import Target
-from spec_rollout.engine.transfers import Slots
 
 
 class QuantizedTarget(Target):
@@ -41,7 +39,7 @@ class QuantizedTarget(Target):
 
 
 class SelfDrafter(Collecting):
-    """Guesses with `policy`'s matrices in 8 bit, while `collector`, the head's drafter, goes on gathering features.
+    """Guesses with `policy`'s matrices in 8 bit, while the head's `collector` goes on gathering features.
 
     It reads the policy's cache and writes the guesses' keys and values there, beyond the committed ones, where the
     pass that verifies them writes next. So there is no prompt to read, nothing to catch up with, and no memory but the
@@ -51,9 +49,7 @@ class SelfDrafter(Collecting):
         ValueError: the policy cannot be put in 8 bit, or keeps more for a row than keys and values.
     """
 
-    ready = True
-
-    def __init__(self, policy: Target, collector: Drafter | None = None):
+    def __init__(self, policy: Target, collector: Collector | None = None):
         refuse_unquantizable(policy.model)
         if type(policy) is not Target or policy.recurrent:
             kind = "recurrent layers" if policy.recurrent else "virtual tokens"
@@ -61,7 +57,8 @@ class SelfDrafter(Collecting):
                 f"draft_quantized=True needs a policy that keeps keys and values alone, and this one has {kind}: "
                 "leave it at False."
             )
-        self.policy, self.collector = policy, collector
+        super().__init__(collector)
+        self.policy = policy
         self.policy_cache: SlotCache | None = None
         """The policy's, in the rollout that is running; the engine sets it."""
         self.stale = True
@@ -71,10 +68,6 @@ class SelfDrafter(Collecting):
         self.shape = {"quantized": "int8"}
         self._target: QuantizedTarget | None = None
         self._scores: list[Tensor] = []
-
-    @property
-    def token_bytes(self) -> int:
-        return 0 if self.collector is None else self.collector.token_bytes
 
     def renew(self) -> None:
         """Read the policy's weights if they may have changed."""
@@ -89,12 +82,13 @@ class SelfDrafter(Collecting):
     def begin(self, rows: Rows) -> None:
         self.renew()
         self._target.prepare()
-        if self.collector is not None:
-            self.collector.begin(rows)
+        super().begin(rows)
 
-    def resize(self, rows: Rows, kept: int) -> None:
-        if self.collector is not None:
-            self.collector.resize(rows, kept)
+    def end(self) -> None:
+        super().end()
+        self._scores = []
+        if self._target is not None:
+            self._target._lean = None
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
         """
@@ -123,18 +117,3 @@ class SelfDrafter(Collecting):
 
     def proposal(self) -> Proposal:
         return Proposal(torch.stack(self._scores, 1), None)
-
-    def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
-        if self.collector is not None:
-            self.collector.observe(rows, slots, start, hidden)
-
-    def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
-        """Nothing to prepare."""
-
-    def copy(self, rows: Rows, source: Slots, target: Slots) -> None:
-        if self.collector is not None:
-            self.collector.copy(rows, source, target)
-
-    def finish(self, rows: Rows, slots: Slots) -> None:
-        if self.collector is not None:
-            self.collector.finish(rows, slots)

@@ -26,8 +26,9 @@ def choose_vocabulary(samples: list[Sample], view: PolicyView) -> Tensor | None:
         return present
     counts = torch.zeros(2, size, dtype=torch.float64, device=view.embedding.device)  # in completions, in prompts
     if samples:
-        counts[0] = torch.bincount(torch.cat([s.tokens[s.prompt :] for s in samples]), minlength=size)
-        counts[1] = torch.bincount(torch.cat([s.tokens[: s.prompt] for s in samples]), minlength=size)
+        cut = [s.tokens.tensor_split((max(0, s.prompt - s.first),)) for s in samples]
+        counts[0] = torch.bincount(torch.cat([completion for _, completion in cut]), minlength=size)
+        counts[1] = torch.bincount(torch.cat([prompt for prompt, _ in cut]), minlength=size)
     ranks.total(counts)
     if not counts.any() or (present is not None and counts[0, present].sum() >= COVERAGE * counts[0].sum()):
         return present

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -11,7 +12,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from spec_rollout.config import SpecConfig
+from spec_rollout.engine.guarded_drafter import GuardedDrafter
 from spec_rollout.engine.kept_rows import KeptRows
+from spec_rollout.engine.out_of_memory import is_out_of_memory, what_to_lower
 from spec_rollout.engine.protocols import Drafter, ReadsCache, Recorder
 from spec_rollout.engine.requests import make_requests
 from spec_rollout.engine.rollout import Rollout
@@ -66,6 +69,8 @@ class RolloutEngine:
         self.stats = RolloutStats()
         self.progress: Callable[[int, int], None] | None = None
         """Told after each step how many requests are not finished yet, and how many tokens the step emitted."""
+        self.kept: Callable[[], dict[str, int]] = dict
+        """Bytes of what is kept beside rollouts, by the option that bounds them."""
 
     def generate(
         self,
@@ -86,6 +91,8 @@ class RolloutEngine:
             ValueError: an empty prompt, a token outside the vocabulary, or a prompt that with its new tokens exceeds
                 the context; the message names the entry, the bound and the remedy.
             FloatingPointError: the policy's logits are NaN or infinite; the message names the step.
+            CacheBoundError: a row that does not fit into `max_cache_gib` by itself.
+            RolloutMemoryError: memory ran out; the message names the option to lower.
         """
         params = params or SamplingParams()
         target = self.target
@@ -94,7 +101,7 @@ class RolloutEngine:
         if not requests:
             return []
         before, prefill_s = len(self.stats.steps), self.stats.prefill_s
-        began = time.perf_counter()
+        began, rollout = time.perf_counter(), None
         try:
             with self.target.rollout():
                 rollout = self.start(requests, params, self.kept_rows)
@@ -102,11 +109,20 @@ class RolloutEngine:
                 completions = rollout.results.completions()
             if self.kept_rows is not None:
                 self.kept_rows.close(requests, completions)
+        except (RuntimeError, MemoryError) as error:
+            self.forget()
+            if not is_out_of_memory(error):
+                raise
+            sizes = self.kept() | ({} if rollout is None else rollout.sizes)
+            rollout = None
+            traceback.clear_frames(error.__traceback__)  # they hold what it took
+            raise what_to_lower(error, sizes) from error
         except BaseException:
             self.forget()
             raise
         finally:
             self.cache.release()
+            GuardedDrafter(self.drafter, self.stats).end()
         seconds = time.perf_counter() - began
         self.stats.seconds += seconds
         self.stats.lean_steps += (len(self.stats.steps) - before) * ("lean" in target.path)

@@ -27,10 +27,18 @@ class GuardedDrafter:
         self.drafter, self.stats = drafter, stats
         self._shown: Rows | None = None
 
-    @property
-    def token_bytes(self) -> int:
-        """What the drafter keeps for each token of a slot."""
-        return 0 if self.drafter is None else self.drafter.token_bytes
+    def slot_bytes(self, capacity: int) -> int:
+        """What the drafter keeps for a slot of `capacity` tokens."""
+        return 0 if self.drafter is None else self.drafter.slot_bytes(capacity)
+
+    def end(self) -> None:
+        """The rollout is over; the drafter gives back what it took."""
+        if self.drafter is None:
+            return
+        try:
+            self.drafter.end()
+        except Exception as error:  # whatever it is, the rollout is complete
+            self.switch_off(error)
 
     def call(self, verb: str, rows: Rows, *args, news: int | None = None):
         """What the drafter's `verb` returns for `rows` and `args`; None where the drafter is off or breaks. Only

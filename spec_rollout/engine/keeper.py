@@ -15,7 +15,7 @@ from spec_rollout.engine.transfers import on_both_sides
 
 class Keeper:
     """Adds finished rows to `kept` as far as the bound of `room` leaves memory beside the slots for them, of which a
-    token takes `token_bytes`; does nothing where `kept` is None."""
+    token takes `token_bytes` in the policy's cache; does nothing where `kept` is None."""
 
     def __init__(
         self,
@@ -77,4 +77,5 @@ class Keeper:
 
     def _bytes(self, slot: int) -> int:
         """At most what is kept of the row in `slot`."""
-        return self.room.slot_bytes + int(self.rows.lengths[slot]) * self.token_bytes
+        tokens = int(self.rows.lengths[slot])
+        return self.room.slot_bytes + tokens * self.token_bytes + self.draft.slot_bytes(tokens)

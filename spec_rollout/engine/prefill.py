@@ -63,6 +63,6 @@ class Prefill:
         extent = cache.extent(int(self.done[begin:end].max()) + wide)
         lengths = upload(left, rows.device)
         _, hidden = target.forward(cache, slots, ids, place, extent, keep_logits=1, lengths=lengths)
+        draft.call("read", rows, slots, self.done[begin:end].copy(), hidden)
         self.done[begin:end] += left
-        draft.call("observe", rows, slots, done, hidden)
         return int(left.sum())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spec_rollout.engine.compiled import NotCompilableError
 from spec_rollout.engine.kv_cache import SlotCache
+from spec_rollout.engine.out_of_memory import is_out_of_memory
 from spec_rollout.engine.support import REMEDY
 from spec_rollout.records import UnsupportedModelError
 
@@ -48,9 +49,9 @@ class Probe:
         model, size = self.target.model, self.target.vocab_size
         try:
             found = torch.stack([model(input_ids=row[None], use_cache=False).logits[0] for row in self.ids])
-        except torch.OutOfMemoryError:
-            raise
         except Exception as cause:  # a trainer would meet it as well
+            if is_out_of_memory(cause):
+                raise
             attention = self.target.config._attn_implementation
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot read a sequence of {self.length} tokens with its own "
@@ -118,9 +119,11 @@ def prove(target, expected: list[Tensor]) -> None:
     for stride, whole in zip(STRIDES, expected, strict=True):
         try:
             error = Probe(target, stride).error(whole)
-        except (NotCompilableError, torch.OutOfMemoryError):
+        except NotCompilableError:
             raise
         except Exception as cause:  # whatever it trips over, it cannot
+            if is_out_of_memory(cause):
+                raise
             raise UnsupportedModelError(
                 f"{name} cannot decode ragged rows: {type(cause).__name__}: {cause}. {REMEDY}"
             ) from cause

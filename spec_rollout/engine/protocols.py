@@ -19,12 +19,17 @@ from spec_rollout.records import Completion, Request, RolloutStats
 class Drafter(Protocol):
     """Guesses the next tokens of each active row. Its guesses can cost speed, never correctness."""
 
-    @property
-    def token_bytes(self) -> int:
-        """What it keeps for each token of a slot."""
+    ready: bool
+    """False until it has learned to guess: it is then not asked, but when its time is measured."""
+
+    def slot_bytes(self, capacity: int) -> int:
+        """What it keeps for a slot of `capacity` tokens in the rollout that has begun."""
 
     def begin(self, rows: Rows) -> None:
         """A rollout starts on `rows`, at most `rows.slots` at a time, which have no room yet."""
+
+    def end(self) -> None:
+        """It is over, or was given up: what was taken for it is to be given back. Also where it did not begin."""
 
     def resize(self, rows: Rows, kept: int) -> None:
         """The slots are now as many and as long as `rows.tokens`. The first `kept` keep what they hold: those of
@@ -42,12 +47,17 @@ class Drafter(Protocol):
         """What the last guesses were drawn from by the noise, for `verification="rejection"`; None if there was no
         distribution, such as in a table of n-grams."""
 
-    def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
-        """The target has computed `hidden` (its hidden states, each [N, T, H]) at positions start[n] + 0..T-1 of the
-        slots slots[0]..slots[1]-1; positions at or beyond a row's length are padding or guesses not come true."""
+    def read(self, rows: Rows, slots: tuple[int, int], start: np.ndarray, hidden: Sequence[Tensor]) -> None:
+        """The target has read a piece of what is known of the new rows in slots[0]..slots[1]-1: `hidden` (its hidden
+        states, each [N, T, H]) are those at positions start[n] + 0..T-1; from a row's length on they are padding. The
+        pieces of a row follow each other."""
 
     def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
-        """New rows sit in slots[0]..slots[1]-1; what is known of them, but for the last token, has been observed."""
+        """The new rows in slots[0]..slots[1]-1 have been read, all but the last known token, and are active now."""
+
+    def observe(self, rows: Rows, slots: tuple[int, int], start: Tensor, hidden: Sequence[Tensor]) -> None:
+        """A step has computed `hidden`, each [N, T, H], at positions start[n] + 0..T-1 of the active rows in the slots
+        slots[0]..slots[1]-1, where each had ended; positions at or beyond its length are guesses not come true."""
 
     def copy(self, rows: Rows, source: Slots, target: Slots) -> None:
         """Slots `target` [N] become copies of slots `source` [N] (siblings of a group; a row moved to a free slot)."""

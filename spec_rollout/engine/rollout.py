@@ -61,7 +61,7 @@ class Rollout:
         self.near_ties = NearTies(target, self.sampler, stats)
         self.stops = Stops(params, tokenizer, target.device)
         self.results = Results(len(requests), params.eos_token_ids)
-        self.passes = 0
+        self.passes, self.inputs = 0, torch.zeros(0, 1, dtype=torch.int64, device=target.device)
         self.soiled = np.zeros(0, dtype=bool)  # rows whose guesses led to NaN, which must not stay in the cache
         self.invalid = torch.zeros(slots, dtype=torch.bool, device=target.device)  # rows with guesses that are no ids
         self.distrusted = self.invalid  # and those with guesses that were not drawn from their proposal
@@ -97,6 +97,14 @@ class Rollout:
     def longest(self) -> int:
         """Committed tokens of the longest active row."""
         return int(self.rows.lengths[: self.rows.count].max())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of what is there, or was about to be, by the option that lowers them most."""
+        seats, rows = self.seats, self.rows
+        logits = rows.count * self.inputs.shape[1] * rows.vocab_size * (self.target.dtype.itemsize + 4)
+        slots = "max_cache_gib" if seats.slots > 1 else "max_completion_length"
+        return {slots: seats.room.bytes(seats.slots, seats.capacity), "max_slots": logits}
 
     def admit(self) -> float:
         """Fill free slots with waiting requests: each new prompt is prefilled once and copied to its siblings.

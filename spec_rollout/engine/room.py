@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,15 +24,17 @@ which is little beside being read by every token after it."""
 
 @dataclass(frozen=True)
 class Room:
-    """The `bound` of all slots in bytes (None without one), what one takes for each token, and what besides."""
+    """The `bound` of all slots in bytes (None without one), what one takes for each token, what besides, and what the
+    draft keeps `beside` it in a slot of so many tokens."""
 
     bound: int | None
     token_bytes: int
     slot_bytes: int = 0
+    beside: Callable[[int], int] = lambda capacity: 0
 
     def bytes(self, slots: int, capacity: int) -> int:
         """What `slots` of `capacity` tokens take."""
-        return slots * (self.slot_bytes + capacity * self.token_bytes)
+        return slots * (self.slot_bytes + capacity * self.token_bytes + self.beside(capacity))
 
     def holds(self, slots: int, capacity: int) -> bool:
         """Whether `slots` of `capacity` tokens stay within the bound."""
@@ -41,12 +46,17 @@ class Room:
 
     def too_long(self, index: int, tokens: int, ahead: int) -> CacheBoundError:
         """A row of prompt `index` with `tokens` tokens, to which a pass adds `ahead`, does not fit by itself."""
-        most = (self.bound - self.slot_bytes) // self.token_bytes - ahead + 1
+        most = self.longest - ahead + 1
         return CacheBoundError(
             f"Prompt {index} with its completion so far has {tokens} tokens, and max_cache_gib="
             f"{self.bound / GIB:.3g} holds {max(most, 0)} of a single row: raise max_cache_gib, or shorten the prompt "
             "or the completions."
         )
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a single slot can have within the bound."""
+        return bisect_right(range(self.bound // self.token_bytes + 1), self.bound, key=partial(self.bytes, 1)) - 1
 
     def grown(self, needed: int) -> int:
         """How long slots become that have to take `needed` tokens, if the bound allows it."""

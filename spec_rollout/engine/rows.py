@@ -58,6 +58,10 @@ class Rows:
         self.lengths = np.zeros(slots, dtype=np.int64)
         self.starts = np.zeros(slots, dtype=np.int64)
         """`length` and `start`, as the host knows them."""
+        self.indices = np.zeros(slots, dtype=np.int64)
+        """Index of the request."""
+        self.groups = np.zeros(slots, dtype=np.int64)
+        """A number that rows with the same prompt share."""
         self.tokens = torch.zeros(slots, capacity, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(slots, capacity, dtype=torch.float32, device=device)
         self.key = torch.zeros(slots, 2, dtype=torch.int32, device=device)
@@ -84,6 +88,8 @@ class Rows:
         self.start[slots], self.limit[slots], self.request[slots] = start, limit, request
         self.length[slots] = start - 1
         self.starts[slots] = [len(r.prompt) for r in requests]
+        self.indices[slots] = [r.index for r in requests]
+        self.groups[slots] = [hash(tuple(r.prompt)) for r in requests]
         self.lengths[slots] = self.starts[slots] - 1
         self.key[slots] = torch.stack([key0, key1], 1).to(torch.int32)
         for counter in (self.drafted, self.accepted, self.steps):
@@ -109,7 +115,7 @@ class Rows:
         for name in self.MOVED:
             state = getattr(self, name)
             state[target.device] = state[source.device]
-        for known in (self.lengths, self.starts):
+        for known in (self.lengths, self.starts, self.indices, self.groups):
             known[target.host] = known[source.host]
 
     def show(self, onlooker: Rows, news: int | None = None) -> Rows:
@@ -120,6 +126,7 @@ class Rows:
         if onlooker.tokens.shape != self.tokens.shape:
             onlooker.resize(len(self.tokens), self.capacity, self.count)
         onlooker.lengths[:], onlooker.starts[:] = self.lengths, self.starts
+        onlooker.indices[:], onlooker.groups[:] = self.indices, self.groups
         if news is None:
             known = int(self.lengths[active].max(initial=-1)) + 1
             onlooker.tokens[active, :known] = self.tokens[active, :known]

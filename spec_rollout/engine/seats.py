@@ -58,8 +58,8 @@ class Seats:
         # To a compiler, one slot alone or rows read to their end are a case of their own.
         self.least, self.odd = (2, 1) if config.compile_passes == "true" else (1, 0)
         token, slot = target.cache_bytes
-        self.room = Room(bound, token + draft.token_bytes + rows.token_bytes, slot)
-        self.keeper = Keeper(kept, self.room, token + draft.token_bytes, cache=cache, rows=rows, draft=draft)
+        self.room = Room(bound, token + rows.token_bytes, slot, draft.slot_bytes)
+        self.keeper = Keeper(kept, self.room, token, cache=cache, rows=rows, draft=draft)
         self.most = max(len(r.prompt) + r.max_new_tokens for r in scheduler.waiting) - 1 + self.ahead
         for request in scheduler.waiting:
             if not self.room.holds(1, rounded_up(len(request.prompt) - 1 + self.ahead)):

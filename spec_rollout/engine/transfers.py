@@ -31,3 +31,12 @@ def on_both_sides(slots: Sequence[int] | np.ndarray, device: torch.device) -> Sl
     """The numbers of `slots`, told to the device."""
     host = np.asarray(slots, dtype=np.int64)
     return Slots(host, upload(host, device))
+
+
+def download(tensor: Tensor) -> Tensor:
+    """A copy of `tensor` in host memory, which is there once the device has done what it was given until now; on a CPU
+    the same memory."""
+    if tensor.device.type == "cpu":
+        return tensor
+    kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return kept.copy_(tensor, non_blocking=True)

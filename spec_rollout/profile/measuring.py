@@ -94,7 +94,7 @@ def warm_backend(
 
 def measured_engine(policy: Policy, backend: EmbeddedBackend, slots: int) -> RolloutEngine:
     """An engine of its own, with room for any number of guesses; the draft learns no more."""
-    backend.drafter.buffer = None
+    backend.drafter.collector.buffer = None
     return RolloutEngine(policy.model, SpecConfig(max_slots=slots), drafter=backend.drafter, controller=FixedGamma(0))
 
 

@@ -46,14 +46,18 @@ def test_unrolled_states_are_the_states_of_decoding(name, samples, some):
     rows = Rows(len(samples), max(LENGTHS) + 8, VOCAB, tests.tiny.DEVICE)
     rows.count = len(samples)
     drafter = MtpDrafter(head, view)
+    drafter.ready = True
     drafter.begin(rows)
+    drafter.resize(rows, 0)
     for slot, sample in enumerate(samples):
         rows.tokens[slot, : len(sample.tokens)] = sample.tokens
-        drafter.features[slot, : len(sample.features)] = sample.features
+        drafter.window.kept[slot, : len(sample.features)] = sample.features[:, : drafter.fused_width]
     rows.length[:] = cut
     rows.lengths[:] = cut
     known, cache = torch.zeros_like(rows.length), drafter._cache()
-    guess = drafter.first(known, rows.tokens, drafter.features, rows.length, None, 1.0, cut, rows.capacity, *cache)
+    guess = drafter.first(
+        known, rows.tokens, drafter.window.kept, rows.start, rows.length, None, 1.0, cut, rows.capacity, *cache
+    )
     for j in range(steps):
         if j:
             place = rows.length[:, None] + j - 1

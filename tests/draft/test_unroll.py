@@ -46,9 +46,11 @@ def committed_rows(samples, guesses=8):
 
 def drafter_with(policy, samples, rows, head, compiled=False):
     drafter = EagleDrafter(head, PolicyView(policy), compiled=compiled)
+    drafter.ready = True
     drafter.begin(rows)
+    drafter.resize(rows, 0)
     for slot, sample in enumerate(samples):
-        drafter.features[slot, : len(sample.features)] = sample.features
+        drafter.window.kept[slot, : len(sample.features)] = sample.features[:, : drafter.fused_width]
     return drafter
 
 
@@ -69,7 +71,9 @@ def test_unrolled_states_are_the_states_of_decoding(policy, samples, some):
     rows.length[:] = cut  # decode from here with the sample's own tokens as guesses
     rows.lengths[:] = cut
     known, cache = torch.zeros_like(rows.length), drafter._cache()
-    guess = drafter.first(known, rows.tokens, drafter.features, rows.length, None, 1.0, cut, rows.capacity, *cache)
+    guess = drafter.first(
+        known, rows.tokens, drafter.window.kept, rows.start, rows.length, None, 1.0, cut, rows.capacity, *cache
+    )
     for j in range(steps):
         if j:
             place = rows.length[:, None] + j - 1

@@ -10,7 +10,7 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kv_cache import SlotCache
-from spec_rollout.records import SamplingParams
+from spec_rollout.records import RolloutMemoryError, SamplingParams
 from tests.tiny import PROMPTS, VOCAB, Scripted, assert_same, make_policy, policy, reference
 
 pytestmark = pytest.mark.any_device
@@ -118,7 +118,7 @@ def test_out_of_memory_in_the_cache_can_be_tried_again(failing, monkeypatch):
         return honest(tensor, *size, **options)
 
     monkeypatch.setattr(torch.Tensor, "new_zeros", runs_out)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RolloutMemoryError, match="Lower max_cache_gib .*CUDA out of memory"):
         engine.generate(PROMPTS, PARAMS)
     assert engine.cache.keys == engine.cache.values == [] and engine.cache.slots == 0
     engine.config.max_slots = 2

@@ -35,8 +35,8 @@ def bounded(model, rows: float, tokens: int, drafter=None, **config) -> RolloutE
     engine = RolloutEngine(model, SpecConfig(**config), drafter=drafter, controller=drafter and Scripted(*GAMMAS))
     with engine.target.rollout():
         token, slot = engine.target.cache_bytes
-    per_token = token + Rows.token_bytes + (drafter.token_bytes if drafter else 0)
-    engine.config.max_cache_gib = rows * (tokens * per_token + slot) / GIB
+    slot += drafter.slot_bytes(tokens) if drafter else 0
+    engine.config.max_cache_gib = rows * (tokens * (token + Rows.token_bytes) + slot) / GIB
     return engine
 
 
@@ -216,11 +216,12 @@ def test_a_batch_that_drains_leaves_its_room():
 def test_the_head_keeps_what_it_has_of_rows_that_are_still_read():
     model = policy("llama")
     drafter = EagleDrafter(EagleHead(HeadConfig.for_target(model.config)).eval(), PolicyView(model))
+    drafter.ready = True
     rows = Rows(4, 0, VOCAB, tests.tiny.DEVICE)
     drafter.begin(rows)
     for slots, capacity, kept in ((2, 32, 0), (3, 64, 2)):
         rows.resize(slots, capacity, kept)
         drafter.resize(rows, kept)
         rows.count = 1  # the second is being read
-        assert (drafter.features[1, :32] == (5 if kept else 0)).all()
-        drafter.features[1] = 5
+        assert (drafter.window.kept[1, :32] == (5 if kept else 0)).all()
+        drafter.window.kept[1] = 5
