@@ -19,6 +19,7 @@ from spec_rollout.draft.self_drafter import SelfDrafter
 from spec_rollout.engine import beginnings
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.target import Target
+from spec_rollout.records import SamplingParams
 from tests.draft.test_mtp import random_head
 from tests.engine.conversations import TOLD, Talk, keeping
 from tests.engine.test_room import bounded
@@ -49,17 +50,17 @@ def mtp(model):
 
 
 def itself(model):
-    return ModelDrafter(Target(copy.deepcopy(model)), eagle(model))
+    return ModelDrafter(Target(copy.deepcopy(model)), eagle(model).collector)
 
 
 def in_8_bit(model):
-    return SelfDrafter(Target(model), eagle(model))
+    return SelfDrafter(Target(model), eagle(model).collector)
 
 
 def ngrams(model):
     history = History(torch.device("cpu"))
     history.add([([1, 2, 3], [*range(4, 90)])])
-    return NgramDrafter(history, eagle(model))
+    return NgramDrafter(history, eagle(model).collector)
 
 
 KINDS = [("llama", eagle), ("gpt2", eagle), ("qwen3_5_text", eagle), ("qwen3_5_text", mtp)]
@@ -89,7 +90,7 @@ def test_guesses_come_true_as_often(name, make):
         assert_same(got, expected, 1e-3)
         assert guesses(got) == guesses(expected)
     assert talk.read[1:] == [TOLD * ROWS] * 2
-    assert talk.engine.stats.drafted > 0
+    assert (talk.engine.stats.drafted > 0) == talk.engine.drafter.ready
 
 
 def entries_of_another_row(patch):
@@ -151,9 +152,35 @@ def test_features_to_train_on_are_those_of_new_tokens():
     assert len(mine) == len(theirs) == 2 * ROWS
     for a, b in zip(mine[ROWS:], theirs[ROWS:], strict=True):
         gone = len(b.tokens) - len(a.tokens)
-        assert gone > 8 and a.prompt == b.prompt - gone == TOLD + 1
+        assert gone > 8 and a.first == b.first + gone and a.prompt == b.prompt == a.first + TOLD + 1
         assert torch.equal(a.tokens, b.tokens[gone:])
         torch.testing.assert_close(a.features, b.features[gone:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bound", [None, 64])
+def test_features_of_rows_that_begin_alike_are_those_of_their_tokens(bound, monkeypatch):
+    """Behind what an active row has read, with siblings, and where rows give way meanwhile."""
+    monkeypatch.setattr(beginnings, "LEAST_WAITED_FOR", 1)
+    model, buffer = policy("llama"), FeatureBuffer(10_000)
+    begin = [n % 89 + 3 for n in range(0, 7 * 30, 7)]
+    prompts = [[*begin, *tail] for tail in ([1, 2], [1, 2], [5], [9, 9, 9], [5], [8])]
+    engine = RolloutEngine(
+        model, SpecConfig(max_slots=4), drafter=eagle(model, buffer=buffer), controller=Scripted(*GAMMAS)
+    )
+    if bound is not None:
+        engine = bounded(model, 3, bound, eagle(model, buffer=buffer))
+    completions = engine.generate(prompts, SamplingParams(max_new_tokens=60))
+    assert engine.stats.reused_tokens > len(begin) and (engine.stats.preemptions > 0) == (bound is not None)
+    rows = [[*prompt, *c.token_ids] for prompt, c in zip(prompts, completions, strict=True)]
+    assert len(buffer.samples) >= (len(prompts) if bound is None else 1)
+    for sample in buffer.samples:
+        place = slice(sample.first, sample.first + len(sample.tokens))
+        (row, *_) = [row for row in rows if row[place][: len(sample.tokens)] == sample.tokens.tolist()]
+        states = model(torch.tensor([row]), output_hidden_states=True).hidden_states
+        layers = [*engine.drafter.head.config.aux_layers, -1]
+        expected = torch.cat([states[i][0] for i in layers], -1)[place][: len(sample.features)]
+        torch.testing.assert_close(sample.features, expected, atol=1e-4, rtol=1e-4)
+    assert any(sample.first > 16 for sample in buffer.samples)
 
 
 def test_with_a_head_in_a_small_pool():

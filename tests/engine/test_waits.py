@@ -83,7 +83,7 @@ def head(model) -> EagleDrafter:
 def ngrams(model) -> NgramDrafter:
     history = History(tests.tiny.DEVICE)
     history.add((p, c.token_ids) for p, c in zip(PROMPTS, RolloutEngine(model).generate(PROMPTS, PARAMS), strict=True))
-    return NgramDrafter(history, head(model))
+    return NgramDrafter(history, head(model).collector)
 
 
 def waits_of_steps(model, drafter, params, monkeypatch, **options) -> tuple[list[Counter], RolloutEngine]:
