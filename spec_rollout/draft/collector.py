@@ -84,9 +84,10 @@ class Collector:
             return
         here = slice(*slots)
         self.taken[here] = self.window.seen[here] = taken
-        for row in rows.indices[here][taken > 0].tolist() if self.collects else []:
-            if row in self.buffer.open and not self.buffer.open[row].parts:
-                self.buffer.drop(row)  # it begins with what `copy` took for a sibling's
+        for row, tokens in zip(rows.indices[here].tolist(), taken.tolist(), strict=True) if self.collects else []:
+            span = self.buffer.open.get(row)
+            if span is not None and not span.parts:
+                span.first = span.copied = max(span.first, tokens)
 
     def read(self, rows: Rows, slots: tuple[int, int], start: np.ndarray, hidden: Sequence[Tensor]) -> None:
         if not (self.reads or self.collects):
@@ -154,7 +155,7 @@ class Collector:
         length, row, prompt = int(rows.lengths[slot]), int(rows.indices[slot]), int(rows.starts[slot])
         span = self.buffer.open.get(row)
         if span is None and length == prompt - 1:
-            span = self.buffer.start(row, 0, self._first(rows, slot, 0))
+            span = self.buffer.start(row, 0, max(int(first_entry(prompt)), int(self.taken[slot])))
         self.number[slot] = span_after(prompt, length)
         self.copied[slot] = NEVER if span is None else span.copied
 
@@ -166,24 +167,19 @@ class Collector:
         span = self.buffer.start(int(rows.indices[slot]), int(self.number[slot]), place)
         self.copied[slot] = NEVER if span is None else place
 
-    def _first(self, rows: Rows, slot: int, number: int) -> int:
-        """The first entry of span `number` of the row in `slot`."""
-        return max(int(first_entry(int(rows.starts[slot]), number)), int(self.taken[slot]))
-
     def _seal(self, rows: Rows, slot: int, stop: int) -> None:
         """The sampled span of the row in `slot`, if there is one, ends before the entry `stop`."""
         row, prompt = int(rows.indices[slot]), int(rows.starts[slot])
         span = self.buffer.open.get(row)
         if span is None:
             return
-        first = self._first(rows, slot, span.number)
-        if stop - max(first, prompt - 2) < 2:
+        if stop - max(span.first, prompt - 2) < 2:
             self.buffer.drop(row)  # nothing that was sampled has its target state here
             return
         self._copy_out(rows, slot, stop)
         if row in self.buffer.open:
-            tokens = rows.tokens[slot, first : stop + 1].clone()
-            self.buffer.seal(row, tokens, prompt, first, int(rows.groups[slot]))
+            tokens = rows.tokens[slot, span.first : stop + 1].clone()
+            self.buffer.seal(row, tokens, prompt, span.first, int(rows.groups[slot]))
 
     def _copy_out(self, rows: Rows, slot: int, stop: int) -> None:
         """Put what is sampled of the entries before `stop` into the buffer."""

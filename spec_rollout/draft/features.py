@@ -29,11 +29,12 @@ class Sample:
 
 @dataclass
 class OpenSpan:
-    """A sampled span of a rollout that is still running: its number in the rollout, its rank, the place before which
-    all of it is in `parts` [·, F], and the sum of their lengths."""
+    """A sampled span of a rollout that is still running: its number in the rollout, its rank, its first place, the one
+    before which all of it is in `parts` [·, F], and the sum of their lengths."""
 
     number: int
     rank: float
+    first: int
     copied: int
     parts: list[Tensor] = field(default_factory=list)
     size: int = 0
@@ -98,7 +99,7 @@ class FeatureBuffer:
         rank = np.random.default_rng((self.seed, self._calls, row, number)).random()
         if rank >= self._lowest:
             return None
-        self.open[row] = OpenSpan(number, rank, place)
+        self.open[row] = OpenSpan(number, rank, place, place)
         return self.open[row]
 
     def extend(self, row: int, features: Tensor) -> None:
