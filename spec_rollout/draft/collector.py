@@ -162,7 +162,7 @@ class Collector:
     def _cross(self, rows: Rows, slot: int) -> None:
         """The row in `slot` has come to its next span, whose first entry is the last one of the span before."""
         self.number[slot] += 1
-        place = int(first_entry(rows.starts[slot], self.number[slot]))
+        place = int(first_entry(int(rows.starts[slot]), int(self.number[slot])))
         self._seal(rows, slot, place + 1)
         span = self.buffer.start(int(rows.indices[slot]), int(self.number[slot]), place)
         self.copied[slot] = NEVER if span is None else place

@@ -94,8 +94,7 @@ class RolloutEngine:
             CacheBoundError: a row that does not fit into `max_cache_gib` by itself.
             RolloutMemoryError: memory ran out; the message names the option to lower.
         """
-        params = params or SamplingParams()
-        target = self.target
+        params, target = params or SamplingParams(), self.target
         bounds = (target.vocab_size, target.room, target.switches)
         requests = make_requests(prompts, params, seed, max_new_tokens, *bounds)
         if not requests:
