@@ -19,7 +19,8 @@ from spec_rollout.training import SpecGRPOConfig, SpecGRPOTrainer
 from tests.training import talking
 from tests.training.conftest import OPTIONS, PROMPTS, Digits, build_policy, build_tokenizer
 from tests.training.processes import KINDS, join, report
-from tests.training.test_tools import CHATS, GOOD, TALK, Length, multiply
+from tests.training.talking import Length
+from tests.training.test_tools import CHATS, GOOD, TALK, multiply
 
 
 def main(kind: str, folder: Path) -> None:

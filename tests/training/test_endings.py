@@ -21,7 +21,7 @@ from spec_rollout.training import (
 from spec_rollout.training.endings import JudgedTokens, judge, plain
 from spec_rollout.training.sampler import TrainerSampler
 from tests.training import talking
-from tests.training.test_tools import CHATS, GOOD, TALK, make_talking, multiply  # noqa: F401
+from tests.training.test_tools import CHATS, GOOD, TALK, multiply
 
 LONG = ("Well", ", that", " is", " long", " to", " say")
 ENDINGS = {"stop strings": {"stop_strings": ["e", "7"]}, "an EOS id of the caller's": {"eos_token_id": [7, 30]}}
@@ -120,7 +120,7 @@ def test_ppo_penalises_what_was_cut_off_alone(make_ppo, peeking, drawn, ending):
     assert first[0] - first[1] == pytest.approx(5.0 * sum(cut) / len(cut), abs=1e-5)
 
 
-def test_after_a_tool_loop_the_last_turn_counts(make_talking, drawn):  # noqa: F811
+def test_after_a_tool_loop_the_last_turn_counts(make_talking, drawn):
     end = talking.make_tokenizer(GOOD, TALK, LONG).convert_tokens_to_ids(TALK[-1])
     options = {"mask_truncated_completions": True, "generation_kwargs": {"eos_token_id": end}}
     options |= {"max_completion_length": 26, "seed": 2}
