@@ -104,6 +104,7 @@ class Seats:
         puts = self.beginnings.take_out(first, admission.beginnings)
         self._resize(self.taken, max(tokens - 1, self._longest()) + self.ahead, kept=first, puts=puts)
         self.rows.fill(first, requests, self.parked)
+        self.rows.count = self.taken  # the drafter is shown the new rows too, those that only copy included
         for request in requests:
             self.parked.pop(request.index, None)
             self.scheduler.known.pop(request.index, None)

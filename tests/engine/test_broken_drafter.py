@@ -171,7 +171,14 @@ def test_a_failing_policy_is_not_hidden(loss):
         engine.generate(PROMPTS, PARAMS)
 
 
-def test_what_a_drafter_is_shown_is_what_is_known(monkeypatch):
+COPIED_ALONE = [[1, 2, 3], [4, 5, 6], [1, 2, 3]]
+"""With two slots the last one copies the first one's when the second has left: nothing is read."""
+
+
+@pytest.mark.parametrize(
+    ("prompts", "limits", "slots"), [(PROMPTS, [16] * len(PROMPTS), 3), (COPIED_ALONE, [16, 2, 16], 2)]
+)
+def test_what_a_drafter_is_shown_is_what_is_known(prompts, limits, slots, monkeypatch):
     """Through admissions, moves and every number of guesses, though only news are copied."""
     show, calls = Rows.show, []
 
@@ -185,10 +192,10 @@ def test_what_a_drafter_is_shown_is_what_is_known(monkeypatch):
         return shown
 
     monkeypatch.setattr(Rows, "show", checked)
-    expected = reference(policy("llama"), PROMPTS, PARAMS)
+    expected = reference(policy("llama"), prompts, PARAMS, max_new_tokens=limits)
     controller = Scripted(3, 0, 7, 1)
     engine = RolloutEngine(
-        policy("llama"), SpecConfig(max_slots=3), drafter=OracleDrafter(expected), controller=controller
+        policy("llama"), SpecConfig(max_slots=slots), drafter=OracleDrafter(expected), controller=controller
     )
-    assert_same(engine.generate(PROMPTS, PARAMS), expected)
+    assert_same(engine.generate(prompts, PARAMS, max_new_tokens=limits), expected)
     assert {0, 1, 4, None} <= set(calls)
