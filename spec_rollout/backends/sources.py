@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spec_rollout.backends.calibration import measured_cost
 from spec_rollout.config import SpecConfig
-from spec_rollout.draft.collector import Collector
+from spec_rollout.draft.collector import Collector, nobody
 from spec_rollout.draft.draft_model import is_language_model, load_draft_model
 from spec_rollout.draft.model_drafter import ModelDrafter
 from spec_rollout.draft.ngrams import History
@@ -110,10 +110,10 @@ class ModelSource(Source):
         plain = RolloutValue(self.controller.cost, trace, self.config.widest).seconds([])
         return seconds if seconds < plain or not trace else math.inf
 
-    def collect_with(self, collector: Collector) -> None:
-        """The head's `collector` gathers features while this one guesses."""
+    def collect_with(self, collector: Collector | None) -> None:
+        """The head's `collector` gathers features while this one guesses; None, and nobody does."""
         if self.drafter is not None:
-            self.drafter.collector = collector
+            self.drafter.collector = collector or nobody()
 
     def policy_changed(self) -> None:
         """A copy of the policy is made anew before the next rollout that guesses with it; a draft model stays."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from spec_rollout.draft.collector import Collector
+from spec_rollout.draft.collector import Collector, nobody
 from spec_rollout.engine.kept_slot import KeptSlot
 from spec_rollout.engine.rows import Rows
 from spec_rollout.engine.transfers import Slots
@@ -20,7 +19,7 @@ class Collecting:
     ready = True
 
     def __init__(self, collector: Collector | None = None):
-        self.collector = collector or Collector((), torch.empty(0), None)
+        self.collector = collector or nobody()
 
     def slot_bytes(self, capacity: int) -> int:
         return self.collector.slot_bytes(capacity)
