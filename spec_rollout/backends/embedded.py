@@ -67,7 +67,7 @@ class EmbeddedBackend:
         self._step_began: float | None = None
         if self.config.num_speculative_tokens != 0:
             self.learner = DraftLearner(PolicyView(model), self.config, self.engine.target.device, seed)
-            self.engine.kept = lambda: {"max_feature_tokens": self.learner.buffer.nbytes}
+            self.engine.beside = lambda: {"max_feature_tokens": self.learner.buffer.nbytes}
             self._take_head()
             if self.config.draft_model_path and self.model.drafter is None:
                 self.load(self.config.draft_model_path, resume=False)

@@ -50,9 +50,12 @@ class HeadEntries(Entries):
     _read_until: Callable[[Rows, int, int, np.ndarray, int], int]
 
     def keep(self, rows: Rows, slots: Slots) -> list[KeptSlot | None]:
-        for slot in slots.host.tolist() if self.ready else []:
-            self._read_until(rows, slot, slot + 1, rows.lengths[slot : slot + 1], 0)
-        return self._keep(rows, slots) if self.ready else [None] * len(slots.host)
+        if not self.ready:
+            return [None] * len(slots.host)
+        lengths = rows.lengths[: rows.count] - 1  # the last entry of a row that goes on is what it guesses from
+        lengths[slots.host] += 1
+        self._read_until(rows, 0, rows.count, lengths, 0)
+        return self._keep(rows, slots)
 
     def takes(self, rows: Rows, kept: KeptSlot | None) -> bool:
         return kept is not None or not self.ready

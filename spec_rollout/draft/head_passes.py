@@ -135,10 +135,14 @@ class HeadPasses:
         extends the head's own cache."""
         if self.lean is not None and start == 0 and tokens.shape[1] <= LEAN_WIDTH:
             return self.lean(tokens, hidden, place, extent, self.cache)
-        window = SlotWindow(keys, values, keys[0].shape[::2], start, place, extent)
-        q, k, v = self.head.project(self.view.embed(tokens).to(hidden.dtype), hidden, place)
+        size = keys[0].shape[::2] if keys else (self.cache.slots, self.cache.capacity)
+        window, mask = SlotWindow(keys, values, size, start, place, extent), causal_mask(place, extent)
+        return self._through(self.view.embed(tokens).to(hidden.dtype), hidden, place, mask, window)
+
+    def _through(self, embeds: Tensor, hidden: Tensor, place: Tensor, mask: Tensor, window: SlotWindow) -> Tensor:
+        """The layer itself; `mask` [N, 1, T, E] says what of the `window`, after this pass, each token sees."""
+        q, k, v = self.head.project(embeds, hidden, place)
         known, read = window.update(k, v, 0)
-        mask = causal_mask(place, extent)
         attended = F.scaled_dot_product_attention(q, known, read, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
         return self.head.combine(attended, hidden)
 

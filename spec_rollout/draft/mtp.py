@@ -21,8 +21,7 @@ from spec_rollout.draft.mtp_names import QWEN, Names, names_in, of_further, refu
 from spec_rollout.draft.policy_view import decoder_layers
 from spec_rollout.engine.attention import GROUPED_SDPA
 from spec_rollout.engine.kv_cache import SlotWindow
-from spec_rollout.engine.masks import causal_mask
-from spec_rollout.engine.target import cache_argument
+from spec_rollout.engine.support import cache_argument
 
 FULL = "full_attention"
 
@@ -172,20 +171,8 @@ class MtpDrafter(EagleDrafter):
         """The head's keys and values; the first pass makes them, of what size its layer needs."""
         return self.cache.keys, self.cache.values
 
-    def _layer(
-        self,
-        tokens: Tensor,
-        hidden: Tensor,
-        place: Tensor,
-        extent: int,
-        keys: list[Tensor],
-        values: list[Tensor],
-        start: int = 0,
-    ) -> Tensor:
-        size = (self.cache.slots, self.cache.capacity)
-        window = SlotWindow(keys, values, size, start, place, extent)
-        mask = causal_mask(place, extent)
-        return self.head.read(self.view.embed(tokens), hidden, place, mask, window)
+    def _through(self, embeds: Tensor, hidden: Tensor, place: Tensor, mask: Tensor, window: SlotWindow) -> Tensor:
+        return self.head.read(embeds, hidden, place, mask, window)
 
 
 class Unrolled(Cache):

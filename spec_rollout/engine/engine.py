@@ -69,8 +69,8 @@ class RolloutEngine:
         self.stats = RolloutStats()
         self.progress: Callable[[int, int], None] | None = None
         """Told after each step how many requests are not finished yet, and how many tokens the step emitted."""
-        self.kept: Callable[[], dict[str, int]] = dict
-        """Bytes of what is kept beside rollouts, by the option that bounds them."""
+        self.beside: Callable[[], dict[str, int]] = dict
+        """Bytes of what there is beside rollouts, by the option that bounds them."""
 
     def generate(
         self,
@@ -109,10 +109,10 @@ class RolloutEngine:
             if self.kept_rows is not None:
                 self.kept_rows.close(requests, completions)
         except (RuntimeError, MemoryError) as error:
+            sizes = self.beside() | ({} if rollout is None else rollout.sizes)
             self.forget()
             if not is_out_of_memory(error):
                 raise
-            sizes = self.kept() | ({} if rollout is None else rollout.sizes)
             rollout = None
             traceback.clear_frames(error.__traceback__)  # they hold what it took
             raise what_to_lower(error, sizes) from error

@@ -43,8 +43,10 @@ class Keeper:
     def lacks_room(self, finished: np.ndarray, slots: int, capacity: int, all_leave: bool) -> bool:
         """Whether the rows in the slots `finished` are not to be kept beside what is there: if they cannot all be, or
         if with them `all_leave`, since then nothing has to move for it."""
-        if self.kept is None or self.room.bound is None or all_leave:
-            return self.kept is not None and all_leave
+        if self.kept is None or all_leave:
+            return self.kept is not None
+        if self.room.bound is None:
+            return False
         return self.room.left(slots, capacity) - self.kept.bytes < sum(map(self._bytes, finished))
 
     def keep(

@@ -104,7 +104,7 @@ class Rollout:
         seats, rows = self.seats, self.rows
         logits = rows.count * self.inputs.shape[1] * rows.vocab_size * (self.target.dtype.itemsize + 4)
         slots = "max_cache_gib" if seats.slots > 1 else "max_completion_length"
-        return {slots: seats.room.bytes(seats.slots, seats.capacity), "max_slots": logits}
+        return {slots: seats.bytes, "max_slots": logits}
 
     def admit(self) -> float:
         """Fill free slots with waiting requests: each new prompt is prefilled once and copied to its siblings.
@@ -238,6 +238,6 @@ class Rollout:
             indices = [self.scheduler.active[slot].index for slot in finished]
             slots = self.results.take(self.rows, finished, indices, ended[finished])
             self.draft.call("finish", self.rows, slots)
-            self.seats.leave(finished)
+            self.seats.leave(finished, indices)
         reached = (accepted[:, None] > np.arange(gamma)).sum(0).tolist()
         return StepStats(count, gamma, context, int(emitted.sum()), reached)

@@ -74,6 +74,8 @@ class Scheduler:
             beginnings: finds what need not be read; None reads all.
         """
         first = len(self.active)
+        if not self.waiting or first == self.slots:  # as in most steps
+            return None
         old = self.active if self.keeps_prompts else []
         slot_of = {tuple(request.prompt): slot for slot, request in enumerate(old)}
         fresh, siblings, found, held = [], [], [], []

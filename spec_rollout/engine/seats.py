@@ -151,9 +151,8 @@ class Seats:
         """Let all slots have at least `tokens` tokens, whatever rows need."""
         self._resize(self.slots, tokens, kept=self.taken)
 
-    def leave(self, finished: np.ndarray) -> None:
-        """The rows in the slots `finished` are complete: close the gaps that they leave."""
-        indices = [self.scheduler.active[slot].index for slot in finished]
+    def leave(self, finished: np.ndarray, indices: list[int]) -> None:
+        """The rows of the requests `indices` in the slots `finished` are complete: close the gaps that they leave."""
         lacking = self.keeper.lacks_room(finished, self.slots, self.capacity, all_leave=len(finished) == self.taken)
         crowded = lacking and self.entering is None and not self.scheduler.waiting
         if not crowded:
@@ -163,7 +162,7 @@ class Seats:
             self._contract(finished, indices, *moves)
         else:
             self._close(*moves, len(finished))
-        self._note_bytes()
+        self.stats.cache_bytes = max(self.stats.cache_bytes, self.bytes)
 
     def _contract(self, finished: np.ndarray, indices: list[int], source: list[int], target: list[int]) -> None:
         """The rows in the slots `finished` are kept in the memory of their own slots, which are no more."""
@@ -237,8 +236,9 @@ class Seats:
         self.cache.resize(slots, capacity, kept, puts)
         self.rows.resize(slots, capacity, kept)
         self.draft.call("resize", self.rows, kept)
-        self._note_bytes()
+        self.stats.cache_bytes = max(self.stats.cache_bytes, self.bytes)
 
-    def _note_bytes(self) -> None:
-        taken = self.room.bytes(self.slots, self.capacity) + self.keeper.bytes
-        self.stats.cache_bytes = max(self.stats.cache_bytes, taken)
+    @property
+    def bytes(self) -> int:
+        """What slots and kept rows take."""
+        return self.room.bytes(self.slots, self.capacity) + self.keeper.bytes

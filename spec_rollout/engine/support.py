@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import nn
 
+from spec_rollout.engine.lean.recognition import base_model
 from spec_rollout.records import UnsupportedModelError
 
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
@@ -75,3 +78,10 @@ def rope_switches(config) -> tuple[int, ...]:
     kinds = [parameters, *(entry for entry in parameters.values() if isinstance(entry, dict))]
     switching = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
     return tuple(sorted({kind["original_max_position_embeddings"] for kind in switching}))
+
+
+def cache_argument(model: nn.Module) -> str:
+    """How the model's forward calls the cache: "cache", or before transformers 5.24 "past_key_values" ("cache_params"
+    where it has no attention)."""
+    taken = inspect.signature(type(base_model(model)).forward).parameters  # PEFT's own takes anything
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in taken), "past_key_values")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,13 +13,12 @@ from spec_rollout.engine.attention_choice import attend, first_proven
 from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.kv_cache import SlotCache, SlotWindow
 from spec_rollout.engine.lean.choice import DecodePass, LeanChoice
-from spec_rollout.engine.lean.recognition import base_model
 from spec_rollout.engine.masks import masks
 from spec_rollout.engine.precision import rounds_products
 from spec_rollout.engine.probe import STRIDES, Probe, prove
 from spec_rollout.engine.recurrences import Recurrences, running
 from spec_rollout.engine.state import state_of
-from spec_rollout.engine.support import has_recurrent_layers, refuse_unsupported, rope_switches
+from spec_rollout.engine.support import cache_argument, has_recurrent_layers, refuse_unsupported, rope_switches
 
 REPAYS_S = 90.0
 """Seconds of rollouts after which compiling is expected to pay: as much again is then expected to come."""
@@ -89,6 +87,7 @@ class Target:
         return self.context
 
     def make_cache(self) -> SlotCache:
+        """An empty cache for this policy's rows."""
         return SlotCache()
 
     @property
@@ -216,7 +215,8 @@ class Target:
     def _pass(
         self, ids: Tensor, positions: Tensor, extent: int, window: SlotWindow, keep_logits: int = 0
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        # A guess, or padding, may reach past the rows' ends: it must not be an invalid index, nor switch the rope.
+        # A guess, or padding, may reach past the rows' ends. What it leads to is never emitted; it only must not be an
+        # invalid index, nor switch the rope.
         place = positions if self._reach is None else positions.clamp(max=self._reach - 1)
         with running(window.recurrent) if self.recurrent else nullcontext():
             output = self.model(
@@ -236,10 +236,3 @@ class Target:
         It depends on the tokens alone, not on how decoding arrived at them.
         """
         return self.model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]
-
-
-def cache_argument(model: nn.Module) -> str:
-    """How the model's forward calls the cache: "cache", or before transformers 5.24 "past_key_values" ("cache_params"
-    where it has no attention)."""
-    taken = inspect.signature(type(base_model(model)).forward).parameters  # PEFT's own takes anything
-    return next((name for name in ("cache", "past_key_values", "cache_params") if name in taken), "past_key_values")

@@ -142,8 +142,8 @@ class TrainerSampler:
         if self.backend is None:
             return
         version, healthy = self.backend.draft_version, self.backend.draft_healthy
-        rank = trainer.accelerator.process_index, trainer.accelerator.num_processes
-        sums = local_sums(self.backend.take_stats(), self._refreshed, self._seconds, version, healthy, *rank)
+        place = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        sums = local_sums(self.backend.take_stats(), self._refreshed, self._seconds, version, healthy, *place)
         self._refreshed, self._seconds = RefreshStats(), 0.0
         vector = torch.tensor(list(sums.values()), dtype=torch.float32, device=trainer.accelerator.device)
         total = trainer.accelerator.reduce(vector, reduction="sum").tolist()

@@ -15,7 +15,7 @@ from spec_rollout.draft import refresh
 from spec_rollout.draft.mtp import MtpHead
 from spec_rollout.draft.mtp_checkpoint import FILE, add_to_policy, find_tensors
 from spec_rollout.draft.mtp_names import appended
-from spec_rollout.engine.target import cache_argument
+from spec_rollout.engine.support import cache_argument
 from spec_rollout.records import SamplingParams
 from tests.draft.test_mtp import random_head
 from tests.draft.test_mtp_names import HEADS

@@ -98,10 +98,10 @@ def test_features_are_counted():
     model = make_policy("llama")
     backend = EmbeddedBackend(model, SpecConfig(num_speculative_tokens=2, draft_ngrams=False))
     backend.generate(PROMPTS, SamplingParams(max_new_tokens=30))
-    assert backend.engine.kept() == {
+    assert backend.engine.beside() == {
         "max_feature_tokens": sum(s.features.nbytes for s in backend.learner.buffer.samples)
     }
-    backend.engine.kept = lambda: {"max_feature_tokens": 2**33}
+    backend.engine.beside = lambda: {"max_feature_tokens": 2**33}
     with Bounded(model, 2**17, *KINDS["cuda"]), pytest.raises(RolloutMemoryError, match="max_feature_tokens .* 8 GiB"):
         backend.generate(PROMPTS, SamplingParams(max_new_tokens=80))
 

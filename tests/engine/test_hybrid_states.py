@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.engine.target import cache_argument
+from spec_rollout.engine.support import cache_argument
 from spec_rollout.records import SamplingParams
 from tests.engine.test_hybrids import drawn, mixed
 from tests.engine.watched import Watched, assert_alike

@@ -12,7 +12,7 @@ from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.references import OracleDrafter, RandomDrafter
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.engine.target import cache_argument
+from spec_rollout.engine.support import cache_argument
 from spec_rollout.records import Completion, SamplingParams
 from tests.tiny import PROMPTS, Scripted, assert_same, cut, policy, reference
 from tests.tiny_configs import HYBRIDS, RELATIVES

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 from spec_rollout.engine import recurrences
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.recurrences import Recurrences
-from spec_rollout.engine.target import cache_argument
+from spec_rollout.engine.support import cache_argument
 from tests.tiny import policy
 
 
