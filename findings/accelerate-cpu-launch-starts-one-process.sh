@@ -14,7 +14,8 @@ trap 'rm -rf "$folder"' EXIT
 cat > "$folder/who.py" <<'PY'
 import os
 
-print(f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}", flush=True)
+line = f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}\n"
+os.write(1, line.encode())  # in one piece: two processes write
 PY
 
 cat > "$folder/multi_cpu.yaml" <<'YAML'

@@ -47,6 +47,17 @@ def test_it_brings_nothing_where_fewer_rows_take_as_long():
     assert shared == alone
 
 
+def test_nothing_is_drawn_before_it_was_let_go_of():
+    giver, taker = (Decoding(work, **of(LINEAR)) for work in (LONG, SHORT))
+    while not taker.done:
+        taker.step()
+    while giver.clock < 3 * taker.clock:
+        giver.step()
+    given = giver.give(2)
+    taker.take(given, now=giver.clock)
+    assert len(given) == 2 and taker.clock == giver.clock
+
+
 @pytest.mark.parametrize("slots", [2, 8])
 def test_every_token_is_drawn_once(slots, monkeypatch):
     ranks = []
