@@ -20,7 +20,7 @@ from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import FixedGamma
 from spec_rollout.records import SamplingParams
 
-ROWS, SHORTEST, LONGEST, TAIL = 64, 20, 2000, 0.9
+ROWS, SHORTEST, LONGEST = 64, 20, 2000
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     policy = load_policy(args.policy, "float32", LONGEST)
     policy.model.config.max_position_embeddings = 2 * args.limit
     prompts = arithmetic_prompts(policy.tokenizer, ROWS)
-    drawn = SHORTEST * (1 - np.random.default_rng(0).random(ROWS)) ** (-1 / TAIL)
+    drawn = SHORTEST * (1 - np.random.default_rng(0).random(ROWS)) ** (-1 / args.tail)
     lengths = np.clip(drawn.astype(int), SHORTEST, LONGEST)
     options = {} if args.max_cache_gib is None else {"max_cache_gib": args.max_cache_gib}
     config = SpecConfig(max_slots=ROWS, num_speculative_tokens=args.gamma, **options)
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", required=True, metavar="DIR")
     parser.add_argument("--max-cache-gib", type=float)
+    parser.add_argument("--tail", type=float, default=0.9, help="of the lengths; a smaller exponent is heavier")
     parser.add_argument("--draft", metavar="DIR", help="a head that guesses too")
     parser.add_argument("--gamma", type=int, default=0, help="its guesses per step")
     parser.add_argument("--limit", type=int, default=32768, help="new tokens that a row might have")

@@ -98,7 +98,7 @@ class EagleDrafter(HeadEntries, HeadPasses):
             fused = self.head.fuse(true.to(self.head.fc.weight.dtype))
             place = place.clamp(max=rows.capacity - 2)  # beyond a row's length is padding
             tokens, extent = rows.tokens[here].gather(1, place + 1), min(rounded_up(int(end.max())), rows.capacity)
-            self._layer(tokens, fused, place, extent, *self._cache(), slots[0])
+            self._layer(tokens, fused, place, extent, *self._cache(), slots[0], not start.any())
 
     def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
         self.collector.admit(rows, slots)

@@ -15,22 +15,25 @@ from spec_rollout.engine.transfers import upload
 
 PREFILL_TOKENS = 4096
 """Most tokens of one prefill pass, padding included."""
+FURTHER_TOKENS = 1024
+"""Most tokens of a row in a pass that is not its first: it needs a mask, under which few at a time take less time."""
 
 
 def passes(first: int, done: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[tuple[int, int], int]]:
     """The slots (start, stop) of rows that sit in the slots from `first` on, pass by pass, each with the most tokens
     that any of them reads in it. Of `lengths` [N] tokens, the `done` [N] first are there; rows of which all are need
     no pass, and one of more than PREFILL_TOKENS takes several."""
-    left = lengths - done
+    left, begun = lengths - done, done > 0
     start = 0
     while start < len(left):
         stop = start + 1
         while stop < len(left) and left[start : stop + 1].max() * (stop + 1 - start) <= PREFILL_TOKENS:
             stop += 1
-        for _ in range(0, left[start:stop].max(), PREFILL_TOKENS):
-            width = min(left[start:stop].max(), PREFILL_TOKENS)
-            yield (first + start, first + stop), int(width)
+        most = FURTHER_TOKENS if begun[start:stop].any() else PREFILL_TOKENS
+        while (width := int(min(left[start:stop].max(), most))) > 0:
+            yield (first + start, first + stop), width
             left[start:stop] = np.maximum(left[start:stop] - width, 0)
+            most = FURTHER_TOKENS
         start = stop
 
 
@@ -61,8 +64,8 @@ class Prefill:
         left = np.minimum(rows.lengths[active] - self.done[begin:end], width)
         place = place.clamp(max=rows.capacity - 1)
         extent = cache.extent(int(self.done[begin:end].max()) + wide)
-        lengths = upload(left, rows.device)
-        _, hidden = target.forward(cache, slots, ids, place, extent, keep_logits=1, lengths=lengths)
+        given = {"lengths": upload(left, rows.device), "first": not self.done[begin:end].any()}
+        _, hidden = target.forward(cache, slots, ids, place, extent, keep_logits=1, **given)
         draft.call("read", rows, slots, self.done[begin:end].copy(), hidden)
         self.done[begin:end] += left
         return int(left.sum())

@@ -88,7 +88,8 @@ class Probe:
         width = max(known)
         places = torch.arange(width, device=self.ids.device).expand(3, -1)
         lengths = torch.tensor(known, device=self.ids.device)
-        self.target.forward(cache, (0, 3), self.ids[:, :width], places, width, keep_logits=1, lengths=lengths)
+        given = {"lengths": lengths, "first": True}
+        self.target.forward(cache, (0, 3), self.ids[:, :width], places, width, keep_logits=1, **given)
         for step in range(size):
             if step == 3:  # the row of the first slot is done, that of the last takes its place
                 source, target = torch.tensor([[2], [0]], device=self.ids.device)

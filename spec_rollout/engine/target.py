@@ -178,11 +178,12 @@ class Target:
         extent: int,
         keep_logits: int = 0,
         lengths: Tensor | None = None,
+        first: bool = False,
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Run `ids` [N, T] at `positions` [N, T] of the slots `slots` = (start, stop) and extend their cache.
 
-        A prefill gives the `lengths` [N] of its rows, the tokens beyond which are padding; a pass over guesses is
-        followed by `SlotCache.commit`, which says how many came true.
+        A prefill gives the `lengths` [N] of its rows, beyond which is padding, and says whether `positions` are the
+        `first` ones, 0..T-1; a pass over guesses is followed by `SlotCache.commit`, which says how many came true.
 
         Returns the logits [N, T, V] (of the last `keep_logits` tokens, if given) and the hidden states: the residual
         stream before each layer and the final one after the norm, each [N, T, H].
@@ -193,7 +194,7 @@ class Target:
             return self._compiled(ids, positions, extent, cache.keys, cache.values)
         else:
             window = cache.window(slots[0], positions, extent, lengths)
-            output = self._pass(ids, positions, extent, window, keep_logits)
+            output = self._pass(ids, positions, extent, window, keep_logits, first)
         self.precision = self._narrowest(output[0].dtype, cache)
         return output
 
@@ -213,7 +214,13 @@ class Target:
         return self._pass(ids, positions, extent, window)
 
     def _pass(
-        self, ids: Tensor, positions: Tensor, extent: int, window: SlotWindow, keep_logits: int = 0
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        extent: int,
+        window: SlotWindow,
+        keep_logits: int = 0,
+        first: bool = False,
     ) -> tuple[Tensor, Sequence[Tensor]]:
         # A guess, or padding, may reach past the rows' ends. What it leads to is never emitted; it only must not be an
         # invalid index, nor switch the rope.
@@ -222,7 +229,7 @@ class Target:
             output = self.model(
                 input_ids=ids,
                 position_ids=place,
-                attention_mask=masks(self.config, positions, extent, self.dtype),
+                attention_mask=masks(self.config, positions, extent, self.dtype, first),
                 use_cache=True,
                 output_hidden_states=True,
                 logits_to_keep=keep_logits,

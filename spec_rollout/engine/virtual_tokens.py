@@ -105,9 +105,10 @@ class PrefixedTarget(Target):
         extent: int,
         keep_logits: int = 0,
         lengths: Tensor | None = None,
+        first: bool = False,
     ) -> tuple[Tensor, Sequence[Tensor]]:
         if not isinstance(cache, PrefixedCache):
-            return super().forward(cache, slots, ids, positions, extent, keep_logits, lengths)
+            return super().forward(cache, slots, ids, positions, extent, keep_logits, lengths, first)
         place, reach = positions + self.virtual, extent + self.virtual
         if self._lean is not None and slots[0] == keep_logits == 0:
             return self._lean(cache, ids, place, reach)

@@ -139,6 +139,15 @@ def test_long_prompts_are_read_piece_by_piece(monkeypatch):
     Watched(**options).same_as(expected)
 
 
+@pytest.mark.parametrize("kind", ["eagle", "mtp"])
+def test_a_later_piece_of_a_prompt_sees_the_earlier_ones(kind, monkeypatch):
+    options = {"kind": kind, "gammas": (2,), "prompts": [list(range(1, 60)), [5, 6, 7]], "limits": [12, 12]}
+    whole = Watched(**options)
+    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 23)
+    monkeypatch.setattr(prefill, "FURTHER_TOKENS", 7)
+    Watched(**options).same_as(whole)
+
+
 def test_a_pass_wider_than_the_window_widens_it(monkeypatch):
     options = {"gammas": (0, 0, 7, 0), "limits": [40] * 8}
     expected = unbounded(monkeypatch, **options)

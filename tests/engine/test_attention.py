@@ -8,10 +8,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter
-from spec_rollout.engine import attention
+from spec_rollout.engine import attention, prefill
 from spec_rollout.engine.attention import GROUPED_SDPA, grouped_sdpa
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.engine.masks import causal_mask
+from spec_rollout.engine.masks import causal_mask, is_triangle
 from spec_rollout.engine.target import Target
 from spec_rollout.records import SamplingParams
 from tests.tiny import PROMPTS, assert_same, policy, reference
@@ -83,6 +83,55 @@ def test_what_is_left_to_sdpa(case):
     assert torch.equal(grouped_sdpa(layer, query, key, value, mask, **options)[0], expected)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 7])
+@pytest.mark.parametrize("width", [1, 2, 40])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_first_tokens_need_no_mask(groups, width, window, dtype, monkeypatch):
+    """Masked or not, the same to the last bit on a CPU."""
+    layer, query, key, value, _ = tensors(groups, width, dtype=dtype)
+    places = torch.arange(width).expand(ROWS, -1)
+    plain, known = causal_mask(places, EXTENT, window), causal_mask(places, EXTENT, window, first=True)
+    assert is_triangle(known) and torch.equal(plain, known)
+    assert not any(map(is_triangle, (plain, known[:1], known.clone(), None)))
+    assert not is_triangle(causal_mask(places, EXTENT, width - 1, first=True))
+    expected, _ = sdpa_attention_forward(layer, query, key, value, plain, scaling=0.3)
+    given, honest = [], nn.functional.scaled_dot_product_attention
+
+    def recorded(query, key, *args, **kwargs):
+        given.append((kwargs.get("attn_mask"), key.shape[2]))
+        return honest(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", recorded)
+    output, _ = grouped_sdpa(layer, query, key, value, known, scaling=0.3)
+    if width > 1 or dtype != torch.float32:  # a kernel of its own takes a single query
+        assert torch.equal(output, expected)
+    torch.testing.assert_close(output, expected, atol=1e-6, rtol=0)
+    assert given == [(None, EXTENT)]
+
+
+def test_which_passes_need_none(monkeypatch):
+    """Those over the first tokens of prompts, of all rows in the pass, in every layer; and no other."""
+    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 16)
+    model = policy("llama")
+    prompts = [list(range(1, 41)), [5, 6, 7], list(range(3, 12))]
+    expected = reference(model, prompts, PARAMS)
+    engine = RolloutEngine(model, SpecConfig(num_speculative_tokens=3), drafter=OracleDrafter(expected))
+    engine.generate(prompts, PARAMS)  # is probed
+    seen, honest = [], attention.is_triangle
+
+    def recorded(mask):
+        if mask.shape[2] > 5:
+            seen.append((mask.shape[0], mask.shape[2], honest(mask), bool(mask[..., 0, 1:].any())))
+        return honest(mask)
+
+    monkeypatch.setattr(attention, "is_triangle", recorded)
+    assert_same(engine.generate(prompts, PARAMS), expected)
+    layers = model.config.num_hidden_layers
+    assert seen[:layers] == [(1, 16, True, False)] * layers
+    assert len(seen) > 2 * layers and all(first != others for _, _, first, others in seen)
+
+
 @pytest.mark.parametrize(
     ("name", "implementation"),
     [
@@ -90,7 +139,7 @@ def test_what_is_left_to_sdpa(case):
         ("gemma3_text", GROUPED_SDPA),
         # Its soft cap is nothing that `sdpa` computes: older transformers run it without, newer ones `eager`.
         ("gemma2", GROUPED_SDPA if Gemma2PreTrainedModel._supports_sdpa else "eager"),
-        ("gpt2", "sdpa"),  # one head of keys for each of queries
+        ("gpt2", GROUPED_SDPA),  # one head of keys for each of queries, but prompts without a mask
         ("stablelm", "sdpa"),  # its attention cannot be replaced
         ("gpt_oss", "eager"),  # its sinks need the weights
     ],

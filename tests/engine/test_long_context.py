@@ -7,7 +7,7 @@ import torch
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.engine.prefill import PREFILL_TOKENS
+from spec_rollout.engine.prefill import FURTHER_TOKENS, PREFILL_TOKENS
 from spec_rollout.engine.target import Target
 from spec_rollout.gamma import FixedGamma
 from spec_rollout.records import SamplingParams
@@ -42,4 +42,6 @@ def test_sixteen_thousand_tokens_of_context(monkeypatch):
     assert [c.token_ids for c in guessed] == [c.token_ids for c in plain]
     assert engine.stats.mean_acceptance_length > 3 and engine.stats.drafter_failures == 0
     long = [width for rows, width in pieces if rows * width > 1000]
-    assert long == [PREFILL_TOKENS] * (LONG // PREFILL_TOKENS - 1) + [PREFILL_TOKENS - 1]  # the last goes with a step
+    further = (LONG - PREFILL_TOKENS) // FURTHER_TOKENS
+    # The last token goes with a step.
+    assert long == [PREFILL_TOKENS] + [FURTHER_TOKENS] * (further - 1) + [FURTHER_TOKENS - 1]

@@ -178,7 +178,7 @@ def sees_the_future(patch):
 
 
 def sliding_window_ignored(patch):
-    patch.setattr(masks, "causal_mask", lambda positions, extent, window: causal_mask(positions, extent))
+    patch.setattr(masks, "causal_mask", lambda positions, extent, window, first: causal_mask(positions, extent))
 
 
 def results_in_order_of_completion(patch):

@@ -51,11 +51,11 @@ def test_decoders_that_count_positions_by_themselves(name, options):
     refused(model, "differ by .* standard deviations .bound 0.0001.")
 
 
-def mask_without_window(positions, extent, window=None):
+def mask_without_window(positions, extent, window=None, first=False):
     return causal_mask(positions, extent)
 
 
-def mask_one_too_narrow(positions, extent, window=None):
+def mask_one_too_narrow(positions, extent, window=None, first=False):
     return causal_mask(positions, extent, None if window is None else window - 1)
 
 
@@ -175,7 +175,7 @@ def test_masked_vocabularies_are_decoded():
     assert_same(RolloutEngine(model, SpecConfig(num_speculative_tokens=0)).generate(PROMPTS, PARAMS), expected)
 
 
-def one_position_is_blind(positions, extent, window=None):
+def one_position_is_blind(positions, extent, window=None, first=False):
     """To the first token, in all layers."""
     mask = causal_mask(positions, extent, window)
     mask[..., 0] &= (positions != 9)[:, None]
