@@ -98,7 +98,7 @@ class EagleDrafter(HeadEntries, HeadPasses):
             fused = self.head.fuse(true.to(self.head.fc.weight.dtype))
             place = place.clamp(max=rows.capacity - 2)  # beyond a row's length is padding
             tokens, extent = rows.tokens[here].gather(1, place + 1), min(rounded_up(int(end.max())), rows.capacity)
-            self._layer(tokens, fused, place, extent, *self._cache(), slots[0], not start.any())
+            self._put(tokens, fused, place, extent, slots[0])
 
     def admit(self, rows: Rows, slots: tuple[int, int]) -> None:
         self.collector.admit(rows, slots)
@@ -146,7 +146,7 @@ class EagleDrafter(HeadEntries, HeadPasses):
             first = upload(known, rows.device)
             here = (rows.tokens[start:stop], self.window.kept[start:stop], rows.start[start:stop])
             tokens, fused, place = self._entries(first, *here, min(width, behind))
-            self._layer(tokens, fused, place, self._extent(rows, 0), *self._cache(), start)
+            self._put(tokens, fused, place, self._extent(rows, 0), start)
             np.minimum(known + width, end, out=known)
         return max(1, behind)
 

@@ -12,11 +12,10 @@ from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.lean_head import GraphedHead, LeanHead, lean_head, programs_of
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.window import Window, bases, indices
-from spec_rollout.engine.attention import first_sdpa
 from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.gumbel_max import draw_among
 from spec_rollout.engine.kv_cache import SlotCache, SlotWindow
-from spec_rollout.engine.masks import causal_mask, is_triangle
+from spec_rollout.engine.masks import causal_mask
 
 LEAN_WIDTH = 16
 """Most tokens of a row in a lean pass of the head: what a step leaves behind. The mask of a wider one, as over
@@ -122,6 +121,14 @@ class HeadPasses:
         """The guess after `ids` [B, 1], themselves guessed from `hidden` [B, 1, H], at the entries `place` [B, 1]."""
         return self._guess(self._layer(ids, hidden, place, extent, keys, values), noise, temperature)
 
+    def _put(self, tokens: Tensor, hidden: Tensor, place: Tensor, extent: int, start: int) -> None:
+        """Extend the head's own cache by entries that nothing is guessed from, as in `_layer`: a single layer's keys
+        and values need no attention."""
+        cache = self._cache()
+        window = SlotWindow(*cache, cache[0][0].shape[::2], start, place, extent)
+        _, k, v = self.head.project(self.view.embed(tokens).to(hidden.dtype), hidden, place)
+        window.update(k, v, 0)
+
     def _layer(
         self,
         tokens: Tensor,
@@ -131,22 +138,19 @@ class HeadPasses:
         keys: list[Tensor],
         values: list[Tensor],
         start: int = 0,
-        first: bool = False,
     ) -> Tensor:
-        """One pass of the layer over `tokens` and `hidden` at entries `place` [N, T] of the slots from `start` on, the
-        `first` ones or later ones; extends the head's own cache."""
+        """One pass of the layer over `tokens` and `hidden` at entries `place` [N, T] of the slots from `start` on;
+        extends the head's own cache."""
         if self.lean is not None and start == 0 and tokens.shape[1] <= LEAN_WIDTH:
             return self.lean(tokens, hidden, place, extent, self.cache)
         size = keys[0].shape[::2] if keys else (self.cache.slots, self.cache.capacity)
-        window, mask = SlotWindow(keys, values, size, start, place, extent), causal_mask(place, extent, first=first)
+        window, mask = SlotWindow(keys, values, size, start, place, extent), causal_mask(place, extent)
         return self._through(self.view.embed(tokens).to(hidden.dtype), hidden, place, mask, window)
 
     def _through(self, embeds: Tensor, hidden: Tensor, place: Tensor, mask: Tensor, window: SlotWindow) -> Tensor:
         """The layer itself; `mask` [N, 1, T, E] says what of the `window`, after this pass, each token sees."""
         q, k, v = self.head.project(embeds, hidden, place)
         known, read = window.update(k, v, 0)
-        if is_triangle(mask):
-            return self.head.combine(first_sdpa(q, known, read), hidden)
         attended = F.scaled_dot_product_attention(q, known, read, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
         return self.head.combine(attended, hidden)
 

@@ -171,6 +171,9 @@ class MtpDrafter(EagleDrafter):
         """The head's keys and values; the first pass makes them, of what size its layer needs."""
         return self.cache.keys, self.cache.values
 
+    def _put(self, tokens: Tensor, hidden: Tensor, place: Tensor, extent: int, start: int) -> None:
+        self._layer(tokens, hidden, place, extent, *self._cache(), start)
+
     def _through(self, embeds: Tensor, hidden: Tensor, place: Tensor, mask: Tensor, window: SlotWindow) -> Tensor:
         return self.head.read(embeds, hidden, place, mask, window)
 
