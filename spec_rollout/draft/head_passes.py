@@ -11,7 +11,7 @@ from torch import Tensor
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.lean_head import GraphedHead, LeanHead, lean_head, programs_of
 from spec_rollout.draft.policy_view import PolicyView
-from spec_rollout.draft.window import Window, bases, indices
+from spec_rollout.draft.window import Window
 from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.gumbel_max import draw_among
 from spec_rollout.engine.kv_cache import SlotCache, SlotWindow
@@ -80,7 +80,7 @@ class HeadPasses:
         """`width` entries of each row from `first` [N] on: their tokens, fused features [N, width, H] and places."""
         count, window = first.shape[0], self.window
         place = (first[:, None] + torch.arange(width, device=first.device)).clamp(max=tokens.shape[1] - 2)
-        at = indices(place - bases(prompt[:count, None], window.context), window.context, window.width)
+        at = window.at(place, prompt[:count])
         index = torch.arange(count, device=first.device)[:, None] * kept.shape[1] + at
         true = kept[:count].flatten(0, 1)[index, : self.fused_width]
         return tokens[:count].gather(1, place + 1), self.head.fuse(true), place

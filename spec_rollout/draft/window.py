@@ -74,9 +74,8 @@ class Window:
     def write(self, rows: Rows, slots: tuple[int, int], start: Tensor, parts: Sequence[Tensor]) -> None:
         """Entries start[n] + 0..T-1 of the slots slots[0]..slots[1]-1, whose features are `parts` [N, T, …] beside
         each other."""
-        base = bases(rows.start[slice(*slots)], self.context)
-        place = (start - base)[:, None] + torch.arange(parts[0].shape[1], device=start.device)
-        self._put(slots, place, parts)
+        place = start[:, None] + torch.arange(parts[0].shape[1], device=start.device)
+        self._put(slots, self.at(place, rows.start[slice(*slots)]), torch.cat(tuple(parts), -1))
 
     def write_prompt(self, rows: Rows, slots: tuple[int, int], start: np.ndarray, parts: Sequence[Tensor]) -> None:
         """As `write`, for a piece of what is known of new rows, of any width; beyond a row's length is padding."""
@@ -87,7 +86,8 @@ class Window:
         if (end - base).max() > self.context:
             place = stop - 1 - torch.arange(min(pieces, self.width), device=device)
             place = torch.maximum(place, first.clamp(min=0))  # a row with fewer writes its first one again
-            self._put(slots, place, [_at(part, (place - first).clamp(max=pieces - 1)) for part in parts])
+            given = [_at(part, (place - first).clamp(max=pieces - 1)) for part in parts]
+            self._put(slots, indices(place, self.context, self.width), torch.cat(given, -1))
         size = min(self.context, self.kept.shape[1])
         column, offset = torch.arange(size, device=device) - first, 0
         within = ((column >= 0) & (column < stop - first))[..., None]
@@ -107,19 +107,16 @@ class Window:
         index = np.where(place < self.context, place, self.context + (place - self.context) % self.width)
         return self.kept[slot].index_select(0, upload(index, self.kept.device))
 
-    def _put(self, slots: tuple[int, int], place: Tensor, parts: Sequence[Tensor]) -> None:
+    def at(self, place: Tensor, prompt: Tensor) -> Tensor:
+        """Where the entries `place` [N, T] are in slots whose rows had `prompt` [N] tokens to begin with."""
+        place = place - (prompt - (1 + self.context)).clamp_(min=0)[:, None]
+        # Slots of so few tokens do not go round.
+        return indices(place, self.context, self.width) if self.capacity > self.context + self.width else place
+
+    def _put(self, slots: tuple[int, int], place: Tensor, features: Tensor) -> None:
         row = torch.arange(*slots, device=place.device)[:, None] * self.kept.shape[1]
-        index = (row + indices(place, self.context, self.width)).flatten()
-        flat, offset = self.kept.view(-1, self.kept.shape[2]), 0
-        for part in parts:
-            column = flat[:, offset : offset + part.shape[2]]
-            column.index_copy_(0, index, part.flatten(0, 1).to(flat.dtype))
-            offset += part.shape[2]
-
-
-def bases(prompt: Tensor, context: int) -> Tensor:
-    """`Window.base` of prompts of so many tokens [N], on the device."""
-    return (prompt - 1 - context).clamp(min=0)
+        flat = self.kept.view(-1, self.kept.shape[2])
+        flat.index_copy_(0, (row + place).flatten(), features.flatten(0, 1).to(flat.dtype))
 
 
 def indices(place: Tensor, context: int, width: int) -> Tensor:
