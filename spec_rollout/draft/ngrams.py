@@ -22,13 +22,13 @@ JUDGED = 3
 
 
 class NgramTable:
-    """What followed each run of tokens in `sequences` [n] int64, of which one at least has two tokens.
+    """What followed each run of tokens in `sequences` [n] int64.
 
     Runs are known by 64-bit hashes, a sum over tokens of (id + 1) times a random number for the place. Two that
     collide would spoil a guess, never a sample.
 
     Attributes:
-        keys [N] int64, ascending: the runs' hashes.
+        keys [N] int64, ascending: the runs' hashes; one that is met nowhere where no sequence has two tokens.
         tokens [N, CANDIDATES] int64, scores [N, CANDIDATES] float32: what followed, the most frequent first, and the
             logarithm of how often; -inf where there are fewer.
     """
@@ -39,15 +39,34 @@ class NgramTable:
         self.factors, self.salts = random[0], random[1, : len(ORDERS)]
         self.order = torch.tensor(ORDERS, device=device) - 1
         self.rank = torch.arange(1, len(ORDERS) + 1, device=device)
-        self._count(*self._runs(sequences))
+        empty = torch.zeros(0, dtype=torch.int64, device=device)
+        self._pairs = empty, empty, empty
+        """Each run and a token that followed it, by run, then by token, and how often: [E] each."""
+        self.change(sequences, ())
+
+    def change(self, added: Sequence[Tensor], gone: Sequence[Tensor]) -> None:
+        """Count the sequences `added`, and those `gone` no more. What is there is not counted again."""
+        parts = [self._pairs]
+        for sequences, sign in ((added, 1), (gone, -1)):
+            if sequences:
+                keys, followers = self._runs(sequences)
+                parts.append((keys, followers, torch.full_like(keys, sign)))
+        keys, followers, counts = (torch.cat(part) for part in zip(*parts, strict=True))
+        order = _order(keys, followers)
+        keys, followers = keys[order], followers[order]
+        first = _changes(keys) | _changes(followers)
+        pair = first.cumsum(0) - 1
+        counts = torch.zeros_like(keys[first]).index_add_(0, pair, counts[order])
+        left = counts > 0
+        self._pairs = keys[first][left], followers[first][left], counts[left]
+        self._rank_followers()
 
     def _runs(self, sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The hash of each run and the token after it, [E] both."""
         device = self.factors.device
-        empty = torch.zeros(0, dtype=torch.int64, device=device)
-        tokens = torch.cat([empty, *(s.to(device) for s in sequences)])
-        place = torch.cat([empty, *(torch.arange(len(s), device=device) for s in sequences)])
-        hashes, keys, followers = torch.zeros_like(tokens), [empty], [empty]
+        tokens = torch.cat([s.to(device) for s in sequences])
+        place = torch.cat([torch.arange(len(s), device=device) for s in sequences])
+        hashes, keys, followers = torch.zeros_like(tokens), [], []
         for back in range(1, LONGEST + 1):
             hashes = hashes + (tokens.roll(back) + 1) * self.factors[back - 1]
             if back in ORDERS:
@@ -56,19 +75,16 @@ class NgramTable:
                 followers.append(tokens[within])
         return torch.cat(keys), torch.cat(followers)
 
-    def _count(self, keys: Tensor, followers: Tensor) -> None:
+    def _rank_followers(self) -> None:
         """Keep the most frequent followers of each run."""
-        keys, followers = _sorted(keys, followers)
-        first = (_changes(keys) | _changes(followers)).nonzero()[:, 0]
-        counts = torch.diff(first, append=first.new_tensor([len(keys)]))
-        keys, followers, counts = keys[first], followers[first], counts
-        keys, order = _sorted(keys, -counts, index=True)
-        followers, counts = followers[order], counts[order]
+        keys, followers, counts = self._pairs
+        order = _order(keys, -counts)
+        keys, followers, counts = keys[order], followers[order], counts[order]
         starts = _changes(keys)
         run = starts.cumsum(0) - 1
         place = torch.arange(len(keys), device=keys.device) - starts.nonzero()[:, 0][run]
         kept = place < CANDIDATES
-        self.keys = keys[starts]
+        self.keys = keys[starts] if len(keys) else keys.new_zeros(1)
         size = len(self.keys), CANDIDATES
         self.tokens = torch.zeros(size, dtype=torch.int64, device=keys.device)
         self.scores = torch.full(size, -torch.inf, device=keys.device)
@@ -115,36 +131,45 @@ class History:
         self.sequences: list[Tensor] = []
         self.acceptance: list[float] = []
         self.seconds = 0.0
-        self._table: NgramTable | None = None
+        self._table = NgramTable((), device)
+        self._added: list[Tensor] = []
+        self._gone: list[Tensor] = []
+        """What the table does not know of yet."""
 
     def __bool__(self) -> bool:
         return bool(self.sequences)
 
     @property
     def table(self) -> NgramTable:
-        """Made anew after rollouts have been added."""
-        if self._table is None:
+        """Brought up to date after rollouts have been added."""
+        if self._added or self._gone:
             began = time.perf_counter()
-            self._table = NgramTable(self.sequences, self.device)
+            self._table.change(self._added, self._gone)
+            self._added, self._gone = [], []
             self.seconds = time.perf_counter() - began
         return self._table
 
     def add(self, rollouts: Iterable[tuple[Sequence[int], Sequence[int]]]) -> None:
         """Take in prompts and completions, the token ids of both, of one phase."""
         pairs = [(torch.tensor([*p, *c], device=self.device), len(p)) for p, c in rollouts]
-        half = 0 if self.sequences else len(pairs) // 2
-        if half:  # the first phase is judged by its first half
-            self._table = NgramTable([sequence for sequence, _ in pairs[:half]], self.device)
-        if half or self.sequences:
+        half = 0 if self.sequences else len(pairs) // 2  # the first phase is judged by its first half
+        self._keep([sequence for sequence, _ in pairs[:half]])
+        if self.sequences:
             self._judge([self.table.hits(sequence, start) for sequence, start in pairs[half:]])
-        self.sequences += [sequence for sequence, _ in pairs]
+        self._keep([sequence for sequence, _ in pairs[half:]])
+
+    def _keep(self, sequences: list[Tensor]) -> None:
+        """The table counts `sequences` too, and no longer the oldest ones beyond MAX_TOKENS."""
+        self.sequences += sequences
+        self._added += sequences
         total = 0
         for kept, sequence in enumerate(reversed(self.sequences)):
             total += len(sequence)
             if total > MAX_TOKENS and kept:
-                del self.sequences[: len(self.sequences) - kept]
+                oldest = len(self.sequences) - kept
+                self._gone += self.sequences[:oldest]
+                del self.sequences[:oldest]
                 break
-        self._table = None
 
     def _judge(self, hits: Sequence[Tensor]) -> None:
         """The guess after a number of guesses that came true is made in a context that is the row's own by then."""
@@ -159,11 +184,10 @@ class History:
         self.acceptance = [true / max(1, of) for true, of in torch.stack(counts).tolist()]
 
 
-def _sorted(keys: Tensor, values: Tensor, index: bool = False) -> tuple[Tensor, Tensor]:
-    """Both sorted by key, then by value; with `index`, the order in place of the values."""
+def _order(keys: Tensor, values: Tensor) -> Tensor:
+    """What sorts both, by key, then by value."""
     order = values.argsort(stable=True)
-    order = order[keys[order].argsort(stable=True)]
-    return keys[order], order if index else values[order]
+    return order[keys[order].argsort(stable=True)]
 
 
 def _changes(values: Tensor) -> Tensor:

@@ -95,6 +95,19 @@ def test_the_oldest_rollouts_give_way(monkeypatch):
     assert [len(s) for s in history.sequences] == [21]  # one that is too long alone stays
 
 
+@given(st.lists(sequences, min_size=1, max_size=6), st.sampled_from([10, 30, 1000]))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_a_table_brought_up_to_date_is_one_made_anew(phases, most):
+    history = History(CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ngrams, "MAX_TOKENS", most)
+        for phase in phases:
+            history.add([(s[:1], s[1:]) for s in phase])
+            table, anew = history.table, NgramTable(history.sequences, CPU)
+            for name in ("keys", "tokens", "scores"):
+                assert torch.equal(getattr(table, name), getattr(anew, name))
+
+
 def backend_for(tmp_path, gamma, **options):
     config = SpecConfig(num_speculative_tokens=gamma, calibration_cache=str(tmp_path), **options)
     return EmbeddedBackend(policy("llama"), config)
