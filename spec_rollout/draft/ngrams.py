@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from spec_rollout.engine.gumbel_max import draw_among
+from spec_rollout.engine.gumbel_max import block_size, num_blocks
+from spec_rollout.engine.rows import Rows
 
 ORDERS = (1, 2, 3, 4, 6, 8)
 """Lengths of the runs that are looked up."""
@@ -28,16 +29,19 @@ class NgramTable:
     collide would spoil a guess, never a sample.
 
     Attributes:
-        keys [N] int64, ascending: the runs' hashes; one that is met nowhere where no sequence has two tokens.
-        tokens [N, CANDIDATES] int64, scores [N, CANDIDATES] float32: what followed, the most frequent first, and the
-            logarithm of how often; -inf where there are fewer.
+        keys [N + 1] int64, ascending: the runs' hashes, and the largest number that there is.
+        tokens [N + 1, CANDIDATES] int64, scores [N + 1, CANDIDATES] float32: what followed, the most frequent first,
+            and the logarithm of how often; -inf where there are fewer.
     """
 
     def __init__(self, sequences: Sequence[Tensor], device: torch.device):
         generator = torch.Generator().manual_seed(0)
         random = torch.randint(-(2**62), 2**62, (2, LONGEST), generator=generator).to(device) | 1
         self.factors, self.salts = random[0], random[1, : len(ORDERS)]
-        self.order = torch.tensor(ORDERS, device=device) - 1
+        orders = torch.tensor(ORDERS, device=device)
+        back = torch.arange(LONGEST, 0, -1, device=device)[:, None]
+        self.weights = random[0].flip(0)[:, None] * (back <= orders)  # [LONGEST, orders]
+        self.constants = self.salts + self.weights.sum(0)
         self.rank = torch.arange(1, len(ORDERS) + 1, device=device)
         empty = torch.zeros(0, dtype=torch.int64, device=device)
         self._pairs = empty, empty, empty
@@ -84,37 +88,69 @@ class NgramTable:
         run = starts.cumsum(0) - 1
         place = torch.arange(len(keys), device=keys.device) - starts.nonzero()[:, 0][run]
         kept = place < CANDIDATES
-        self.keys = keys[starts] if len(keys) else keys.new_zeros(1)
+        self.keys = torch.cat([keys[starts], keys.new_tensor([torch.iinfo(torch.int64).max])])
         size = len(self.keys), CANDIDATES
         self.tokens = torch.zeros(size, dtype=torch.int64, device=keys.device)
         self.scores = torch.full(size, -torch.inf, device=keys.device)
         self.tokens[run[kept], place[kept]] = followers[kept]
         self.scores[run[kept], place[kept]] = counts[kept].float().log()
+        self.shares = self.scores.softmax(1)
+        self._of_vocabulary = 0
 
-    def lookup(self, recent: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and scores [B, CANDIDATES] after the longest known run that ends `recent` [B, LONGEST], the newest
-        token last, -1 before the first; anything where no run is known."""
-        hashes = ((recent.flip(1) + 1) * self.factors).cumsum(1)[:, self.order] + self.salts  # [B, orders]
-        at = torch.searchsorted(self.keys, hashes).clamp(max=len(self.keys) - 1)
-        longest = ((self.keys[at] == hashes) * self.rank).argmax(1, keepdim=True)
-        found = at.gather(1, longest)[:, 0]
-        return self.tokens[found], self.scores[found]
+    def find(self, recent: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the table has the longest known run that ends `recent` [B, LONGEST], the newest token last, -1 before
+        the first, and whether there is one; [B] both."""
+        hashes = (recent[:, :, None] * self.weights).sum(1) + self.constants  # [B, orders]
+        at = torch.searchsorted(self.keys, hashes)
+        rank, longest = ((self.keys[at] == hashes) * self.rank).max(1, keepdim=True)
+        return at.gather(1, longest)[:, 0], rank[:, 0] > 0
+
+    def draw(self, found: Tensor, noise: Tensor | None, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """What followed the runs `found` [B], and its share of their followers, [B, 1] both: a Gumbel-max sample of
+        the counts under the target's noise [B, noise_width(vocab_size)], the most frequent follower without noise.
+
+        What `gumbel_max.draw_among` would draw, with all that depends on the table alone computed beforehand.
+        """
+        if noise is None:
+            return self.tokens[found, :1], self.shares[found, :1]
+        if self._of_vocabulary != vocab_size:
+            self._prepare(vocab_size)
+        scores = noise.gather(1, self.columns[found]).add_(self.logs[found])
+        blocks, places = scores.split(CANDIDATES, 1)
+        chosen = places.masked_fill_(blocks < blocks.amax(1, keepdim=True), -torch.inf).argmax(1, keepdim=True)
+        return self.tokens[found].gather(1, chosen), self.shares[found].gather(1, chosen)
+
+    def _prepare(self, vocab_size: int) -> None:
+        """For each candidate, the columns of the noise of its block and of its place in that, and beside them the
+        logarithms of what its block and itself were counted; [N + 1, 2 * CANDIDATES] both."""
+        size, count = block_size(vocab_size), num_blocks(vocab_size)
+        block = self.tokens // size
+        together = (block[:, :, None] == block[:, None, :]) * self.scores.exp()[:, None, :]
+        self.columns = torch.cat([block, self.tokens % size + count], 1)
+        self.logs = torch.cat([together.sum(2).log().where(self.scores > -torch.inf, -torch.inf), self.scores], 1)
+        self._of_vocabulary = vocab_size
 
     def guess(self, recent: Tensor, gamma: int, noise: Tensor | None, vocab_size: int) -> Tensor:
-        """Guesses [B, gamma] after `recent`: Gumbel-max samples of the counts under the target's noise
-        [B, >= gamma, noise_width(vocab_size)], the most frequent follower without noise."""
+        """Guesses [B, gamma] after `recent`, each drawn with the target's noise [B, >= gamma, noise_width]; anything
+        where no run is known."""
         guesses = []
         for i in range(gamma):
-            tokens, scores = self.lookup(recent)
-            chosen = draw_among(scores, None if noise is None else noise[:, i], tokens, vocab_size)
-            guesses.append(tokens.gather(1, chosen[:, None]))
+            found, _ = self.find(recent)
+            guesses.append(self.draw(found, None if noise is None else noise[:, i], vocab_size)[0])
             recent = torch.cat([recent[:, 1:], guesses[-1]], 1)
         return torch.cat(guesses, 1)
 
     def hits(self, sequence: Tensor, start: int) -> Tensor:
         """For each token of `sequence` from `start` on, whether it follows most often on those before it."""
         before = torch.cat([sequence.new_full((LONGEST,), -1), sequence[:-1]]).unfold(0, LONGEST, 1)
-        return self.lookup(before[start:])[0][:, 0] == sequence[start:]
+        return self.tokens[self.find(before[start:])[0], 0] == sequence[start:]
+
+
+def recent_tokens(rows: Rows) -> Tensor:
+    """The last tokens [B, LONGEST] of the active rows, -1 before the first, for `NgramTable.lookup`."""
+    place = rows.length[: rows.count, None] + torch.arange(1 - LONGEST, 1, device=rows.device)
+    recent = rows.tokens[: rows.count].gather(1, place.clamp(min=0))
+    return torch.where(place < 0, -1, recent)
 
 
 class History:

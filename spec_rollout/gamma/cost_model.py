@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -107,6 +108,16 @@ class CostModel:
         """The measurements of `other`, with what this model has learned from real steps."""
         model = CostModel(other._measurements, other._host_seconds)
         model._correction = self._correction
+        return model
+
+    def with_draft_of(self, other: CostModel) -> CostModel:
+        """This model for steps that guess with the draft of `other` too, one after the other."""
+        cells = list(self._measurements)
+        for i, m in enumerate(cells):
+            if m.kind == "draft":
+                cells[i] = replace(m, seconds=m.seconds + float(other.draft_seconds(m.rows, [m.tokens])[0]))
+        model = CostModel(cells, self._host_seconds)
+        model._correction = copy.deepcopy(self._correction)
         return model
 
     def to_json(self) -> dict:
