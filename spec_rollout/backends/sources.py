@@ -20,6 +20,7 @@ from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.protocols import Drafter
 from spec_rollout.gamma import FixedGamma, GammaController
 from spec_rollout.gamma.acceptance import PRIOR_RATE, expected_curve
+from spec_rollout.gamma.cost_model import CostModel
 from spec_rollout.gamma.saving import RolloutValue
 from spec_rollout.records import Controller, StepStats
 
@@ -30,6 +31,7 @@ class Source:
     Attributes:
         controller: None until `calibrate`, unless the number of guesses is fixed.
         watched: the controller, or who stands before it: what the engine asks.
+        others: what else can guess for the same policy.
     """
 
     def __init__(self, config: SpecConfig):
@@ -38,6 +40,7 @@ class Source:
         self.controller: GammaController | FixedGamma | None = FixedGamma(fixed) if fixed else None
         self.watched: Controller | None = self.controller
         self.drafter: Drafter | None = None
+        self.others: list[Source] = []
         self._state: dict | None = None
         self._calibrated: tuple[int, dict | None] = 0, None
         """Rows, and shape of the drafter, that costs were measured for."""
@@ -57,6 +60,16 @@ class Source:
         self.controller = self.watched = GammaController(cost, self.config.widest)
         if "cost" in (self._state or {}):
             self.controller.load_state_dict(self._state)
+
+    @property
+    def cost(self) -> CostModel | None:
+        """What steps take, in seconds; None where that is not known. Until it has guessed itself, what real steps of
+        another source took counts, lest it looks faster for want of what no calibration shows."""
+        own = self.controller.cost if isinstance(self.controller, GammaController) else None
+        if own is None or own.learned:
+            return own
+        costs = [s.controller.cost for s in self.others if isinstance(s.controller, GammaController)]
+        return next((cost.remeasured(own) for cost in costs if cost.learned), own)
 
     def draft_changed(self) -> None:
         """It guesses better or worse than before."""
@@ -81,8 +94,9 @@ class Source:
 
     def seconds_of(self, trace: Sequence[StepStats]) -> Callable[[Sequence[float]], float]:
         """`seconds` as a function of the rates."""
-        if not isinstance(self.controller, FixedGamma):
-            return RolloutValue(self.controller.cost, trace, self.config.widest).seconds
+        cost = self.cost
+        if cost is not None:
+            return RolloutValue(cost, trace, self.config.widest).seconds
         gamma = self.controller.gamma
         return lambda rates: 1 / float(expected_curve([rates[min(i, len(rates) - 1)] for i in range(gamma)])[gamma])
 
@@ -150,7 +164,7 @@ class ModelSource(Source):
             return self.seconds(trace, [])
         to_read = self.drafter.renew_s if isinstance(self.drafter, SelfDrafter) and self.drafter.stale else 0.0
         seconds = self.seconds(trace, self.controller.acceptance.rates(self.config.widest)) + to_read
-        plain = RolloutValue(self.controller.cost, trace, self.config.widest).seconds([])
+        plain = RolloutValue(self.cost, trace, self.config.widest).seconds([])
         return seconds if seconds < plain or not trace else math.inf
 
     def collect_with(self, collector: Collector | None) -> None:
@@ -173,7 +187,9 @@ class Sources:
 
     def __init__(self, head: Source, ngrams: NgramSource, model: ModelSource, joint: JointSource):
         self.head, self.ngrams, self.model, self.joint = head, ngrams, model, joint
-        self.named: dict[str, Source] = {HEAD: head, NGRAMS: ngrams, BOTH: joint, MODEL: model}
+        self.named: dict[str, Source] = {NGRAMS: ngrams, BOTH: joint, HEAD: head, MODEL: model}
+        for source in self.named.values():
+            source.others = [other for other in self.named.values() if other is not source]
 
     def fastest(
         self, engine: RolloutEngine, slots: int, trace: Sequence[StepStats], rates: Sequence[float] | None
