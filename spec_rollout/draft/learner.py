@@ -32,7 +32,7 @@ from spec_rollout.records import RefreshStats
 
 LEAST_BATCH = 128
 """Tokens of a training step that must find memory."""
-YOUNG_STEPS = 40
+YOUNG_STEPS = 100
 """Steps before which a head is judged by what it may become, against all the steps that this still takes: what the
 first few of them gain says little about the rest."""
 
