@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from spec_rollout.config import cache_folder
+from spec_rollout.draft.entries import Entries
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.lean.recognition import family_of
@@ -144,9 +146,12 @@ def _verify(rollout: Rollout, context: int, tokens: int) -> Measurement:
 
 def _draft(rollout: Rollout, gamma: int, widest: int) -> Measurement:
     noise = rollout.noise(widest + 1)[..., : rollout.noise_width]
+    drafter, count = rollout.drafter, rollout.rows.count
 
     def step():
-        rollout.drafter.propose(rollout.rows, gamma, noise, 1.0)
+        if isinstance(drafter, Entries):  # it first reads what the step before left, in some row all that was guessed
+            drafter.known[:count] = np.maximum(rollout.rows.lengths[:count] - (gamma + 1), 0)
+        drafter.propose(rollout.rows, gamma, noise, 1.0)
 
     return Measurement("draft", rollout.rows.count, gamma, SHORT, _seconds(step, rollout.target.device))
 

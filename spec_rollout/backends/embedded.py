@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,9 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from spec_rollout.backends.sources import NgramSource, Source, model_source
-from spec_rollout.backends.trace import HEAD, MODEL, NGRAMS
+from spec_rollout.backends.sources import JointSource, NgramSource, Source, Sources, model_source
 from spec_rollout.config import SpecConfig
+from spec_rollout.draft.arbiter import Arbiter
 from spec_rollout.draft.drafter import EagleDrafter
 from spec_rollout.draft.learner import DraftLearner
 from spec_rollout.draft.mtp import MtpDrafter, MtpHead
@@ -24,6 +23,7 @@ from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.watchman import Watchman
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import FixedGamma, GammaController
+from spec_rollout.gamma.acceptance import PRIOR_RATE
 from spec_rollout.gamma.saving import RolloutValue
 from spec_rollout.records import Completion, RefreshStats, RolloutStats, SamplingParams, StepStats
 
@@ -59,6 +59,7 @@ class EmbeddedBackend:
         self.history = History(self.engine.target.device)
         self.head, self.ngrams = Source(self.config), NgramSource(self.config, self.history)
         self.model = model_source(self.config, self.engine, tokenizer)
+        self.sources = Sources(self.head, self.ngrams, self.model, JointSource(self.config, self.head, self.ngrams))
         self._slots = 1
         """Rows that the rollouts had so far."""
         self._last_trace: list[StepStats] = []
@@ -131,6 +132,8 @@ class EmbeddedBackend:
         completions = self.engine.generate(prompts, params, seed=seed, max_new_tokens=max_new_tokens)
         steps = self.stats.steps[before:]
         drafted = sum(step.rows * step.gamma for step in steps)
+        if self.engine.drafter is self.drafter is not None and self.drafter.arbiter is not None:
+            self.stats.ngram_drafted += int(self.arbiter.taken)
         self.stats.ngram_drafted += drafted * (self.engine.drafter is self.ngrams.drafter)
         self.stats.model_drafted += drafted * (self.engine.drafter is self.model.drafter)
         if self.learner is not None and collect:
@@ -161,8 +164,9 @@ class EmbeddedBackend:
         value = None
         if self.config.num_speculative_tokens is None and seconds is None:
             self._calibrate_head()
-            otherwise = min(self._others().values())
-            value = RolloutValue(self.controller.cost, self._last_trace, self.config.widest, otherwise)
+            value = RolloutValue(
+                self.controller.cost, self._last_trace, self.config.widest, self.sources.otherwise(*self._given)
+            )
         head = self.learner.head
         stats = self.learner.refresh(seconds, remaining, value)
         if self.learner.head is not head:
@@ -195,23 +199,26 @@ class EmbeddedBackend:
         running = copy.deepcopy(head).to(target.device, target.dtype)
         kind = MtpDrafter if isinstance(head, MtpHead) else EagleDrafter
         compiled = self.config.compile_passes, self.config.calibration_cache
-        self.head.drafter = kind(running, self.learner.view, self.learner.buffer, *compiled)
-        self.ngrams.drafter = NgramDrafter(self.history, self.head.drafter.collector)
-        self.model.collect_with(self.head.drafter.collector)
+        drafter = kind(running, self.learner.view, self.learner.buffer, *compiled)
+        self.head.drafter = self.sources.joint.drafter = drafter
+        self.ngrams.drafter = NgramDrafter(self.history, drafter.collector)
+        self.model.collect_with(drafter.collector)
+        self.arbiter = Arbiter(self.history, self.learner.view)
         self._publish()
 
     def _publish(self) -> None:
         """The head trains in float32 on scaled features; it runs in the policy's dtype on the features as they are."""
         self.drafter.head.load_state_dict(self.learner.head.folded())
         self.drafter.ready = self.learner.trained
+        self.arbiter.head_changed()
+        self.sources.joint.draft_changed()
         if self.controller is not None:
             self.controller.draft_changed()
             self._stand_watch()
 
     def _calibrate_head(self) -> None:
-        new = self.controller is None
         self.head.calibrate(self.engine, self._slots)
-        if new:
+        if self.head.watched is self.controller:
             self._stand_watch()
 
     def _stand_watch(self) -> None:
@@ -220,25 +227,19 @@ class EmbeddedBackend:
         self.head.watched = Watchman(self.controller, self.drafter.head, expected, self.config.draft_refresh)
 
     def _choose_source(self) -> None:
-        """Guess from earlier rollouts, with a draft model or with the head, whichever is predicted to take the least
-        time; where none can, the head's drafter still collects."""
+        """Let guess who is predicted to take the least time; where none can, the head's drafter still collects."""
         if self.drafter.ready:
             self._calibrate_head()
-        expected = {HEAD: self._head_seconds()} | self._others()
-        name = min(expected, key=expected.get)
-        source = {HEAD: self.head, NGRAMS: self.ngrams, MODEL: self.model}[name]
+        alarmed = isinstance(self.head.watched, Watchman) and self.head.watched.alarm
+        rates = (self.learner.proven or [PRIOR_RATE]) if self.drafter.ready and not alarmed else None
+        name = self.sources.fastest(*self._given, rates)
+        source = self.sources.named[name]
         self.engine.drafter, self.engine.controller = source.drafter, source.watched
+        self.drafter.arbiter = self.arbiter if source is self.sources.joint else None
         if self.engine.recorder is not None:
             self.engine.recorder.source = name
 
-    def _others(self) -> dict[str, float]:
-        """What rollouts like the last ones would take with guesses from elsewhere than the head."""
-        given = self.engine, self._slots, self._last_trace or self._trace
-        return {NGRAMS: self.ngrams.expected_seconds(*given), MODEL: self.model.expected_seconds(*given)}
-
-    def _head_seconds(self) -> float:
-        """What they would take with the head."""
-        off = isinstance(self.head.watched, Watchman) and self.head.watched.alarm
-        if off or not self.drafter.ready:
-            return math.inf
-        return self.head.seconds(self._last_trace or self._trace, self.learner.proven)
+    @property
+    def _given(self) -> tuple[RolloutEngine, int, list[StepStats]]:
+        """What tells a source which rollouts to predict."""
+        return self.engine, self._slots, self._last_trace or self._trace

@@ -17,7 +17,7 @@ from spec_rollout.records import Completion, RefreshStats, Request, RolloutStats
 VERSION = 1
 FOLDER = "rollouts"
 """Where a training run keeps its traces, below its output directory."""
-HEAD, NGRAMS, MODEL = "head", "ngrams", "model"
+HEAD, NGRAMS, BOTH, MODEL = "head", "ngrams", "both", "model"
 """Who guesses: the draft head, what followed the same tokens in earlier rollouts, or a model that does not learn."""
 PLACE = 16
 """Width, in completion tokens, of the parts of the answer over which passes are counted."""
@@ -38,7 +38,7 @@ class RolloutTrace:
         steps: every pass of the decode loop.
         place_passes, place_emitted: row passes with guesses, and what they emitted, by the place in the answer at
             which they began, in parts of PLACE tokens.
-        source: who guessed, HEAD, NGRAMS or MODEL.
+        source: who guessed, HEAD, NGRAMS, BOTH of these or MODEL.
     """
 
     labels: dict[str, Any]

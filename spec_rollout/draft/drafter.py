@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spec_rollout.draft.arbiter import Arbiter
 from spec_rollout.draft.collector import Collector
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.entries import HeadEntries
@@ -50,6 +51,8 @@ class EagleDrafter(HeadEntries, HeadPasses):
         super().__init__(head, view, self.collector.window, compiled, folder)
         self.ready = False
         """False until the head has been trained or loaded: it then only collects."""
+        self.arbiter: Arbiter | None = None
+        """Between this head and the table of earlier rollouts; None, and the head guesses alone."""
         self._scores: list[Tensor] = []
         """Of the last guesses, [B, Vd] each."""
 
@@ -76,6 +79,8 @@ class EagleDrafter(HeadEntries, HeadPasses):
             return
         self.take_weights()
         self.cache.allocate(rows.slots, rows.capacity, self.head.fc.weight.dtype)
+        if self.arbiter is not None:
+            self.arbiter.begin()
 
     def end(self) -> None:
         self.collector.end()
@@ -112,6 +117,8 @@ class EagleDrafter(HeadEntries, HeadPasses):
             if self.window.missing(rows, here, self.known[here], width).any():
                 self._read_until(rows, *slots, self.window.seen[here], 0)
         self.collector.observe(rows, slots, start, hidden)
+        if self.arbiter is not None:
+            self.arbiter.observe(rows, start)
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
         """None where the head is not ready."""
@@ -124,15 +131,22 @@ class EagleDrafter(HeadEntries, HeadPasses):
         state = (rows.tokens, self.window.kept, rows.start, rows.length)
         guesses = [self.first(known, *state, lanes[0], temperature, width, self._extent(rows, 0), *self._cache())]
         self.known[:count] = rows.lengths[:count]
+        if self.arbiter is not None:
+            self.arbiter.start(rows)
+            guesses[0] = self.arbiter.choose(guesses[0], lanes[0])
         for i in range(1, gamma):
             place = rows.length[:count, None] + (i - 1)
             last = guesses[-1]
             extent = self._extent(rows, i)
-            guesses.append(self.next(last.tokens, last.hidden, place, lanes[i], temperature, extent, *self._cache()))
+            guess = self.next(last.tokens, last.hidden, place, lanes[i], temperature, extent, *self._cache())
+            guesses.append(guess if self.arbiter is None else self.arbiter.choose(guess, lanes[i]))
         self._scores = [guess.scores for guess in guesses]
         return torch.cat([guess.tokens for guess in guesses], 1)
 
-    def proposal(self) -> Proposal:
+    def proposal(self) -> Proposal | None:
+        """None where some guesses may be the table's."""
+        if self.arbiter is not None:
+            return None
         return Proposal(torch.stack(self._scores, 1), self.view.draft_ids)
 
     def _read_until(self, rows: Rows, start: int, stop: int, lengths: np.ndarray, most: int) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from spec_rollout.draft.collecting import Collecting
 from spec_rollout.draft.collector import Collector
-from spec_rollout.draft.ngrams import CANDIDATES, LONGEST, ORDERS, History
+from spec_rollout.draft.ngrams import CANDIDATES, ORDERS, History, recent_tokens
 from spec_rollout.engine.rows import Rows
 
 
@@ -21,13 +20,10 @@ class NgramDrafter(Collecting):
 
     def begin(self, rows: Rows) -> None:
         self.table = self.history.table
-        self.back = torch.arange(1 - LONGEST, 1, device=rows.device)
         super().begin(rows)
 
     def propose(self, rows: Rows, gamma: int, noise: Tensor | None, temperature: float) -> Tensor:
-        place = rows.length[: rows.count, None] + self.back
-        recent = rows.tokens[: rows.count].gather(1, place.clamp(min=0))
-        return self.table.guess(torch.where(place < 0, -1, recent), gamma, noise, rows.vocab_size)
+        return self.table.guess(recent_tokens(rows), gamma, noise, rows.vocab_size)
 
     def proposal(self) -> None:
         """The few followers that are known are no distribution worth a ratio: guesses are taken as they are."""

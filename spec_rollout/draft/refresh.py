@@ -38,6 +38,8 @@ WARM_UP_STEPS, FULL_STEPS, SETTLED_STEPS = 3, 25, 278
 AVERAGE_SPAN, MOST_AVERAGED = 8, 25
 """Decoding with averaged weights raised the acceptance length at 3 guesses by 0.1 after 150 steps."""
 MAX_EPOCHS = 8
+LOOKS = 4
+"""Times that measuring acceptance takes, which a training must have beside one step: half of it may be spent so."""
 BURST, FIRST_BURST = 16, 3
 """Steps between two looks at whether training still pays; a new head's first ones tell what a step costs."""
 
@@ -55,6 +57,7 @@ class DraftTrainer:
     Attributes:
         batch_tokens: tokens of one optimiser step.
         step_seconds: what one took lately; 0 before the first.
+        look_seconds: the same of measuring acceptance once.
         average: a head of `head`'s weights averaged over the last steps, which guesses better: the one to decode with.
     """
 
@@ -69,7 +72,8 @@ class DraftTrainer:
         self.optimizers = (Muon(matrices, lr=rate), torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=0.0))
         self.rates = (rate, SCALE_RATE)
         self.generator = torch.Generator().manual_seed(seed)
-        self.steps, self.batch_tokens, self.step_seconds = 0, BATCH_TOKENS, 0.0
+        self.steps, self.batch_tokens = 0, BATCH_TOKENS
+        self.step_seconds = self.look_seconds = 0.0
         self.device = head.fc.weight.device
         faster = multiplies_bfloat16(self.device.type)  # the draft only loses a little sharpness
         self.precision = torch.autocast(self.device.type, torch.bfloat16, enabled=faster)
@@ -89,8 +93,9 @@ class DraftTrainer:
         stats, losses = RefreshStats(), []
         unseen, seen = hold_out(buffer.samples, self.generator)
         batches = self.batches(seen)
-        if ranks.agree(bool(seen) and self.step_seconds <= seconds, self.device):
+        if ranks.agree(bool(seen) and self._least_seconds <= seconds, self.device):
             stats.acceptance_before = stats.acceptance = self.acceptance(unseen, temperature)
+            self.look_seconds = time.perf_counter() - began
             paying = True
             while paying:
                 burst_began = time.perf_counter()
@@ -106,6 +111,11 @@ class DraftTrainer:
             stats.steps, stats.tokens, stats.loss = len(losses), int(tokens.sum()), loss.mean().item()
         stats.seconds = time.perf_counter() - began
         return stats
+
+    @property
+    def _least_seconds(self) -> float:
+        """What a training must have to be worth it: one that only looks before and after teaches nothing."""
+        return self.step_seconds + LOOKS * self.look_seconds if self.steps else 0.0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that the next training depends on, the averaged head aside, as tensors."""

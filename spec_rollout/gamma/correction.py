@@ -52,6 +52,10 @@ class Correction:
         self._recent_tokens = 0
         self._predictions: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # since the last change
 
+    @property
+    def learned(self) -> bool:
+        return self._common_variance > 0
+
     def predict(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Log factor for passes of `rows` rows, and the standard error of what is not common; [TOKENS] each."""
         bucket = row_bucket(rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -108,6 +108,19 @@ class CostModel:
         model = CostModel(other._measurements, other._host_seconds)
         model._correction = self._correction
         return model
+
+    @property
+    def learned(self) -> bool:
+        """Whether steps have corrected it."""
+        return self._correction.learned
+
+    def with_draft_of(self, other: CostModel) -> CostModel:
+        """The measurements of this model for steps that guess with the draft of `other` too, one after the other."""
+        cells = list(self._measurements)
+        for i, m in enumerate(cells):
+            if m.kind == "draft":
+                cells[i] = replace(m, seconds=m.seconds + float(other.draft_seconds(m.rows, [m.tokens])[0]))
+        return CostModel(cells, self._host_seconds)
 
     def to_json(self) -> dict:
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -21,11 +21,18 @@ class RolloutValue:
         cost: predicts the seconds of a step.
         steps: of a rollout; what it drew at each number of active rows is drawn again, at the best γ there.
         max_gamma: the most guesses per step.
-        bound: seconds that the rollout takes at most, with another draft.
+        otherwise: seconds that the rollout takes at most, with another draft, or with another one beside this one of
+            so many acceptance rates.
     """
 
-    def __init__(self, cost: CostModel, steps: Sequence[StepStats], max_gamma: int, bound: float = math.inf):
-        self.max_gamma, self.bound = max_gamma, bound
+    def __init__(
+        self,
+        cost: CostModel,
+        steps: Sequence[StepStats],
+        max_gamma: int,
+        otherwise: Callable[[Sequence[float]], float] | None = None,
+    ):
+        self.max_gamma, self.otherwise = max_gamma, otherwise
         emitted: dict[int, int] = {}
         context: dict[int, int] = {}
         for step in steps:
@@ -38,10 +45,11 @@ class RolloutValue:
 
     def seconds(self, rates: Sequence[float]) -> float:
         """Seconds of the rollout under conditional acceptance `rates` (the last one goes on; none: plain
-        decoding), never more than those of plain decoding or `bound`."""
+        decoding), never more than those of plain decoding or `otherwise`."""
+        bound = math.inf if self.otherwise is None else self.otherwise(rates)
         rates = [rates[min(i, len(rates) - 1)] if rates else 0.0 for i in range(self.max_gamma)]
         seconds = float((self._drawn / (self._speeds * expected_curve(rates)).max(axis=1)).sum())
-        return min(seconds, self.bound)
+        return min(seconds, bound)
 
     def hope(self, rates: Sequence[float]) -> float:
         """Seconds saved by going on from `rates` to what trained heads usually reach, or a little beyond."""

@@ -105,10 +105,25 @@ def test_a_head_that_did_not_pay_is_trained_again_once_it_has_saved_enough(tmp_p
     budget.earn = lambda seconds: RefreshBudget.earn(budget, 10.0)
     steps = []
     for turn in range(6):
-        backend.learner.trainer.step_seconds = 0.2  # more than the least share of one phase, 0.0625 s
+        trainer = backend.learner.trainer
+        trainer.step_seconds, trainer.look_seconds = 0.2, 0.0  # more than the least share of one phase, 0.0625 s
         backend.generate(PROMPTS, PARAMS, seed=(turn,))
         steps.append(backend.refresh().steps)
     assert steps[:2] == [0, 0] and any(steps)
+
+
+def test_a_training_that_could_do_little_but_look_does_not_begin(tmp_path, monkeypatch):
+    """Two looks and one step would fit; they would cost time in each phase and teach next to nothing."""
+    backend = learned("llama", tmp_path)
+    backend.generate(PROMPTS, PARAMS)
+    trainer = backend.learner.trainer
+    trainer.step_seconds, trainer.look_seconds = 1.0, 1.0
+    looks = []
+    acceptance = DraftTrainer.acceptance
+    monkeypatch.setattr(DraftTrainer, "acceptance", lambda *given: looks.append(1) or acceptance(*given))
+    assert backend.refresh(4.5).steps == 0 and not looks
+    assert backend.refresh(5.5).steps > 0 and len(looks) >= 2
+    assert trainer.look_seconds < 1.0
 
 
 def test_a_head_from_another_run_brings_no_budget_and_no_tables(tmp_path):

@@ -1,5 +1,6 @@
 """Guesses from earlier rollouts: the table is what counting by hand gives, and no token of a rollout changes."""
 
+import math
 from collections import Counter, defaultdict
 
 import pytest
@@ -13,7 +14,7 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.draft import ngrams
 from spec_rollout.draft.ngrams import CANDIDATES, LONGEST, ORDERS, History, NgramTable
 from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.engine.gumbel_max import draw, noise_width
+from spec_rollout.engine.gumbel_max import draw, draw_among, noise_width
 from spec_rollout.records import SamplingParams
 from tests.tiny import PROMPTS, assert_same, policy
 
@@ -46,7 +47,9 @@ def test_the_longest_known_run_counts(sequences, ending):
     runs = [tuple(ending[-order:]) for order in ORDERS if order <= len(ending)]
     known = [run for run in runs if run in by_hand]
     assume(known)
-    tokens, scores = (x[0].tolist() for x in table.lookup(recent(ending)))
+    place, known_to_it = table.find(recent(ending))
+    assert known_to_it
+    tokens, scores = table.tokens[place][0].tolist(), table.scores[place][0].tolist()
     counts = by_hand[known[-1]]
     kept = sorted(counts.values(), reverse=True)[:CANDIDATES]
     assert [round(float(torch.tensor(s).exp())) for s in scores] == kept + [0] * (CANDIDATES - len(kept))
@@ -67,6 +70,27 @@ def test_guesses_share_the_noise_of_the_target():
     drawn = draw(z.expand(500, -1), noise[:, 0])[0]
     assert (table.guess(recent([1]).expand(500, -1), 1, noise, 6)[:, 0] == drawn).all()
     assert 0.4 < (drawn == 2).float().mean() < 0.6
+
+
+def test_a_draw_is_that_among_the_followers():
+    """All of them, whether they share a block of the vocabulary or not."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = 30
+    table = NgramTable([torch.randint(0, vocabulary, (400,), generator=generator)], CPU)
+    found = torch.randint(0, len(table.keys) - 1, (300,), generator=generator)
+    uniform = torch.rand(300, noise_width(vocabulary), generator=generator)
+    noise = -(-uniform.log()).log()
+    token, share = table.draw(found, noise, vocabulary)
+    chosen = draw_among(table.scores[found], noise, table.tokens[found], vocabulary)[:, None]
+    assert torch.equal(token, table.tokens[found].gather(1, chosen))
+    assert torch.equal(share, table.scores[found].softmax(1).gather(1, chosen))
+    assert len(set(token[:, 0].tolist())) > 20
+
+
+def test_nothing_is_known_of_a_run_that_was_not_met():
+    table = NgramTable([torch.tensor([5, 6, 7])], CPU)
+    assert table.find(recent([3, 5]))[1].item() and not table.find(recent([5, 3]))[1].item()
+    assert not NgramTable([], CPU).find(recent([5]))[1].item()
 
 
 def test_acceptance_is_measured_on_rollouts_that_the_table_has_not_seen():
@@ -93,6 +117,19 @@ def test_the_oldest_rollouts_give_way(monkeypatch):
     assert [s[0].item() for s in history.sequences] == [3, 4]
     history.add([([9], list(range(20)))])
     assert [len(s) for s in history.sequences] == [21]  # one that is too long alone stays
+
+
+@given(st.lists(sequences, min_size=1, max_size=6), st.sampled_from([10, 30, 1000]))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_a_table_brought_up_to_date_is_one_made_anew(phases, most):
+    history = History(CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ngrams, "MAX_TOKENS", most)
+        for phase in phases:
+            history.add([(s[:1], s[1:]) for s in phase])
+            table, anew = history.table, NgramTable(history.sequences, CPU)
+            for name in ("keys", "tokens", "scores"):
+                assert torch.equal(getattr(table, name), getattr(anew, name))
 
 
 def backend_for(tmp_path, gamma, **options):
@@ -124,13 +161,13 @@ def test_the_faster_source_guesses(tmp_path):
     backend.generate(PROMPTS * 4, PARAMS)
     backend.drafter.ready, backend.head.watched.controller.draft_ready = True, True
     backend.history.acceptance = [0.5, 0.5, 0.5]
+    backend._choose_source()
+    assert backend.engine.drafter is backend.drafter and backend.drafter.arbiter is not None  # both together
+    backend.sources.joint.expected_seconds = lambda *given: lambda rates: math.inf
     for head, chosen in (([0.9] * 3, backend.head), ([0.1] * 3, backend.ngrams), ([0.6, 0.6, 0.1], backend.head)):
         backend.learner.proven = head
         backend._choose_source()
-        assert backend.engine.drafter is chosen.drafter
-    backend.history = History(CPU)
-    backend._choose_source()
-    assert backend.engine.drafter is backend.drafter
+        assert backend.engine.drafter is chosen.drafter and backend.drafter.arbiter is None
 
 
 def test_nothing_is_kept_when_it_is_off_or_only_evaluated(tmp_path):
@@ -158,6 +195,7 @@ def test_a_young_head_waits_until_it_is_seen_to_guess_better(tmp_path):
     backend.history.add([([1], [2, 3, 4])])
     backend.history.acceptance = [0.5] * 3
     backend.learner.acceptance, backend.learner.proven = [0.9] * 3, [0.2] * 3
+    backend.sources.joint.expected_seconds = lambda *given: lambda rates: math.inf
     backend.drafter.ready = backend.head.watched.controller.draft_ready = True
     backend._choose_source()
     assert backend.engine.drafter is backend.ngrams.drafter

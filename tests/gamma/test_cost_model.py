@@ -159,3 +159,13 @@ def test_attention_that_is_not_linear_spoils_no_short_context():
     model = CostModel(short + long)
     for m in short:
         assert model.verify_seconds(m.rows, [m.tokens], 64)[0] == pytest.approx(m.seconds, rel=0.1)
+
+
+def test_two_drafts_one_after_the_other_take_the_seconds_of_both():
+    def draft(seconds):
+        cells = [Measurement("verify", rows, 1, 10, 1.0) for rows in (1, 4)]
+        return CostModel(cells + [Measurement("draft", rows, t, 10, seconds * t) for rows in (1, 4) for t in (1, 4)])
+
+    both = draft(0.1).with_draft_of(draft(0.3))
+    assert both.draft_seconds(2, [1, 2, 4]) == pytest.approx([0.4, 0.8, 1.6])
+    assert both.verify_seconds(2, [1]) == pytest.approx([1.0]) and not both.learned
