@@ -127,6 +127,18 @@ class VLLMBackend:
         self.engine.sleep()
         return completions
 
+    def deliver(self) -> None:
+        """Have vLLM, which is started where that is to come, hold policy and draft as they are now.
+
+        Raises:
+            EngineRestarted: vLLM was restarted meanwhile.
+        """
+        self._start()
+        versions = self.policy_version, self.draft_version
+        self.delivery.push(self.engine, self.learner, versions, self.whole)
+        self._tell_verification()
+        self._stand_watch()
+
     def _draw(
         self,
         prompts: Sequence[Sequence[int]],
@@ -137,10 +149,7 @@ class VLLMBackend:
         """Draw, again if vLLM was restarted meanwhile: a completion is of one policy, and counted once."""
         for _ in range(MOST_RESTARTS):
             try:
-                versions = self.policy_version, self.draft_version
-                self.delivery.push(self.engine, self.learner, versions, self.whole)
-                self._tell_verification()
-                self._stand_watch()
+                self.deliver()
                 keys = request_keys(seed, max(len(prompts), 1))
                 torch.manual_seed(keys[0][0] & 0x7FFFFFFF)  # the stream of a vLLM in here that does not go by keys
                 return self.engine.generate(prompts, params, limits, keys[: len(prompts)])
