@@ -16,7 +16,7 @@ from spec_rollout.backends.embedded import COLDEST
 from spec_rollout.backends.vllm.calibration import measured_cost
 from spec_rollout.backends.vllm.delivery import Delivery, Whole
 from spec_rollout.backends.vllm.draft import refuse_recurrent, save_start, start_vocabulary
-from spec_rollout.backends.vllm.engine import UNTESTED, EngineRestarted, VLLMEngine
+from spec_rollout.backends.vllm.engine import EngineRestarted, VLLMEngine
 from spec_rollout.backends.vllm.steps import Plain
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.learner import DraftLearner
@@ -69,8 +69,6 @@ class VLLMBackend:
         self._watched = 0
         self._trace: list[StepStats] = []
         self._step_began: float | None = None
-        self._told = False
-        """Whether a verification that was not asked for was told."""
         self.delivery = Delivery()
         if fixed != 0:
             refuse_recurrent(model)
@@ -133,10 +131,11 @@ class VLLMBackend:
         Raises:
             EngineRestarted: vLLM was restarted meanwhile.
         """
+        self._step_began = self._step_began or time.perf_counter()
         self._start()
-        versions = self.policy_version, self.draft_version
-        self.delivery.push(self.engine, self.learner, versions, self.whole)
-        self._tell_verification()
+        self.delivery.push(self.engine, self.learner, (self.policy_version, self.draft_version), self.whole)
+        if self.config.verification is None:
+            self.delivery.tell_verification(self.engine)
         self._stand_watch()
 
     def _draw(
@@ -158,11 +157,6 @@ class VLLMBackend:
         raise ConnectionError(
             f"vLLM was restarted in each of {MOST_RESTARTS} attempts at one rollout: see its own log."
         )
-
-    def _tell_verification(self) -> None:
-        if self.config.verification is None and self.engine.verification == "rejection" and not self._told:
-            self._told = True
-            warnings.warn(UNTESTED, RuntimeWarning, stacklevel=4)
 
     @contextmanager
     def listen(self, ids: Tensor, mask: Tensor, prompts: Sequence[int]) -> Iterator[None]:
