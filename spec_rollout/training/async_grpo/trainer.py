@@ -6,14 +6,17 @@ import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import FunctionType
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.experimental.async_grpo import AsyncGRPOTrainer
 
 from spec_rollout.draft.tap import FeatureTap
 from spec_rollout.training.async_grpo.config import SpecAsyncGRPOConfig
+from spec_rollout.training.async_grpo.plain import as_conversations
 from spec_rollout.training.async_grpo.transfer import PushTransfer
 from spec_rollout.training.async_grpo.tree import rows_of, use_dense_attention
 from spec_rollout.training.async_grpo.worker import SpecRolloutWorker
@@ -53,14 +56,18 @@ class SpecAsyncGRPOTrainer(AsyncGRPOTrainer):
         args = SpecAsyncGRPOConfig(f"{model.split('/')[-1]}-AsyncGRPO") if args is None else args
         _refuse(args, options)
         self.transfer = PushTransfer()
-        super().__init__(model, reward_funcs, args, weight_transfer=self.transfer, **options)
+        init = AsyncGRPOTrainer.__init__
+        init = init if torch.cuda.is_available() else _without_cuda(init)
+        init(self, model, reward_funcs, args, weight_transfer=self.transfer, **options)
         self._refuse_unserved()
         if self.accelerator.device.type == "cpu":
             use_dense_attention(self.model)
         config = spec_config(self.args)
         self.transfer.attach(self, config)
         theirs = self.rollout_worker._loop_kwargs
-        self.rollout_worker = SpecRolloutWorker(**theirs, seed=args.seed, coupled=False, starved=self.transfer.renew)
+        dataset, tokenizer = as_conversations(theirs["dataset"], theirs["processing_class"])
+        theirs |= {"dataset": dataset, "processing_class": tokenizer, "seed": args.seed, "coupled": False}
+        self.rollout_worker = SpecRolloutWorker(starved=self.transfer.renew, **theirs)
         self.rollout_queue = self.rollout_worker.rollout_buffer
         self._tap: FeatureTap | None = None
         self._pushed_at = time.perf_counter()
@@ -76,7 +83,7 @@ class SpecAsyncGRPOTrainer(AsyncGRPOTrainer):
 
     def get_train_dataloader(self):
         if self.args.token_budget is None:  # TRL would ask without a key
-            self.args.token_budget = self.transfer.backend.engine.max_model_len
+            self.args.token_budget = self.transfer.server().max_model_len
         return super().get_train_dataloader()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -122,6 +129,13 @@ class SpecAsyncGRPOTrainer(AsyncGRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and Path(checkpoint, DRAFT_FOLDER).is_dir():
             self.transfer.backend.load(Path(checkpoint, DRAFT_FOLDER))
+
+
+def _without_cuda(init: FunctionType) -> FunctionType:
+    """TRL's `init` as it is, but for one name in it: the function that asks CUDA for the device's name, to know its
+    speed, and fails where there is none. TRL itself stays as it was."""
+    names = {**init.__globals__, "get_peak_flops_per_device": lambda *given: None}
+    return FunctionType(init.__code__, names, init.__name__, init.__defaults__, init.__closure__)
 
 
 def _refuse(args: SpecAsyncGRPOConfig, options: dict) -> None:

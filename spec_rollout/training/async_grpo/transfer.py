@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from spec_rollout.backends.vllm.backend import MOST_RESTARTS, VLLMBackend
 from spec_rollout.backends.vllm.engine import EngineRestarted
 from spec_rollout.backends.vllm.server import Server
+from spec_rollout.config import SpecConfig
 
 if TYPE_CHECKING:
     from spec_rollout.training.async_grpo.trainer import SpecAsyncGRPOTrainer
@@ -25,17 +27,27 @@ class PushTransfer:
 
     backend: VLLMBackend
 
-    def attach(self, trainer: SpecAsyncGRPOTrainer, config) -> None:
+    def attach(self, trainer: SpecAsyncGRPOTrainer, config: SpecConfig) -> None:
         """Push the policy of `trainer`, and a draft for it."""
-        args = trainer.args
-
-        def connect(*given) -> Server:
-            shown = not args.disable_tqdm
-            return Server(args.vllm_server_base_url, trainer._streaming_iter, config, args.vllm_server_timeout, shown)
-
-        self.backend = VLLMBackend(trainer.accelerator.unwrap_model(trainer.model), config, connect, seed=args.seed)
+        args, self._trainer, self._config = trainer.args, trainer, config
+        self.backend = VLLMBackend(
+            trainer.accelerator.unwrap_model(trainer.model), config, lambda *_: self.server(), seed=args.seed
+        )
         if self.backend.learner is not None:
             self.backend.learner.temperature = args.temperature
+
+    @cache  # noqa: B019  (one for the run)
+    def server(self) -> Server:
+        """The server, which has to be there now.
+
+        Raises:
+            ConnectionError: it is not.
+            PermissionError: it wants another key.
+            ValueError: it samples lossily, or guesses other numbers of tokens.
+        """
+        args, weights = self._trainer.args, self._trainer._streaming_iter
+        shown = not args.disable_tqdm
+        return Server(args.vllm_server_base_url, weights, self._config, args.vllm_server_timeout, shown)
 
     def init_weight_transfer(self) -> None:
         """The first push connects."""

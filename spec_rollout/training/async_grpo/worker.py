@@ -60,8 +60,9 @@ class SpecRolloutLoop(_AsyncRolloutLoop):
 
     @session.setter
     def session(self, session: Any) -> None:
-        key = server_key()
-        session.headers.update({ASKED: "1"} | ({"Authorization": f"Bearer {key}"} if key else {}))
+        if session is not None:
+            key = server_key()
+            session.headers.update({ASKED: "1"} | ({"Authorization": f"Bearer {key}"} if key else {}))
         self._session = session
 
     async def _generate_one(self, prompt, tool_dict, tools, group_id=0):
