@@ -1,5 +1,7 @@
 """Rows packed one behind the other: what the policy reads and what the draft learns are those of rows on their own."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -67,7 +69,7 @@ def test_a_packed_row_is_read_as_its_rows_on_their_own(name):
 
 def features(model, batch, buffer, shift=0):
     """By a row's tokens, what the draft learns from a packed pass; with row borders moved by `shift`."""
-    tap = FeatureTap(model, (1, 2))
+    tap = FeatureTap(model, (0, 1))
     rows = [(places + shift, prompt) for places, prompt in rows_of(batch)]
     with torch.no_grad(), tap.listen_packed(buffer, batch["input_ids"][0], rows):
         read(model, batch)
@@ -77,7 +79,7 @@ def features(model, batch, buffer, shift=0):
 def test_the_draft_learns_from_it_what_it_would_from_its_rows():
     model = make_policy("llama")
     buffer, ids_mask = FeatureBuffer(10_000), padded(PROMPTS, DRAWN)
-    with torch.no_grad(), FeatureTap(model, (1, 2)).listen(buffer, *ids_mask, [len(p) for p in PROMPTS]):
+    with torch.no_grad(), FeatureTap(model, (0, 1)).listen(buffer, *ids_mask, [len(p) for p in PROMPTS]):
         model(input_ids=ids_mask[0], attention_mask=ids_mask[1])
     alone = {tuple(sample.tokens.tolist()): sample for sample in buffer.samples}
     use_dense_attention(model)
@@ -97,7 +99,7 @@ def test_a_window_counts_the_tokens_of_a_row_not_those_between():
     seen = allowed(*borders, window=2)
     assert seen.sum(1).max() == 2
     for places, _ in rows_of(batch):
-        for before, here in zip(places[:-1], places[1:], strict=True):
+        for before, here in pairwise(places):
             assert seen[here].nonzero().flatten().tolist() == sorted([int(before), int(here)])
 
 

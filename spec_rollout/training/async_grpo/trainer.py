@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.experimental.async_grpo import AsyncGRPOTrainer
 
 from spec_rollout.draft.tap import FeatureTap
+from spec_rollout.records import RefreshStats
 from spec_rollout.training.async_grpo.config import SpecAsyncGRPOConfig
 from spec_rollout.training.async_grpo.plain import as_conversations
 from spec_rollout.training.async_grpo.transfer import PushTransfer
@@ -107,9 +108,14 @@ class SpecAsyncGRPOTrainer(AsyncGRPOTrainer):
             super()._sync_weight()
         self.rollout_worker._loop_kwargs["coupled"] = backend.engine.verification == "coupled"
         backend.engine.watch()
+        seconds, self._pushed_at = time.perf_counter() - self._pushed_at, time.perf_counter()
+        if self.state.global_step:  # nobody asks before the first push
+            self._log_rollouts(refreshed, seconds)
+
+    def _log_rollouts(self, refreshed: RefreshStats, seconds: float) -> None:
+        backend = self.transfer.backend
         backend.stats.steps += backend.engine.take_steps()[0]
         backend.stats.near_ties += backend.engine.near_ties()
-        seconds, self._pushed_at = time.perf_counter() - self._pushed_at, time.perf_counter()
         sums = local_sums(backend.take_stats(), refreshed, seconds, backend.draft_version, backend.draft_healthy)
         for name, value in metrics(sums).items():
             self._metrics["train"][name].append(value)

@@ -17,8 +17,8 @@ Packed = dict[str, Tensor]
 
 
 def rows_of(batch: Packed) -> list[tuple[Tensor, int]]:
-    """Of each sample in `batch` the places [n] of its tokens in the row, in order, and the number of its prompt tokens;
-    equal samples count once.
+    """Of each sample in `batch` the places [n] of its tokens in the row, in order, and the number of its prompt
+    tokens; equal samples count once.
 
     TRL cuts the row into segments. Each attends to those before it on the way from the root, and a sample is such a
     way to a segment that lies on no other's.
