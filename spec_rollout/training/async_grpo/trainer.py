@@ -124,7 +124,7 @@ class SpecAsyncGRPOTrainer(AsyncGRPOTrainer):
         """Pushes that the run has still to come; None where it has no fixed length."""
         if self._epoch_stop_groups is not None:
             return None
-        return max(0, (self.state.max_steps - self.state.global_step) // self.args.weight_sync_steps - 1)
+        return max(0, (self.state.max_steps - self.state.global_step) // self.args.weight_sync_steps)
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
