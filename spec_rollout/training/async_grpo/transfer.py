@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import TYPE_CHECKING
 
 from torch import Tensor
+from trl.experimental.async_grpo import AsyncGRPOTrainer
 
 from spec_rollout.backends.vllm.backend import MOST_RESTARTS, VLLMBackend
 from spec_rollout.backends.vllm.engine import EngineRestarted
 from spec_rollout.backends.vllm.server import Server
 from spec_rollout.config import SpecConfig
-
-if TYPE_CHECKING:
-    from spec_rollout.training.async_grpo.trainer import SpecAsyncGRPOTrainer
 
 
 class PushTransfer:
@@ -27,7 +24,7 @@ class PushTransfer:
 
     backend: VLLMBackend
 
-    def attach(self, trainer: SpecAsyncGRPOTrainer, config: SpecConfig) -> None:
+    def attach(self, trainer: AsyncGRPOTrainer, config: SpecConfig) -> None:
         """Push the policy of `trainer`, and a draft for it."""
         args, self._trainer, self._config = trainer.args, trainer, config
         self.backend = VLLMBackend(
