@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from trl import ModelConfig
 from trl.experimental.async_grpo import AsyncGRPOConfig
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.training.option_types import check_types
+
+
+@dataclass
+class AsyncModelConfig(ModelConfig):
+    """TRL's options of the policy on a command line; how it is loaded is among those of `AsyncGRPOConfig`."""
+
+    dtype: str | None = field(default=None, init=False)
 
 
 @dataclass

@@ -105,12 +105,15 @@ class SpecAsyncGRPOTrainer(AsyncGRPOTrainer):
         backend.policy_version += 1
         with own_random_stream(self):
             refreshed = backend.refresh(remaining=self._remaining())
+            if backend.engine is not None:
+                backend.engine.watch()  # before the push: these were the old draft's guesses
             super()._sync_weight()
         self.rollout_worker._loop_kwargs["coupled"] = backend.engine.verification == "coupled"
-        backend.engine.watch()
         seconds, self._pushed_at = time.perf_counter() - self._pushed_at, time.perf_counter()
-        if self.state.global_step:  # nobody asks before the first push
+        if self.state.global_step:
             self._log_rollouts(refreshed, seconds)
+        else:
+            backend.engine.watch()  # nobody has asked before the first push
 
     def _log_rollouts(self, refreshed: RefreshStats, seconds: float) -> None:
         backend = self.transfer.backend
@@ -160,7 +163,7 @@ def _refuse(args: SpecAsyncGRPOConfig, options: dict) -> None:
     ):
         if options.pop(name, None) is not None:
             raise ValueError(f"{name} cannot be honoured by asynchronous GRPO: {remedy}.")
-    given = dict(args.model_init_kwargs or {})
+    given = {name: value for name, value in (args.model_init_kwargs or {}).items() if value is not None}
     if given.pop("attn_implementation", None) is not None:
         raise ValueError("attn_implementation cannot be honoured: TRL packs rows for an attention of its own.")
     args.model_init_kwargs = given
