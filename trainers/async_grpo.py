@@ -12,8 +12,7 @@ A process of its own asks the server for completions all the time and scores the
 """
 
 from spec_rollout.training import SpecAsyncGRPOConfig, SpecAsyncGRPOTrainer
-from spec_rollout.training.async_grpo.config import AsyncModelConfig
 from spec_rollout.training.launch import launch
 
 if __name__ == "__main__":
-    launch(SpecAsyncGRPOTrainer, SpecAsyncGRPOConfig, model_class=AsyncModelConfig)
+    launch(SpecAsyncGRPOTrainer, SpecAsyncGRPOConfig)

@@ -81,18 +81,12 @@ class ScriptArguments:
     )
 
 
-def launch(
-    trainer_class: type[Trainer],
-    config_class: type[TrainingArguments],
-    argv: Sequence[str] | None = None,
-    model_class: type[ModelConfig] = ModelConfig,
-):
+def launch(trainer_class: type[Trainer], config_class: type[TrainingArguments], argv: Sequence[str] | None = None):
     """Read the options, build the trainer, train, save; returns the trainer.
 
     Args:
         argv: command line, `sys.argv` if None: `--config FILE.yaml` and any option of `config_class`, TRL's
             [`~trl.ModelConfig`] and [`ScriptArguments`].
-        model_class: in its place, where the configuration has options of the same name.
 
     Raises:
         SystemExit: status 2, after saying which option is unknown or has a value that cannot be used, or that there is
@@ -100,7 +94,7 @@ def launch(
         ValueError: the dataset or a reward function cannot be loaded.
     """
     try:
-        script, training, model = parse(config_class, argv, model_class)
+        script, training, model = parse(config_class, argv)
         hub.require(model.model_name_or_path, revision=model.model_revision)
     except ValueError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
@@ -128,15 +122,14 @@ def launch(
 
 
 def parse(
-    config_class: type[TrainingArguments],
-    argv: Sequence[str] | None = None,
-    model_class: type[ModelConfig] = ModelConfig,
+    config_class: type[TrainingArguments], argv: Sequence[str] | None = None
 ) -> tuple[ScriptArguments, TrainingArguments, ModelConfig]:
     """The command line over the YAML file over the defaults.
 
     Raises:
         ValueError: an unknown option, in either place, a value out of its range, or a missing policy.
     """
+    model_class = getattr(config_class, "model_class", ModelConfig)  # where options of the same name would collide
     parser = TrlParser((ScriptArguments, config_class, model_class), allow_abbrev=False)
     script, training, model = parser.parse_args_and_config(argv)
     if model.model_name_or_path is None:

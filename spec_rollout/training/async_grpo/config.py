@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from trl import ModelConfig
 from trl.experimental.async_grpo import AsyncGRPOConfig
@@ -29,6 +30,8 @@ class SpecAsyncGRPOConfig(SpecConfig, AsyncGRPOConfig):
     Raises:
         ValueError: a value out of its range, or an option that the server would not honour.
     """
+
+    model_class: ClassVar[type[ModelConfig]] = AsyncModelConfig
 
     rollout_backend: str = field(
         default="vllm", metadata={"help": "Who samples: `vllm`, a server; no other is asynchronous."}
