@@ -38,7 +38,30 @@ class FeatureTap:
     def listen(self, buffer: FeatureBuffer, ids: Tensor, mask: Tensor, prompts: Sequence[int]) -> Iterator[None]:
         """Within it the model reads `ids` [N, T] with `mask` [N, T] (1 on tokens, contiguous in each row), in one pass
         or in several over consecutive rows; `prompts` [N] are the numbers of prompt tokens."""
-        passes: list[list[Tensor]] = []
+        passes: list[Tensor] = []
+        with self._hooked(passes):
+            yield
+        row = 0
+        for features in passes:  # [n, T, F]
+            for own in features:
+                present = mask[row].bool()
+                buffer.add(ids[row][present].clone(), own[present][:-1].clone(), prompts[row])
+                row += 1
+
+    @contextmanager
+    def listen_packed(self, buffer: FeatureBuffer, ids: Tensor, rows: Sequence[tuple[Tensor, int]]) -> Iterator[None]:
+        """Within it the model reads `ids` [T] in one pass, in which `rows` lie: the places [n] of each one's tokens,
+        in order, and the number of its prompt tokens. Rows may share places."""
+        passes: list[Tensor] = []
+        with self._hooked(passes):
+            yield
+        (features,) = passes  # [1, T, F]
+        for places, prompt in rows:
+            buffer.add(ids[places], features[0, places[:-1]], prompt)
+
+    @contextmanager
+    def _hooked(self, passes: list[Tensor]) -> Iterator[None]:
+        """Within it the features [n, T, F] of each pass are appended to `passes`."""
         inputs: dict[int, Tensor] = {}
 
         def before_layer(number: int):
@@ -46,7 +69,7 @@ class FeatureTap:
 
         def after_decoder(module, args, output):
             last = output[0] if isinstance(output, tuple) else output.last_hidden_state
-            passes.append([x.detach() for x in (*(inputs[k] for k in self.aux_layers), last)])
+            passes.append(torch.cat([x.detach() for x in (*(inputs[k] for k in self.aux_layers), last)], -1))
 
         handles = [
             self.layers[k].register_forward_pre_hook(before_layer(k), with_kwargs=True) for k in self.aux_layers
@@ -57,10 +80,3 @@ class FeatureTap:
         finally:
             for handle in handles:
                 handle.remove()
-        row = 0
-        for kept in passes:
-            features = torch.cat(kept, -1)  # [n, T, F]
-            for own in features:
-                present = mask[row].bool()
-                buffer.add(ids[row][present].clone(), own[present][:-1].clone(), prompts[row])
-                row += 1

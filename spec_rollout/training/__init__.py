@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from spec_rollout.training.async_grpo.config import SpecAsyncGRPOConfig
+    from spec_rollout.training.async_grpo.trainer import SpecAsyncGRPOTrainer
     from spec_rollout.training.config import SpecGRPOConfig, SpecRLOOConfig
     from spec_rollout.training.grpo import SpecGRPOTrainer, make_rollout_func
     from spec_rollout.training.ppo.config import PPOConfig
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "PPOConfig": "ppo.config",
     "PPOTrainer": "ppo.trainer",
+    "SpecAsyncGRPOConfig": "async_grpo.config",
+    "SpecAsyncGRPOTrainer": "async_grpo.trainer",
     "SpecGRPOConfig": "config",
     "SpecGRPOTrainer": "grpo",
     "SpecRLOOConfig": "config",
@@ -26,6 +30,8 @@ _HOMES = {
 __all__ = [
     "PPOConfig",
     "PPOTrainer",
+    "SpecAsyncGRPOConfig",
+    "SpecAsyncGRPOTrainer",
     "SpecGRPOConfig",
     "SpecGRPOTrainer",
     "SpecRLOOConfig",

@@ -129,7 +129,8 @@ def parse(
     Raises:
         ValueError: an unknown option, in either place, a value out of its range, or a missing policy.
     """
-    parser = TrlParser((ScriptArguments, config_class, ModelConfig), allow_abbrev=False)
+    model_class = getattr(config_class, "model_class", ModelConfig)  # where options of the same name would collide
+    parser = TrlParser((ScriptArguments, config_class, model_class), allow_abbrev=False)
     script, training, model = parser.parse_args_and_config(argv)
     if model.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing: give the policy's folder or its name on the Hub.")

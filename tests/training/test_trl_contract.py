@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import fields
 
 import pytest
 from transformers import GenerationConfig, Trainer
@@ -131,7 +132,7 @@ def test_a_generation_phase_samples_through_the_overridden_method(make_trainer, 
 
 
 def test_what_the_asynchronous_trainer_asks_of_a_server():
-    """docs/vllm.md says what of it is served, and how another transport would come in."""
+    """docs/vllm.md says what of it is served, and by what the other routes are replaced."""
     client = pytest.importorskip("trl.experimental.async_grpo.vllm_client")
     trainer = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")
     routes = set(re.findall(r"\{self\.server_url\}(/\w+(?:/\w+)*)", inspect.getsource(client)))
@@ -143,3 +144,41 @@ def test_what_the_asynchronous_trainer_asks_of_a_server():
     methods = {"init_weight_transfer", "pause", "send_weights", "resume", "destroy"}
     assert {name for name in vars(trainer.WeightTransferProtocol) if not name.startswith("_")} == methods
     assert "weight_transfer" in inspect.signature(trainer.AsyncGRPOTrainer).parameters
+
+
+def test_what_our_asynchronous_trainer_takes_over():
+    """Names of its own that are overridden or read, and the one name in its `__init__` that needs CUDA."""
+    trainer = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")
+    worker = pytest.importorskip("trl.experimental.async_grpo.async_rollout_worker")
+    ours = trainer.AsyncGRPOTrainer
+    assert "get_peak_flops_per_device" in ours.__init__.__code__.co_names
+    assert list(inspect.signature(ours.compute_loss).parameters)[1:] == [
+        *("model", "inputs", "return_outputs", "num_items_in_batch"),
+    ]
+    for name in ("_sync_weight", "_streaming_iter", "get_train_dataloader", "_save_checkpoint"):
+        assert callable(vars(ours)[name])
+    source = inspect.getsource(ours)
+    assert "self.weight_transfer.send_weights(self._streaming_iter())" in source
+    assert "check_health_fn=self.rollout_worker.check_health" in source
+    loop = worker._AsyncRolloutLoop
+    assert list(inspect.signature(loop._generate_one).parameters) == [
+        "self",
+        "prompt",
+        "tool_dict",
+        "tools",
+        "group_id",
+    ]
+    assert list(inspect.signature(loop._post).parameters) == ["self", "path", "payload", "timeout", "max_retries"]
+    assert list(inspect.signature(loop._score_group).parameters) == ["self", "group"]
+    assert 'self._post("/v1/completions", payload, self.request_timeout)' in inspect.getsource(loop._generate_one_turn)
+    assert worker.AsyncRolloutWorker._loop_cls is loop
+    assert {"rollout_id", "input_ids"} <= {field.name for field in fields(worker.TrainingSequence)}
+    assert {"completions_sequences"} <= {field.name for field in fields(worker.RolloutGroup)}
+    assert re.search(r"_RETRYABLE_HTTP_ERRORS = \(.*ConnectionResetError\)", inspect.getsource(worker))
+
+
+def test_what_the_asynchronous_trainer_packs():
+    packing = pytest.importorskip("trl.experimental.async_grpo.packing")
+    given = list(inspect.signature(packing.tree_attention).parameters)
+    assert given[:5] == ["module", "query", "key", "value", "attention_mask"]
+    assert {"tree_kv_index", "tree_cu_seqlens_q", "tree_cu_seqlens_k", "scaling", "sliding_window"} <= set(given)

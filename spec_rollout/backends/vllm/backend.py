@@ -16,7 +16,7 @@ from spec_rollout.backends.embedded import COLDEST
 from spec_rollout.backends.vllm.calibration import measured_cost
 from spec_rollout.backends.vllm.delivery import Delivery, Whole
 from spec_rollout.backends.vllm.draft import refuse_recurrent, save_start, start_vocabulary
-from spec_rollout.backends.vllm.engine import UNTESTED, EngineRestarted, VLLMEngine
+from spec_rollout.backends.vllm.engine import EngineRestarted, VLLMEngine
 from spec_rollout.backends.vllm.steps import Plain
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.learner import DraftLearner
@@ -69,8 +69,6 @@ class VLLMBackend:
         self._watched = 0
         self._trace: list[StepStats] = []
         self._step_began: float | None = None
-        self._told = False
-        """Whether a verification that was not asked for was told."""
         self.delivery = Delivery()
         if fixed != 0:
             refuse_recurrent(model)
@@ -127,6 +125,19 @@ class VLLMBackend:
         self.engine.sleep()
         return completions
 
+    def deliver(self) -> None:
+        """Have vLLM, which is started where that is to come, hold policy and draft as they are now.
+
+        Raises:
+            EngineRestarted: vLLM was restarted meanwhile.
+        """
+        self._step_began = self._step_began or time.perf_counter()
+        self._start()
+        self.delivery.push(self.engine, self.learner, (self.policy_version, self.draft_version), self.whole)
+        if self.config.verification is None:
+            self.delivery.tell_verification(self.engine)
+        self._stand_watch()
+
     def _draw(
         self,
         prompts: Sequence[Sequence[int]],
@@ -137,10 +148,7 @@ class VLLMBackend:
         """Draw, again if vLLM was restarted meanwhile: a completion is of one policy, and counted once."""
         for _ in range(MOST_RESTARTS):
             try:
-                versions = self.policy_version, self.draft_version
-                self.delivery.push(self.engine, self.learner, versions, self.whole)
-                self._tell_verification()
-                self._stand_watch()
+                self.deliver()
                 keys = request_keys(seed, max(len(prompts), 1))
                 torch.manual_seed(keys[0][0] & 0x7FFFFFFF)  # the stream of a vLLM in here that does not go by keys
                 return self.engine.generate(prompts, params, limits, keys[: len(prompts)])
@@ -149,11 +157,6 @@ class VLLMBackend:
         raise ConnectionError(
             f"vLLM was restarted in each of {MOST_RESTARTS} attempts at one rollout: see its own log."
         )
-
-    def _tell_verification(self) -> None:
-        if self.config.verification is None and self.engine.verification == "rejection" and not self._told:
-            self._told = True
-            warnings.warn(UNTESTED, RuntimeWarning, stacklevel=4)
 
     @contextmanager
     def listen(self, ids: Tensor, mask: Tensor, prompts: Sequence[int]) -> Iterator[None]:

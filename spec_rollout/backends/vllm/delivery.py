@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from spec_rollout.backends.vllm.draft import draft_tensors, mismatch
-from spec_rollout.backends.vllm.engine import VLLMEngine
+from spec_rollout.backends.vllm.engine import UNTESTED, VLLMEngine
 from spec_rollout.draft.learner import DraftLearner
 
 Whole = Callable[[], AbstractContextManager]
@@ -26,6 +26,8 @@ class Delivery:
         self.version = 0
         self.pushed: tuple[int, int] | None = None
         self.lost: str | None = None
+        self._told = False
+        """Whether a verification that was not asked for was told."""
 
     def push(
         self, engine: VLLMEngine, learner: DraftLearner | None, state: tuple[int, int], whole: Whole = nullcontext
@@ -61,3 +63,9 @@ class Delivery:
             warnings.warn(
                 f"{use} until the next push: {self.lost}. No sample is affected.", RuntimeWarning, stacklevel=3
             )
+
+    def tell_verification(self, engine: VLLMEngine) -> None:
+        """Say once that guesses are judged otherwise than wherever that was tested."""
+        if engine.verification == "rejection" and not self._told:
+            self._told = True
+            warnings.warn(UNTESTED, RuntimeWarning, stacklevel=5)

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from spec_rollout.backends.vllm.hold import ASKED, COMPLETIONS, Hold, answered
 from spec_rollout.backends.vllm.key import is_loopback, server_key
 from spec_rollout.backends.vllm.upload import ROUTE, receive_file
 
@@ -23,6 +24,8 @@ PATHS = {"/health", "/metrics", "/version", "/server_info", "/reset_prefix_cache
 RPC = "/collective_rpc"
 METHODS = "live_"
 """How the names of the worker's methods that may be called begin."""
+BEGIN, FINISH = "live_begin", "live_finish"
+"""Those between which no token is drawn."""
 LONGEST_RPC = 16 * 2**20
 """Bytes of a call; the names and shapes of a large policy's weights are far fewer."""
 
@@ -40,6 +43,7 @@ class Guard:
         self.app = app
         key = server_key()
         self.key = None if key is None else _digest(key)
+        self.hold = Hold()
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] == "lifespan":
@@ -52,14 +56,36 @@ class Guard:
         if refused is None and scope["path"].startswith(ROUTE):
             await _answer(send, *await receive_file(scope["path"].removeprefix(ROUTE), self.key, receive))
             return
+        method = None
         if refused is None and scope["path"] == RPC:
             body = await _body(receive)
             refused = method_refusal(body)
+            method = None if refused else method_of(body)
             receive = _again(body, receive)
         if refused is not None:
             await _answer(send, *refused)
-            return
-        await self.app(scope, receive, send)
+        elif method in (BEGIN, FINISH):
+            await self._push(method, scope, receive, send)
+        elif scope["path"] == COMPLETIONS and ASKED in headers:
+            await answered(self.hold, _engine(scope), scope, self.app, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _push(self, method: str, scope: dict, receive: Callable, send: Callable) -> None:
+        """Requests wait from the one call to the other; the reply to the last one says that they go on."""
+        engine, sent = _engine(scope), []
+        if method == BEGIN:
+            await self.hold.begin(engine)
+
+        async def keep(message: dict) -> None:
+            sent.append(message)
+
+        try:
+            await self.app(scope, receive, keep)
+        finally:
+            await self.hold.settle(engine)
+        for message in sent:
+            await send(message)
 
     def _refusal(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
         """Status and reason, if the request is refused."""
@@ -82,13 +108,28 @@ def method_refusal(body: bytes | None) -> tuple[int, str] | None:
     if body is None:
         return 413, f"A call has at most {LONGEST_RPC} bytes."
     try:
-        call: Any = json.loads(body)
+        method = method_of(body)
     except ValueError:
         return 400, "The call is not JSON."
-    method = call.get("method") if isinstance(call, dict) else None
-    if not isinstance(method, str) or not method.startswith(METHODS):
+    if method is None or not method.startswith(METHODS):
         return 403, f"Only methods of the worker that begin with {METHODS} may be called."
     return None
+
+
+def method_of(body: bytes) -> str | None:
+    """The method that is called in `body`.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    call: Any = json.loads(body)
+    method = call.get("method") if isinstance(call, dict) else None
+    return method if isinstance(method, str) else None
+
+
+def _engine(scope: dict) -> Any:
+    """vLLM's, behind the application that Starlette names here."""
+    return scope["app"].state.engine_client
 
 
 def _digest(key: str) -> bytes:

@@ -21,6 +21,8 @@ MARK = "mark"
 NAME = re.compile(r"[a-z]+-[0-9]+-[0-9]+\.safetensors")
 INTERRUPTED = -1
 """Version of a policy of which only a part has arrived."""
+FINISHED = -1
+"""In place of the tokens of a request that has drawn all of its."""
 
 Shapes = dict[str, list]
 """A weight's dtype, as safetensors names it, and its shape, by its name in a checkpoint."""
@@ -101,6 +103,7 @@ class Intake:
             self.live_load(None, self._draft_parts, version)  # type: ignore[attr-defined]
         self._open, self._draft_parts = None, {}
         self.live_policy = int(version)
+        self.live_forget()  # type: ignore[attr-defined]
         return []
 
     def _refusal(self, mark: str, announced: dict[str, Shapes], version: int, held: list[int]) -> str | None:

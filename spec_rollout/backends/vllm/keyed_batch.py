@@ -77,6 +77,10 @@ class KeyedBatch:
         self._processors = {name: self._processors[name] for name in ids}
         self._group([requests[name].sampling_params for name in ids])
 
+    def forget(self) -> None:
+        """Rows begin again: what is known of where they stand is not so."""
+        self._ids, self._processors = [], {}
+
     def noise(self, progress: np.ndarray, width: int, vocab_size: int) -> Tensor | None:
         """Noise [B, width, N] of the completion tokens `progress` [B] and the next ones; None if all are greedy."""
         if self.all_greedy:

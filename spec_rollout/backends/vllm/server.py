@@ -25,7 +25,7 @@ from spec_rollout.backends.vllm.intake import MARK, Shapes
 from spec_rollout.backends.vllm.key import HOW
 from spec_rollout.backends.vllm.keyed_batch import keyed
 from spec_rollout.backends.vllm.served import refuse_lossy, refuse_other_guesses
-from spec_rollout.backends.vllm.steps import Guesses, ServedSteps, step_stats
+from spec_rollout.backends.vllm.steps import EMITTED, Guesses, ServedSteps, counters, step_stats
 from spec_rollout.backends.vllm.upload import ROUTE
 from spec_rollout.backends.vllm.weights_folder import SHARED_MEMORY
 from spec_rollout.config import SpecConfig
@@ -33,7 +33,6 @@ from spec_rollout.records import Completion, SamplingParams
 
 LONGEST_S = 3600.0
 """A rollout or a push that takes longer than this hangs."""
-COUNTERS = "vllm:spec_decode_num_"
 
 
 class Server(Connection, ServedSteps):
@@ -47,6 +46,7 @@ class Server(Connection, ServedSteps):
         shown: whether a push shows its progress.
 
     Attributes:
+        max_model_len: tokens of a prompt and its completion together.
         policy_shapes: of the policy's weights; None until they have been walked through once.
 
     Raises:
@@ -67,8 +67,10 @@ class Server(Connection, ServedSteps):
         self.policy_shapes: Shapes | None = None
         ServedSteps.__init__(self)
         self._held = self.versions()
+        self._watched: tuple[Counter, float] | None = None
         self.verification = config.verification
-        self.model = self._request("/v1/models")["data"][0]["id"]
+        described = self._request("/v1/models")["data"][0]
+        self.model, self.max_model_len = described["id"], described["max_model_len"]
         served = self._request("/server_info?config_format=json")["vllm_config"]
         refuse_lossy(self.url, served)
         self.speculates = bool(served.get("speculative_config"))
@@ -150,6 +152,14 @@ class Server(Connection, ServedSteps):
     def draft_probe(self) -> list[dict[str, float]]:
         return self._call("live_probe")
 
+    def watch(self) -> None:
+        """Account for what the server has drawn since the last call, for whomever."""
+        counted, now = self._counters(), time.perf_counter()
+        before, began = self._watched or (counted, now)
+        since = counted - before
+        self._account(since, since[EMITTED], now - began)
+        self._watched = counted, now
+
     def near_ties(self) -> int:
         try:
             return int(self._call("live_near_ties")[0])
@@ -184,15 +194,7 @@ class Server(Connection, ServedSteps):
                 self._add(step)
 
     def _counters(self) -> Counter:
-        """vLLM's counters of guesses, by the end of their names and the position."""
-        counts: Counter = Counter()
-        for line in self._request("/metrics").splitlines():
-            if line.startswith(COUNTERS):
-                name, value = line.removeprefix(COUNTERS).rsplit(" ", 1)
-                name, _, labels = name.partition("{")
-                place = labels.partition('position="')[2].partition('"')[0]
-                counts[f"{name}:{place}" if place else name] += int(float(value))
-        return counts
+        return counters(self._request("/metrics"))
 
     def _folder(self) -> tuple[Path | None, str]:
         """Where the server reads weights from, None if this machine does not see it, and the mark that tells.

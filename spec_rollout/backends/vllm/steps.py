@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from spec_rollout.records import Controller, StepStats
+
+GUESSED, EMITTED = "vllm:spec_decode_num_", "vllm:generation_tokens_total"
+"""How the names of a server's counters of guesses begin; the name of that of all tokens."""
 
 
 @dataclass
@@ -120,3 +124,15 @@ def step_stats(emitted: int, guesses: Any) -> StepStats:
         return StepStats(rows=emitted, gamma=0, context=0, emitted=emitted, accepted=[])
     gamma = round(guesses.num_draft_tokens / guesses.num_drafts)
     return StepStats(guesses.num_drafts, gamma, 0, emitted, list(guesses.num_accepted_tokens_per_pos[:gamma]))
+
+
+def counters(text: str) -> Counter:
+    """A server's counters of guesses, by the end of their names and the position, and EMITTED, from its /metrics."""
+    counts: Counter = Counter()
+    for line in text.splitlines():
+        if line.startswith((GUESSED, EMITTED)):
+            name, value = line.removeprefix(GUESSED).rsplit(" ", 1)
+            name, _, labels = name.partition("{")
+            place = labels.partition('position="')[2].partition('"')[0]
+            counts[f"{name}:{place}" if place else name] += int(float(value))
+    return counts

@@ -5,13 +5,15 @@ vLLM puts this class among the bases of its worker (`worker_extension_cls`), in 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spec_rollout.backends.vllm.coupled import Coupled
-from spec_rollout.backends.vllm.intake import Intake
+from spec_rollout.backends.vllm.intake import FINISHED, Intake
 from spec_rollout.backends.vllm.lazy_head import LazyHead
 from spec_rollout.backends.vllm.repairs import repack_tied_heads, repair_sampling
 
@@ -19,6 +21,8 @@ EXTENSION = "spec_rollout.backends.vllm.worker.LiveWeights"
 
 Weights = Iterable[tuple[str, Tensor]]
 """Checkpoint names and tensors."""
+LATEST = 2**14
+"""Requests that ended last, of which vLLM's other process may not have heard when a push begins."""
 
 
 class LiveWeights(Intake):
@@ -76,6 +80,37 @@ class LiveWeights(Intake):
     def live_versions(self) -> list[int]:
         """Versions of the policy and of the draft; 0 for weights that came from the disk at the start."""
         return [getattr(self, "live_policy", 0), getattr(self, "live_draft", 0)]
+
+    def live_follow(self) -> list[int]:
+        """`live_versions`; from now on `live_under_way` knows of requests that have ended."""
+        if not hasattr(self, "live_ended"):
+            self.live_ended: deque[str] = deque(maxlen=LATEST)
+            self._remember_ended(self.model_runner)
+        return self.live_versions()
+
+    def live_under_way(self) -> dict[str, int] | None:
+        """Tokens that each request has drawn, FINISHED for those that ended lately, by vLLM's names; None on a runner
+        that is a step ahead of what it knows. Between two steps."""
+        if self.model_runner.use_async_scheduling:
+            return None
+        ended = dict.fromkeys(self.live_ended, FINISHED)
+        return ended | {name: len(row.output_token_ids) for name, row in self.model_runner.requests.items()}
+
+    def live_forget(self) -> None:
+        """Drop what was kept of requests that go on: they are read anew, from their beginning, by the new weights."""
+        if getattr(self, "live_coupled", None) is not None:
+            self.live_coupled.batch.forget()
+        if hasattr(self, "live_head"):
+            self.live_head.pending = None
+
+    def _remember_ended(self, runner: Any) -> None:
+        update = runner._update_states
+
+        def remember(scheduler_output: Any, *others: Any) -> Any:
+            self.live_ended.extend(scheduler_output.finished_req_ids)
+            return update(scheduler_output, *others)
+
+        runner._update_states = remember
 
     def live_probe(self) -> dict[str, float]:
         """`probe` of this worker's shard of the draft that is really there, measured through its own layers."""

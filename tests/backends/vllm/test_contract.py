@@ -29,6 +29,10 @@ FUNCTIONS = {
     # worker.py
     f"{RUNNER}.reload_weights": "weights_iterator weights_path is_checkpoint_format",
     f"{RUNNER}.get_model": "",
+    f"{RUNNER}._update_states": "scheduler_output",
+    "vllm.v1.engine.async_llm.AsyncLLM.pause_generation": "mode wait_for_inflight_requests clear_cache",
+    "vllm.v1.engine.async_llm.AsyncLLM.resume_generation": "",
+    "vllm.v1.engine.async_llm.AsyncLLM.reset_prefix_cache": "reset_running_requests reset_connector",
     f"{RUNNER}.get_draft_model": "",
     "vllm.model_executor.model_loader.reload.initialize_layerwise_reload": "model",
     "vllm.model_executor.model_loader.reload.finalize_layerwise_reload": "args kwargs",
@@ -43,7 +47,7 @@ FIELDS = {
         *("query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens", "max_query_len"),
         *("block_table_tensor", "slot_mapping", "seq_lens_cpu_upper_bound", "positions", "is_prefilling"),
     },
-    "vllm.v1.core.sched.output.SchedulerOutput": {"num_spec_tokens_to_schedule"},
+    "vllm.v1.core.sched.output.SchedulerOutput": {"num_spec_tokens_to_schedule", "finished_req_ids"},
 }
 HELD = {
     "": "input_batch requests query_start_loc max_num_reqs device dtype use_async_scheduling sampler drafter "

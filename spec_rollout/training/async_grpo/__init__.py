@@ -1,0 +1,1 @@
+"""TRL's asynchronous GRPO on a server of this package."""
