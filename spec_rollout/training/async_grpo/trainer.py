@@ -7,7 +7,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FunctionType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class SpecAsyncGRPOTrainer(AsyncGRPOTrainer):
     """
 
     _tag_names: ClassVar[list[str]] = [*AsyncGRPOTrainer._tag_names, "spec-rollout"]
+    rollout_worker: Any
 
     def __init__(self, model: str, reward_funcs=None, args: SpecAsyncGRPOConfig | None = None, **options):
         args = SpecAsyncGRPOConfig(f"{model.split('/')[-1]}-AsyncGRPO") if args is None else args
@@ -106,14 +107,14 @@ class SpecAsyncGRPOTrainer(AsyncGRPOTrainer):
         with own_random_stream(self):
             refreshed = backend.refresh(remaining=self._remaining())
             if backend.engine is not None:
-                backend.engine.watch()  # before the push: these were the old draft's guesses
+                self.transfer.server().watch()  # before the push: these were the old draft's guesses
             super()._sync_weight()
         self.rollout_worker._loop_kwargs["coupled"] = backend.engine.verification == "coupled"
         seconds, self._pushed_at = time.perf_counter() - self._pushed_at, time.perf_counter()
         if self.state.global_step:
             self._log_rollouts(refreshed, seconds)
         else:
-            backend.engine.watch()  # nobody has asked before the first push
+            self.transfer.server().watch()  # nobody has asked before the first push
 
     def _log_rollouts(self, refreshed: RefreshStats, seconds: float) -> None:
         backend = self.transfer.backend
