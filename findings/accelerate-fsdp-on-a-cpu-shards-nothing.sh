@@ -42,9 +42,15 @@ use_cpu: true
 YAML
 
 launch() {
+    local port
+    port=$("$folder/env/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     echo "accelerate launch --config_file fsdp.yaml $*"
-    OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= "$folder/env/bin/accelerate" launch --config_file fsdp.yaml "$@" 2> "$folder/log" |
-        grep "weights" | sort
+    if ! OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= "$folder/env/bin/accelerate" launch --main_process_port "$port" \
+        --config_file fsdp.yaml "$@" > "$folder/out" 2> "$folder/log"; then
+        cat "$folder/log" >&2
+        return 1
+    fi
+    grep "weights" "$folder/out" | sort
 }
 
 "${PYTHON:-python3}" -m venv "$folder/env"

@@ -1,6 +1,6 @@
 """Asynchronous GRPO with speculative rollouts, on a server that `spec-rollout serve` has started.
 
-    python trainers/async_grpo.py --config recipes/arithmetic_async_grpo.yaml
+    accelerate launch trainers/async_grpo.py --config recipes/arithmetic_async_grpo.yaml
 
 A process of its own asks the server for completions all the time and scores them. Meanwhile, what one step does:
     1. take scored completions, at most `max_staleness` pushes old, packed into one row;

@@ -81,7 +81,7 @@ def test_a_hybrid_has_an_mtp_head_that_guesses_in_the_first_rollout(monkeypatch,
     folder = make_reference_policy(tmp_path / "policy", "tiny", architecture="qwen3_5")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.config.layer_types.count("linear_attention") == 3 and (folder / FILE).exists()
-    backend = EmbeddedBackend(model, SpecConfig(num_speculative_tokens=3), tokenizer)
+    backend = EmbeddedBackend(model, SpecConfig(num_speculative_tokens=3, draft_ngrams=False), tokenizer)
     prompts = [tokenizer(p.prompt)["input_ids"] for p in problems("heldout", 4)]
     backend.generate(prompts, SamplingParams(max_new_tokens=24))
     first = backend.take_stats()

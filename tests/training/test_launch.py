@@ -17,6 +17,7 @@ from spec_rollout import cli
 from spec_rollout.tasks.arithmetic import accuracy_reward
 from spec_rollout.training import SpecGRPOConfig, SpecRLOOConfig
 from spec_rollout.training import config as training_config
+from spec_rollout.training.async_grpo.config import SpecAsyncGRPOConfig
 from spec_rollout.training.launch import ScriptArguments, load_reward_funcs, load_split, parse
 
 ROOT = Path(__file__).parents[2]
@@ -106,10 +107,11 @@ def test_the_recipes_are_valid_and_open_with_their_command(recipe, monkeypatch):
     found = re.fullmatch(r"# accelerate launch (?:--config_file (\S+) )?(trainers/(\w+)\.py) --config (\S+)", command)
     assert found[4] == f"recipes/{recipe.name}"
     assert all((ROOT / path).is_file() for path in (found[1] or found[2], found[2]))
-    if found[3] not in CONFIGS:
+    configs = CONFIGS | {"async_grpo": SpecAsyncGRPOConfig}
+    if found[3] not in configs:
         pytest.skip(f"{found[3]} has tests of its own")
     line = ["--config", str(recipe), "--use_cpu", "--bf16", "false", "--model_name_or_path", "p", "--max_steps", "7"]
-    script, training, model = parse(CONFIGS[found[3]], [*line, "--output_dir", "o"])
+    script, training, model = parse(configs[found[3]], [*line, "--output_dir", "o"])
     assert (model.model_name_or_path, training.max_steps, training.output_dir) == ("p", 7, "o")
     assert load_reward_funcs(script)
 
