@@ -55,9 +55,8 @@ def stops_after_parsing(monkeypatch):
         raise Parsed
 
     def stop_training(config_class, argv):
-        parse(
-            config_class, [*(argv or sys.argv[1:]), "--use_cpu", "true", "--bf16", "false"]
-        )  # a recipe may be for GPUs
+        on_a_cpu = ["--use_cpu", "true", "--bf16", "false"]  # a recipe may be for GPUs
+        parse(config_class, [*(argv or sys.argv[1:]), *on_a_cpu])
         raise Parsed
 
     monkeypatch.chdir(ROOT)

@@ -113,7 +113,12 @@ class NgramSource(Source):
         if not self.history:
             return math.inf
         self.calibrate(engine, slots)
-        return self.history.seconds + self.seconds(trace, self.history.acceptance)
+        return self.update_s + self.seconds(trace, self.history.acceptance)
+
+    @property
+    def update_s(self) -> float:
+        """What bringing the table up to date took; 0 at a fixed number of guesses, where times are told in passes."""
+        return 0.0 if isinstance(self.controller, FixedGamma) else self.history.seconds
 
 
 class JointSource(Source):
@@ -146,7 +151,7 @@ class JointSource(Source):
             return lambda rates: math.inf
         self.calibrate(engine, slots)
         seconds = self.seconds_of(trace)
-        return lambda rates: history.seconds + seconds(joint_rates(rates, history.acceptance))
+        return lambda rates: self.ngrams.update_s + seconds(joint_rates(rates, history.acceptance))
 
 
 class ModelSource(Source):

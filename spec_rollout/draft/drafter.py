@@ -13,7 +13,7 @@ from spec_rollout.draft.collector import Collector
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.entries import HeadEntries
 from spec_rollout.draft.features import FeatureBuffer
-from spec_rollout.draft.head_passes import HeadPasses
+from spec_rollout.draft.head_passes import LEAN_WIDTH, HeadPasses
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.engine.kv_cache import rounded_up
 from spec_rollout.engine.rejection import Proposal
@@ -125,7 +125,8 @@ class EagleDrafter(HeadEntries, HeadPasses):
         count = rows.count
         if not self.ready:
             return rows.tokens[:count, :0]
-        width = self._read_until(rows, 0, count, rows.lengths[:count], max(1, CATCH_UP_TOKENS // count))
+        most = min(LEAN_WIDTH, max(1, CATCH_UP_TOKENS // count))  # entries that are behind are cheaper only read
+        width = self._read_until(rows, 0, count, rows.lengths[:count], most)
         known = upload(self.known[:count], rows.device)
         lanes = [None] * gamma if noise is None else noise[:, :gamma].unbind(1)
         state = (rows.tokens, self.window.kept, rows.start, rows.length)

@@ -18,8 +18,8 @@ from spec_rollout.engine.kv_cache import SlotCache, SlotWindow
 from spec_rollout.engine.masks import causal_mask
 
 LEAN_WIDTH = 16
-"""Most tokens of a row in a lean pass of the head: what a step leaves behind. The mask of a wider one, as over
-prompts, would outgrow the keys and values that it saves from being copied."""
+"""Most tokens of a row in a lean pass of the head: what a step leaves behind. The mask of a wider one would outgrow
+the keys and values that it saves from being copied."""
 
 
 class Guess(NamedTuple):

@@ -147,7 +147,7 @@ class NgramTable:
 
 
 def recent_tokens(rows: Rows) -> Tensor:
-    """The last tokens [B, LONGEST] of the active rows, -1 before the first, for `NgramTable.lookup`."""
+    """The last tokens [B, LONGEST] of the active rows, -1 before the first, for `NgramTable.find`."""
     place = rows.length[: rows.count, None] + torch.arange(1 - LONGEST, 1, device=rows.device)
     recent = rows.tokens[: rows.count].gather(1, place.clamp(min=0))
     return torch.where(place < 0, -1, recent)

@@ -20,14 +20,14 @@ def cost(draft: float) -> CostModel:
     return CostModel(cells + [Measurement("draft", 4, t, 10, draft * t) for t in (1, 7)])
 
 
-def sources(head=0.03, table=0.01) -> Sources:
+def sources(head=0.03, table=0.01, gamma=None) -> Sources:
     """All of them, calibrated, but for the model that there is not."""
-    config = SpecConfig()
+    config = SpecConfig(num_speculative_tokens=gamma)
     history = History(DEVICE)
     history.add([([1], [2, 3, 4, 5]), ([1], [2, 3, 4, 5])])
     own, ngrams = Source(config), NgramSource(config, history)
     found = Sources(own, ngrams, ModelSource(config), JointSource(config, own, ngrams))
-    for source, draft in ((own, head), (ngrams, table)):
+    for source, draft in ((own, head), (ngrams, table)) if gamma is None else ():
         source.controller, source.calibrate = GammaController(cost(draft), 7), lambda *given: None
         source._calibrated = 4, None
     return found
@@ -45,6 +45,20 @@ def test_both_together_guess_where_that_repays_two_guesses():
     assert fastest(sources(table=1.0), [0.6], [0.6]) == "head"
     assert fastest(sources(), [0.6], None) == "ngrams"
     assert fastest(sources(), [0.01], [0.9]) == "head"
+
+
+def test_seconds_are_not_added_to_passes():
+    """At a fixed number of guesses passes are compared, however long the table took."""
+    found = sources(gamma=3)
+    found.ngrams.history.seconds = 100.0
+    found.ngrams.calibrate = found.head.calibrate = lambda *given: None
+    assert fastest(found, [0.6], [0.6]) == "both" and fastest(found, [0.6], None) == "ngrams"
+    assert (
+        found.ngrams.expected_seconds(None, 4, TRACE) < 1 and found.joint.expected_seconds(None, 4, TRACE)([0.6]) < 1
+    )
+    adaptive = sources()
+    adaptive.ngrams.history.seconds = 100.0
+    assert fastest(adaptive, [0.6], [0.1]) == "head"
 
 
 def test_what_any_but_the_head_would_take_depends_on_the_head():

@@ -14,7 +14,8 @@ from spec_rollout.training.option_types import check_types
 
 @dataclass
 class AsyncModelConfig(ModelConfig):
-    """TRL's options of the policy on a command line; how it is loaded is among those of `AsyncGRPOConfig`."""
+    """TRL's options of the policy on a command line; how it is loaded is among those of `AsyncGRPOConfig`
+    (findings/trl-async-grpo-config-beside-model-config.sh)."""
 
     dtype: str | None = field(default=None, init=False)
 
