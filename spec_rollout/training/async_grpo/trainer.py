@@ -102,19 +102,19 @@ class SpecAsyncGRPOTrainer(AsyncGRPOTrainer):
         return self._tap.listen_packed(learner.buffer, ids, rows_of(batch))
 
     def _sync_weight(self) -> None:
-        backend = self.transfer.backend
+        backend, first = self.transfer.backend, self.transfer.backend.engine is None
         backend.policy_version += 1
         with own_random_stream(self):
             refreshed = backend.refresh(remaining=self._remaining())
-            if backend.engine is not None:
+            if not first:
                 self.transfer.server().watch()  # before the push: these were the old draft's guesses
             super()._sync_weight()
         self.rollout_worker._loop_kwargs["coupled"] = backend.engine.verification == "coupled"
         seconds, self._pushed_at = time.perf_counter() - self._pushed_at, time.perf_counter()
-        if self.state.global_step:
-            self._log_rollouts(refreshed, seconds)
+        if first:
+            self.transfer.server().watch()  # nobody has asked before
         else:
-            self.transfer.server().watch()  # nobody has asked before the first push
+            self._log_rollouts(refreshed, seconds)
 
     def _log_rollouts(self, refreshed: RefreshStats, seconds: float) -> None:
         backend = self.transfer.backend
