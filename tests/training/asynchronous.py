@@ -51,13 +51,20 @@ def digits(completion_ids, **given) -> list[float]:
 
 @contextmanager
 def served_policy(folder: Path) -> Iterator[tuple[Path, Process]]:
-    """The policy's folder and its server, which wants a key."""
+    """The folder of a random policy and its server."""
     tokenizer = build_tokenizer()
     save_policy(folder / "policy", "llama", **SIZES | {"vocab_size": len(tokenizer), "num_hidden_layers": 4})
     tokenizer.save_pretrained(folder / "policy")
+    with served(folder) as process:
+        yield folder / "policy", process
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[Process]:
+    """A server of the policy in `folder`, which wants a key."""
     process = Process(folder / "policy", folder / "log", environment={KEY: SECRET})
     try:
-        yield folder / "policy", process
+        yield process
     finally:
         process.kill()
 
@@ -94,8 +101,10 @@ class Run:
         patch.setattr(trainer.rollout_queue, "get", get)
         patch.setattr(trainer.transfer, "send_weights", send)
 
-    def check_versions(self) -> None:
-        """Log-probs are those of the versions that a completion names, turn by turn, and of no other."""
+    def check_versions(self) -> list[bool]:
+        """Log-probs are those of the versions that a completion names, turn by turn. Returns, of each range of tokens,
+        whether another version has others."""
+        found = []
         for sample in self.samples:
             ids, drawn = torch.tensor(sample.input_ids), torch.tensor(sample.completion_mask)
             borders = (drawn.diff(prepend=drawn.new_zeros(1)) == 1).nonzero()[:, 0].tolist()
@@ -106,13 +115,15 @@ class Run:
                 assert starts[0] == begin
                 for (_, policy, draft), start, stop in zip(ranges, starts, [*starts[1:], end], strict=True):
                     assert policy == draft >= 1
-                    self._check_drawn_by(policy, ids[:stop], torch.tensor(sample.old_log_probs)[start:stop])
+                    told = torch.tensor(sample.old_log_probs)[start:stop]
+                    found.append(self._check_drawn_by(policy, ids[:stop], told))
+        return found
 
-    def _check_drawn_by(self, version: int, ids: torch.Tensor, told: torch.Tensor) -> None:
+    def _check_drawn_by(self, version: int, ids: torch.Tensor, told: torch.Tensor) -> bool:
         own = scored(self.policies[version], ids)[-len(told) :]
         torch.testing.assert_close(own, told, atol=1e-3, rtol=0)
         others = [scored(policy, ids)[-len(told) :] for name, policy in self.policies.items() if name != version]
-        assert any((own - other).abs().max() > 1e-3 for other in others)
+        return any((own - other).abs().max() > 1e-3 for other in others)
 
     def check_completions(self, first: int = 0) -> int:
         """Completions of one turn that one version has drawn are the embedded engine's: they follow from the seed, the

@@ -73,7 +73,7 @@ def run(served, files, tmp_path_factory):
 def test_a_killed_server_is_given_the_weights_again_and_the_run_goes_on(run, files):
     assert run.trainer.state.global_step == STEPS["max_steps"]
     assert len(run.policies) == 3 + 1 and len(files) == 2 * len(run.policies)
-    run.check_versions()
+    assert all(run.check_versions())
     assert {ranges[-1][1] for sample in run.samples for ranges in sample.versions} >= set(list(run.policies)[:3])
     log = [entry for entry in run.trainer.state.log_history if "loss" in entry]
     assert sum(entry.get("rollout/vllm_retry_total", 0) for entry in log) > 0
@@ -97,7 +97,7 @@ def test_a_resumed_run_goes_on_from_its_prompt_with_its_draft(run, served, files
     assert pushed[0][1] >= 1 and pushed[0][2].equal(saved)
     first = trainer.rollout_worker._loop_kwargs["dataset_start_index"]
     assert first > 0 and min(resumed.policies) > max(run.policies)  # the server counts on
-    resumed.check_versions()
+    assert all(resumed.check_versions())
     assert resumed.check_completions(first)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]

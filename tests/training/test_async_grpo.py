@@ -35,7 +35,7 @@ def run(served, tmp_path_factory):
 @needs_vllm
 def test_log_probs_are_those_of_the_versions_that_a_completion_names(run):
     assert run.trainer.state.global_step == OPTIONS["max_steps"] and len(run.policies) == OPTIONS["max_steps"] + 1
-    run.check_versions()
+    assert all(run.check_versions())
     assert all(sample.versions[0][-1][1] >= sample.model_version for sample in run.samples)
 
 

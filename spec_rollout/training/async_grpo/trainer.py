@@ -68,6 +68,11 @@ class SpecAsyncGRPOTrainer(AsyncGRPOTrainer):
         self.transfer.attach(self, config)
         theirs = self.rollout_worker._loop_kwargs
         dataset, tokenizer = as_conversations(theirs["dataset"], theirs["processing_class"])
+        if dataset is not theirs["dataset"] and (theirs["tools"] or theirs["environment_factory"]):
+            raise ValueError(
+                "Prompts of plain text cannot be honoured beside tools or environments, of which the chat template "
+                "tells the policy: give conversations, such as [{'role': 'user', 'content': ...}]."
+            )
         theirs |= {"dataset": dataset, "processing_class": tokenizer, "seed": args.seed, "coupled": False}
         self.rollout_worker = SpecRolloutWorker(starved=self.transfer.renew, **theirs)
         self.rollout_queue = self.rollout_worker.rollout_buffer
