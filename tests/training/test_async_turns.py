@@ -5,6 +5,7 @@ import itertools
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,9 +16,9 @@ pytest.importorskip("trl.experimental.async_grpo")
 from spec_rollout.backends.vllm.hold import COMPLETIONS
 from spec_rollout.backends.vllm.key import KEY
 from spec_rollout.training.async_grpo.worker import UNDER_WAY, Conversation, SpecRolloutLoop, _AsyncRolloutLoop
-from tests.training import talking
+from tests.training import tooled
 from tests.training.asynchronous import SECRET, Run, make_trainer, served
-from tests.training.test_tools import CHATS, GOOD, TALK
+from tests.training.test_tools import CHATS
 
 PUSHES = "TEST_PUSHES"
 RESPONSE = "<<unk>>\n<unk>\n</<unk>>"
@@ -50,7 +51,7 @@ def turns(completions, **given) -> list[float]:
 def run(tmp_path_factory):
     """A run that has seen a conversation which went through a push between two of its turns."""
     folder = tmp_path_factory.mktemp("async")
-    policy = make_policy(folder / "policy")
+    policy = tooled.save_policy(folder / "policy")
     with pytest.MonkeyPatch.context() as patch, served(folder) as process:
         patch.setenv(KEY, SECRET)
         patch.setenv(PUSHES, str(folder / "pushes"))
@@ -80,14 +81,6 @@ def run(tmp_path_factory):
     return run
 
 
-def make_policy(folder: Path) -> Path:
-    tokenizer = talking.make_tokenizer(GOOD, TALK)
-    sizes = {"num_hidden_layers": 4, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    talking.make_policy(tokenizer, GOOD, TALK, **sizes).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @needs_vllm
 def test_each_turn_names_its_versions(run):
     assert run.trainer.state.global_step == 4
@@ -112,7 +105,7 @@ def test_what_the_tool_said_is_read_and_not_learned(run):
 
 
 def test_plain_text_beside_tools_is_refused(tmp_path):
-    policy = make_policy(tmp_path / "policy")
+    policy = tooled.save_policy(tmp_path / "policy")
     with pytest.raises(ValueError, match="give conversations"):
         make_trainer(policy, "http://nowhere", tmp_path, tools=[multiply])
 
@@ -120,10 +113,10 @@ def test_plain_text_beside_tools_is_refused(tmp_path):
 def test_a_conversation_that_outgrows_the_context_ends_the_run_at_once(monkeypatch):
     aiohttp = pytest.importorskip("aiohttp")
 
-    async def refuse(self, *given):
-        raise aiohttp.ClientResponseError(None, (), status=given[0])
+    async def refuse(path, status):
+        raise aiohttp.ClientResponseError(SimpleNamespace(real_url=path), (), status=status)
 
-    monkeypatch.setattr(_AsyncRolloutLoop, "_post", lambda self, path, *given: refuse(self, self.status))
+    monkeypatch.setattr(_AsyncRolloutLoop, "_post", lambda self, path, *given: refuse(path, self.status))
     loop = object.__new__(SpecRolloutLoop)
     loop.vllm_server_url, loop.coupled, loop.max_tokens = "http://there", False, 40
     UNDER_WAY.set(Conversation((0,), turns=[[[0, 1, 1]]]))
