@@ -51,7 +51,7 @@ def main(kind: str, folder: Path) -> None:
 
 def digits_run(kind: str, folder: Path) -> dict:
     trainer = make_trainer(kind, folder, max_steps=5, max_completion_length=24, learning_rate=1e-3)
-    held = watched_pushes(trainer)
+    held = [] if "embedded" in kind else watched_pushes(trainer)
     trainer.train()
     backend, found = trainer.sampler.backend, {}
     backend.policy_version = trainer.state.global_step
