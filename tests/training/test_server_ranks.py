@@ -77,7 +77,7 @@ def test_rloo(run):
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", "zero2", "zero3"])
-def test_an_engine_on_each_rank_takes_a_policy_in_pieces(run, kind):
+def test_an_engine_on_each_rank(run, kind):
     if kind.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     check(run(f"{kind}+colocate"), KINDS[kind], run("ddp"), shared=False)
