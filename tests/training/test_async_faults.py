@@ -74,7 +74,8 @@ def test_a_killed_server_is_given_the_weights_again_and_the_run_goes_on(run, fil
     assert run.trainer.state.global_step == STEPS["max_steps"]
     assert len(run.policies) == 3 + 1 and len(files) == 2 * len(run.policies)
     assert all(run.check_versions())
-    assert {ranges[-1][1] for sample in run.samples for ranges in sample.versions} >= set(list(run.policies)[:3])
+    drawn_by = {ranges[-1][1] for sample in run.samples for ranges in sample.versions}
+    assert sorted(run.policies)[2] in drawn_by  # what was pushed again
     log = [entry for entry in run.trainer.state.log_history if "loss" in entry]
     assert sum(entry.get("rollout/vllm_retry_total", 0) for entry in log) > 0
     assert run.trainer.transfer.backend.draft_healthy
