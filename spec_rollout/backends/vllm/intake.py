@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spec_rollout.backends.vllm.repairs import repack_tied_heads, repair_sampling
+from spec_rollout.backends.vllm.repairs import repack_tied_heads, repair_experts, repair_sampling
 
 FOLDER = "SPEC_ROLLOUT_WEIGHTS"
 """Names, in a server's environment, the folder that weights are read from."""
@@ -66,6 +66,7 @@ class Intake:
         self._open = json.loads(announced)
         self._draft_parts: dict[str, Tensor] = {}
         self.live_policy = INTERRUPTED
+        repair_experts(self.model_runner.get_model())
         with torch.inference_mode(), self._config():
             initialize_layerwise_reload(self.model_runner.get_model())
         return []

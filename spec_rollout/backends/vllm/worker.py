@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spec_rollout.backends.vllm.coupled import Coupled
 from spec_rollout.backends.vllm.intake import FINISHED, Intake
 from spec_rollout.backends.vllm.lazy_head import LazyHead
-from spec_rollout.backends.vllm.repairs import repack_tied_heads, repair_sampling
+from spec_rollout.backends.vllm.repairs import repack_tied_heads, repair_experts, repair_sampling
 
 EXTENSION = "spec_rollout.backends.vllm.worker.LiveWeights"
 
@@ -36,6 +36,7 @@ class LiveWeights(Intake):
         """
         repair_sampling(self.model_runner.device)
         if policy is not None:
+            repair_experts(self.model_runner.get_model())
             self.model_runner.reload_weights(weights_iterator=iter(policy))
             repack_tied_heads(self.model_runner.get_model())
             self.live_policy = int(version)
@@ -152,6 +153,7 @@ class LiveWeights(Intake):
                 "The draft shares the policy's output head inside vLLM, so loading an lm_head.weight with it would "
                 "overwrite the policy's: leave it out, or start vLLM with a draft whose output head differs."
             )
+        repair_experts(draft)
         with torch.inference_mode(), set_current_vllm_config(runner.vllm_config):
             initialize_layerwise_reload(draft)
             draft.load_weights(tensors.items())
