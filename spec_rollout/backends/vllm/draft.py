@@ -20,6 +20,8 @@ from spec_rollout.draft.vocabulary import DRAFT_VOCABULARY
 
 PROBE_ERROR = 0.004
 """Relative error that rounding may cause: the unit of bfloat16."""
+EXPERTS_ERROR = 0.02
+"""The same of experts; vLLM's kernel on a CPU answers in bfloat16 with 0.7 % too little."""
 
 
 def start_vocabulary(vocab_size: int, draft_ids: Tensor | None, head: EagleHead) -> Tensor | None:
@@ -80,7 +82,7 @@ def mismatch(engine: VLLMEngine, tensors: dict[str, Tensor] | None, version: int
         where = f" of worker {number}" * (len(shards) > 1)
         for name, value in respond(tensors, found).items():
             answer = found.get(name, math.nan)
-            if not math.isclose(answer, value, rel_tol=PROBE_ERROR):
+            if not math.isclose(answer, value, rel_tol=EXPERTS_ERROR if name.endswith("experts") else PROBE_ERROR):
                 return f"what was pushed did not arrive: {name}{where} responds with {answer:.4g}, not {value:.4g}"
     return None
 

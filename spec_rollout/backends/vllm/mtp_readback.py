@@ -24,6 +24,8 @@ VLLMS = {
     "norm": "final_norm",
 }
 """Modules of vLLM's MTP layers by the names that `MtpHead` has for them, where it has others."""
+ROWS = 16
+"""Inputs whose responses are averaged: some layers have a single output, whose rounding says little."""
 SHARED = "shares the policy's embedding and output head"
 
 
@@ -55,7 +57,7 @@ def measured_mtp(draft: nn.Module, policy: nn.Module) -> dict[str, float]:
             continue
         own = dict(module.named_parameters(recurse=False))
         if hasattr(module, "quant_method"):
-            found[f"{name}.weight"] = response(module)
+            found[f"{name}.weight"] = response(module, rows=ROWS)
             own.pop("weight", None)
         found |= {f"{name}.{kind}": _of_weight(weight.float()) for kind, weight in own.items()}
     return found
@@ -79,7 +81,7 @@ def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _of_weight(weight: Tensor) -> float:
-    return weight.abs().mean().item() if weight.dim() == 1 else mean_response(weight)
+    return weight.abs().mean().item() if weight.dim() == 1 else mean_response(weight, rows=ROWS)
 
 
 def _of_experts(gate_up: Tensor, down: Tensor) -> float:

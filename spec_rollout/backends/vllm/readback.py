@@ -74,21 +74,22 @@ def measured(draft: nn.Module) -> dict[str, float]:
     return found
 
 
-def stimulus(begin: int, width: int) -> Tensor:
-    return torch.arange(begin, begin + width, dtype=torch.float32).cos()[None]
+def stimulus(begin: int, width: int, rows: int = 1) -> Tensor:
+    return torch.arange(begin, begin + rows * width, dtype=torch.float32).cos().view(rows, width)
 
 
-def mean_response(weight: Tensor, begin: int = 0) -> float:
-    given = stimulus(begin, weight.shape[1]).to(weight.device)
+def mean_response(weight: Tensor, begin: int = 0, rows: int = 1) -> float:
+    given = stimulus(begin, weight.shape[1], rows).to(weight.device)
     return nn.functional.linear(given, weight).abs().mean().item() if len(weight) else 0.0
 
 
-def response(layer: nn.Module, size: int | None = None) -> float:
-    """Of the first `size` outputs of a linear layer of vLLM's, or of an output head, by the kernel that serves it. One
-    that is shared out by its inputs answers to those that it has."""
+def response(layer: nn.Module, size: int | None = None, rows: int = 1) -> float:
+    """Of the first `size` outputs of a linear layer of vLLM's, or of an output head, by the kernel that serves it, to
+    so many inputs. One that is shared out by its inputs answers to those that it has."""
     like = next(layer.parameters())
     width = layer.input_size if hasattr(layer, "input_size") else layer.embedding_dim
     own = getattr(layer, "input_size_per_partition", width)
     begin = layer.tp_rank * own if own != width else 0
-    output = layer.quant_method.apply(layer, stimulus(begin, own).to(device=like.device, dtype=like.dtype))
+    given = stimulus(begin, own, rows).to(device=like.device, dtype=like.dtype)
+    output = layer.quant_method.apply(layer, given)
     return output[:, :size].float().abs().mean().item() if size != 0 else 0.0
