@@ -155,7 +155,9 @@ def known_shapes(runner: Any) -> dict[str, Shapes]:
     if runner.speculative_config is not None:
         speculative = runner.speculative_config
         own = speculative.method == MTP
-        known["draft"] = _of_mtp(model, speculative.model) if own else shapes_in(Path(speculative.model, "model.safetensors"))
+        known["draft"] = (
+            _of_mtp(model, speculative.model) if own else shapes_in(Path(speculative.model, "model.safetensors"))
+        )
     return known
 
 

@@ -118,7 +118,8 @@ def serve_command(given: argparse.Namespace, folder: Path) -> list[str]:
     """`vllm serve` with what our trainers need; the head that it starts with is written to `folder`.
 
     Raises:
-        ValueError: the policy has no readable configuration, recurrent layers and no MTP head, or the draft is not its.
+        ValueError: the policy has no readable configuration, or recurrent layers and no MTP head, or the draft is
+            not its.
     """
     draft = None
     if given.num_speculative_tokens:

@@ -1,7 +1,7 @@
 """A policy with recurrent layers in vLLM: as many guesses in each step, and no prefix caching.
 
-vLLM 0.31 loses the states of such layers where a step guesses more or fewer tokens than the one before (vllm #39273), and
-ends with an error on a CPU.
+vLLM 0.31 loses the states of such layers where a step guesses more or fewer tokens than the one before (vllm #39273),
+and ends with an error on a CPU.
 """
 
 from __future__ import annotations
@@ -74,5 +74,3 @@ def steady_number(model: nn.Module, head: EagleHead | MtpHead, config: SpecConfi
         number,
     )
     return number
-
-

@@ -10,9 +10,9 @@ from spec_rollout.backends.vllm import serve as vllm_serve
 from spec_rollout.backends.vllm.draft import save_start, start_vocabulary
 from spec_rollout.backends.vllm.engine import completion, sampling_options, speculative_config
 from spec_rollout.backends.vllm.guard import GUARD
+from spec_rollout.backends.vllm.readback import probe
 from spec_rollout.backends.vllm.repairs import _expands, expand
 from spec_rollout.backends.vllm.steps import Guesses, StepLog, step_stats
-from spec_rollout.backends.vllm.readback import probe
 from spec_rollout.draft.checkpoint import save_head
 from spec_rollout.draft.checkpoint_reader import load_head
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
