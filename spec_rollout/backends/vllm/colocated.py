@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spec_rollout.backends.vllm.engine import PolicyWeights, completion, sampling_options
 from spec_rollout.backends.vllm.keyed_batch import keyed
-from spec_rollout.backends.vllm.steady import guesses_steadily, refuse_end_of_context, room
+from spec_rollout.backends.vllm.steady import guesses_steadily, refuse_unsteady, room
 from spec_rollout.backends.vllm.steps import StepLog
 from spec_rollout.backends.vllm.worker import EXTENSION
 from spec_rollout.records import Completion, Controller, SamplingParams, StepStats
@@ -62,7 +62,7 @@ class Colocated:
     ) -> list[Completion]:
         from vllm import SamplingParams as VLLMSamplingParams
 
-        refuse_end_of_context(prompts, limits or [params.max_new_tokens] * len(prompts), self._room)
+        refuse_unsteady(prompts, limits or [params.max_new_tokens] * len(prompts), self._room)
         coupled = self.verification == "coupled"
         given = [
             VLLMSamplingParams(

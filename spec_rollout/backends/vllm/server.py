@@ -25,7 +25,7 @@ from spec_rollout.backends.vllm.intake import MARK, Shapes
 from spec_rollout.backends.vllm.key import HOW
 from spec_rollout.backends.vllm.keyed_batch import keyed
 from spec_rollout.backends.vllm.served import refuse_lossy, refuse_other_draft, refuse_other_guesses
-from spec_rollout.backends.vllm.steady import refuse_end_of_context, room
+from spec_rollout.backends.vllm.steady import refuse_unsteady, room
 from spec_rollout.backends.vllm.steps import EMITTED, Guesses, ServedSteps, counters, step_stats
 from spec_rollout.backends.vllm.upload import ROUTE
 from spec_rollout.backends.vllm.weights_folder import SHARED_MEMORY
@@ -89,7 +89,7 @@ class Server(Connection, ServedSteps):
         keys: Sequence[tuple[int, int]] | None = None,
     ) -> list[Completion]:
         bounds = list(limits or [params.max_new_tokens] * len(prompts))
-        refuse_end_of_context(prompts, bounds, self._room)
+        refuse_unsteady(prompts, bounds, self._room)
         before, began = self._counters(), time.perf_counter()
         groups = {bound: [i for i, b in enumerate(bounds) if b == bound] for bound in bounds}
         drawn: dict[int, Completion] = {}

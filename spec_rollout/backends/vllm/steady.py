@@ -36,13 +36,25 @@ def room(speculative: dict[str, Any] | None, longest: int) -> int | None:
     return longest - speculative["num_speculative_tokens"] if guesses_steadily(speculative) else None
 
 
-def refuse_end_of_context(prompts: Sequence[Sequence[int]], bounds: Sequence[int], most: int | None) -> None:
+def refuse_unsteady(prompts: Sequence[Sequence[int]], bounds: Sequence[int], most: int | None) -> None:
     """
+    Args:
+        bounds: of each prompt's new tokens.
+        most: what `room` gave; None refuses nothing.
+
     Raises:
-        ValueError: a prompt with so many new tokens, `bounds`, is longer than `most`, which `room` gave.
+        ValueError: a prompt beside which vLLM would guess more or fewer tokens than in other steps.
     """
+    if most is None:
+        return
     for i, (prompt, bound) in enumerate(zip(prompts, bounds, strict=True)):
-        if most is not None and len(prompt) + bound > most:
+        if len(prompt) == 1:
+            raise ValueError(
+                f"Prompt {i} is a single token. Where such a one comes while other rows guess, vLLM 0.31 takes it for "
+                "one that guesses too, and reads the state of a row that has ended: give prompts of at least two "
+                "tokens, such as with a chat template, or set num_speculative_tokens=0."
+            )
+        if len(prompt) + bound > most:
             raise ValueError(
                 f"Prompt {i} of {len(prompt)} tokens with {bound} new ones is longer than {most} tokens. Behind those "
                 "vLLM, at the end of its context, guesses fewer tokens and loses the states of recurrent layers: ask "
