@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM
 
 from spec_rollout.backends.vllm.key import KEY
+from spec_rollout.config import SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.records import SamplingParams
 from tests.backends.vllm.process import Process
@@ -18,6 +20,7 @@ from tests.training.conftest import PROMPTS, build_tokenizer
 pytest.importorskip("trl.experimental.async_grpo")
 
 from spec_rollout.training import SpecAsyncGRPOConfig, SpecAsyncGRPOTrainer
+from spec_rollout.training.async_grpo.transfer import PushTransfer
 from spec_rollout.training.async_grpo.worker import told
 
 OPTIONS = {
@@ -199,3 +202,8 @@ def scored(policy, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         logprobs = policy(ids[None]).logits[0, :-1].log_softmax(-1)
     return torch.cat([torch.zeros(1), logprobs.gather(1, ids[1:, None])[:, 0]])
+
+
+def test_an_mtp_head_is_refused():
+    with pytest.raises(ValueError, match="draft_head='mtp' was not tested with asynchronous GRPO"):
+        PushTransfer().attach(SimpleNamespace(args=None), SpecConfig(draft_head="mtp"))
