@@ -1,7 +1,7 @@
 """A read-back that needs no weights: how the layers of a draft respond to a fixed input.
 
-On the trainer's side from what was pushed, on vLLM's through its own layers: vLLM repacks weights for its kernels, on a
-CPU so that they cannot be read.
+On the trainer's side from what was pushed, on vLLM's through its own layers: vLLM repacks weights for its kernels, on
+a CPU so that they cannot be read.
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ def steady_number(model: nn.Module, head: EagleHead | MtpHead, config: SpecConfi
     if not isinstance(head, MtpHead):
         raise ValueError(
             f"{type(model).__name__} has recurrent layers, whose states vLLM loses where the number of guesses "
-            "changes from step to step, so that it takes no EAGLE-3 head: set num_speculative_tokens=0, give a policy whose "
-            "checkpoint has an MTP head that vLLM takes, or sample with rollout_backend='embedded'."
+            "changes from step to step, so that it takes no EAGLE-3 head: set num_speculative_tokens=0, give a policy "
+            "whose checkpoint has an MTP head that vLLM takes, or sample with rollout_backend='embedded'."
         )
     number = min(STEADY, config.widest) if config.num_speculative_tokens is None else config.num_speculative_tokens
     logger.warning(
