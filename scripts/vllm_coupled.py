@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spec_rollout.backends.vllm.backend import VLLMBackend
 from spec_rollout.backends.vllm.colocated import Colocated, engine_options
-from spec_rollout.backends.vllm.engine import VLLMEngine, speculative_config
+from spec_rollout.backends.vllm.engine import VLLMEngine
+from spec_rollout.backends.vllm.starting import StartEngine
 from spec_rollout.bench.workload import arithmetic_prompts, hardware, positive, positives, write_json
 from spec_rollout.config import VERIFICATIONS, SpecConfig
 from spec_rollout.engine.engine import RolloutEngine
@@ -61,11 +62,11 @@ def main() -> None:
     write_json(given.json, figures)
 
 
-def starter(model: torch.nn.Module) -> Callable[[Path | None, int], VLLMEngine]:
-    def start(draft: Path | None, most: int) -> VLLMEngine:
+def starter(model: torch.nn.Module) -> StartEngine:
+    def start(speculative: dict | None) -> VLLMEngine:
         from vllm import LLM
 
-        options = engine_options(speculative_config(draft, most, WIDEST) if draft else None)
+        options = engine_options(speculative)
         llm = LLM(model.name_or_path, dtype="float32", max_num_seqs=WIDEST, skip_tokenizer_init=True, **options)
         return Colocated(llm, model.named_parameters)
 

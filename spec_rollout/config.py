@@ -97,7 +97,7 @@ class SpecConfig:
         default="auto",
         metadata={
             "help": "The draft: `mtp`, the multi-token prediction head in the policy's own checkpoint, `eagle3`, one "
-            "that is made and learns here, or `auto`, the first where the checkpoint has it (by the embedded engine).",
+            "that is made and learns here, or `auto`, the first where the checkpoint has one that the sampler runs.",
             "choices": list(HEADS),
         },
     )
@@ -178,9 +178,8 @@ class SpecConfig:
                 f"verification={self.verification!r} is unknown: give 'coupled' (the same tokens as plain decoding) "
                 "or 'rejection' (the same law)."
             )
-        if self.draft_head == "mtp" and (self.rollout_backend == "vllm" or self.compile_passes == "true"):
-            other = "rollout_backend='vllm'" if self.rollout_backend == "vllm" else "compile_passes=True"
-            raise ValueError(f"draft_head='mtp' does not go with {other}: leave one of the two at its default.")
+        if self.draft_head == "mtp" and self.compile_passes == "true":
+            raise ValueError("draft_head='mtp' does not go with compile_passes=True: leave one at its default.")
         if self.draft_quantized and (self.rollout_backend == "vllm" or self.draft_model_path):
             other = "draft_model_path" if self.draft_model_path else "rollout_backend='vllm'"
             raise ValueError(f"draft_quantized=True does not go with {other}: leave one of the two at its default.")

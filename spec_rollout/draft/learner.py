@@ -220,14 +220,18 @@ class DraftLearner:
                 "rollout_backend='embedded'."
             )
         if is_mtp(folder):
-            if self.config.rollout_backend == "vllm":
+            if self.config.rollout_backend == "vllm" and not self.mtp:
                 raise ValueError(
-                    f"{folder} holds an MTP head, which the embedded engine runs: set rollout_backend='embedded', or "
-                    "give an EAGLE-3 head."
+                    f"{folder} holds an MTP head, but vLLM is not started with the policy's own: set "
+                    "draft_head='mtp', give an EAGLE-3 head, or set rollout_backend='embedded'."
                 )
             head, extra = load_mtp(folder, self.view.model)
             draft_ids = None if extra["draft_ids"] is None else torch.tensor(extra["draft_ids"])
         else:
+            if self.config.rollout_backend == "vllm" and self.mtp:
+                raise ValueError(
+                    f"{folder} holds no MTP head, but vLLM is started with the policy's own: set draft_head='eagle3'."
+                )
             head, draft_ids, extra = load_head(folder, HeadConfig.for_target(self.view.config))
         self._take(head)
         optimizer = load_optimizer(folder)

@@ -123,6 +123,10 @@ class MtpHead(nn.Module):
         own = {name: t.detach().to(dtype if name in weights else t.dtype) for name, t in self.state_dict().items()}
         return {name: tensor.cpu().contiguous() for name, tensor in self.names.on_disk(own).items()}
 
+    def apart(self) -> dict[str, Tensor]:
+        """The tensors as they are, under those names, each expert's by itself: vLLM's loaders take no stacked ones."""
+        return self.names._replace(stacked=False).on_disk({n: t.detach() for n, t in self.state_dict().items()})
+
     @classmethod
     def of(cls, model: nn.Module, tensors: dict[str, Tensor], source: str | Path, check: bool = False) -> MtpHead:
         """The first MTP layer among `tensors`, which are named as on disk, in float32; with `check` none of its

@@ -5,10 +5,14 @@ from __future__ import annotations
 import warnings
 
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.mtp import MtpHead
 from spec_rollout.draft.mtp_checkpoint import find_tensors
+
+IN_VLLM = ("glm4_moe", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
+"""Model types whose MTP heads vLLM was seen to take while it runs, and to guess with as it should."""
 
 
 def checkpoints_own(model: nn.Module, config: SpecConfig) -> dict[str, Tensor]:
@@ -17,11 +21,17 @@ def checkpoints_own(model: nn.Module, config: SpecConfig) -> dict[str, Tensor]:
     Raises:
         ValueError: `draft_head="mtp"`, and the policy's checkpoint has none or one that cannot be run.
     """
-    elsewhere = config.rollout_backend == "vllm" or config.compile_passes == "true" or config.draft_model_path
+    elsewhere = config.compile_passes == "true" or config.draft_model_path
     if config.draft_head == "eagle3" or (config.draft_head == "auto" and elsewhere):
         return {}
     folder = getattr(model.config, "_name_or_path", None)
-    tensors = find_tensors(folder, model)
+    unfit = refused_by_vllm(model, folder) if config.rollout_backend == "vllm" else None
+    if unfit and config.draft_head == "mtp":
+        raise ValueError(
+            f"draft_head='mtp' does not go with rollout_backend='vllm' here: {unfit}. Guess with draft_head='eagle3', "
+            "or sample with rollout_backend='embedded'."
+        )
+    tensors = {} if unfit else find_tensors(folder, model)
     if not tensors and config.draft_head == "mtp":
         raise ValueError(
             f"draft_head='mtp', but the policy's folder {folder or '(none)'} holds no tensors named mtp.*, nor "
@@ -37,3 +47,14 @@ def checkpoints_own(model: nn.Module, config: SpecConfig) -> dict[str, Tensor]:
             warnings.warn(f"{error} An EAGLE-3 head is made.", RuntimeWarning, stacklevel=4)
             return {}
     return tensors
+
+
+def refused_by_vllm(model: nn.Module, folder: str | None) -> str | None:
+    """Why vLLM cannot be given the MTP head of `model`, which came from `folder`; None if it can."""
+    kind = model.config.get_text_config(decoder=True).model_type
+    if kind not in IN_VLLM:
+        return f"vLLM was not seen to guess rightly with the MTP head of {kind!r}, only of {', '.join(IN_VLLM)}"
+    saved = PretrainedConfig.get_config_dict(folder)[0].get("model_type", kind) if folder else kind
+    if saved != kind:
+        return f"{folder} holds a {saved!r}, which vLLM runs otherwise than the {kind!r} that is trained"
+    return None

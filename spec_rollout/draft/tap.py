@@ -18,7 +18,8 @@ class FeatureTap:
 
     Args:
         model: a Hugging Face causal language model.
-        aux_layers: the residual stream after that many layers is kept, besides the final hidden state.
+        aux_layers: the residual stream after that many layers is kept, besides the final hidden state; after all of
+            them, that state itself.
 
     Raises:
         ValueError: the model's decoder layers cannot be found.
@@ -69,10 +70,12 @@ class FeatureTap:
 
         def after_decoder(module, args, output):
             last = output[0] if isinstance(output, tuple) else output.last_hidden_state
-            passes.append(torch.cat([x.detach() for x in (*(inputs[k] for k in self.aux_layers), last)], -1))
+            passes.append(torch.cat([x.detach() for x in (*(inputs.get(k, last) for k in self.aux_layers), last)], -1))
 
         handles = [
-            self.layers[k].register_forward_pre_hook(before_layer(k), with_kwargs=True) for k in self.aux_layers
+            self.layers[k].register_forward_pre_hook(before_layer(k), with_kwargs=True)
+            for k in self.aux_layers
+            if k < len(self.layers)  # behind all of them is the final hidden state
         ]
         handles.append(self.decoder.register_forward_hook(after_decoder))
         try:

@@ -26,7 +26,7 @@ class Watchman:
         head: is looked through for the cause.
         expected: acceptance rate of the first guess when the head was last trained; None if that is not known.
         learns: whether the head will be trained again, which ends the watch.
-        decides: whether the engine asks for γ; a server guesses as it was started, whatever the watch finds.
+        decides: whether the engine asks for γ; some guess as they were started to, whatever the watch finds.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Watchman:
         cause = moved if self.head.finite else "its weights are not finite"
         self.alarm = f"{rate:.1%} of its first guesses came true{before}: {cause}"
         until = "until it has learned again" if self.learns else "for good, as draft_refresh=False"
-        state = "is off (num_speculative_tokens=0)" if self.decides else "guesses in vain on the server"
+        state = "is off (num_speculative_tokens=0)" if self.decides else "guesses in vain, as vLLM was started to,"
         warnings.warn(
             f"The draft head {state} {until}: {self.alarm}. No sample is affected.",
             RuntimeWarning,

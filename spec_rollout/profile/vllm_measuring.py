@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +11,8 @@ import torch
 from spec_rollout.backends.trace import HEAD
 from spec_rollout.backends.vllm.backend import VLLMBackend
 from spec_rollout.backends.vllm.colocated import Colocated, engine_options
-from spec_rollout.backends.vllm.engine import VLLMEngine, speculative_config
+from spec_rollout.backends.vllm.engine import VLLMEngine
+from spec_rollout.backends.vllm.starting import StartEngine
 from spec_rollout.bench.workload import Policy
 from spec_rollout.config import SpecConfig
 from spec_rollout.engine.noise import request_keys
@@ -70,8 +70,8 @@ class VLLMMeasuring(Measuring):
             engine.take_steps()
 
 
-def _starter(policy: Policy, slots: int) -> Callable[[Path | None, int], VLLMEngine]:
-    def start(draft: Path | None, most: int) -> VLLMEngine:
+def _starter(policy: Policy, slots: int) -> StartEngine:
+    def start(speculative: dict | None) -> VLLMEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its steps are seen from its own process only
         from vllm import LLM
 
@@ -81,7 +81,7 @@ def _starter(policy: Policy, slots: int) -> Callable[[Path | None, int], VLLMEng
             max_num_seqs=slots,
             gpu_memory_utilization=SHARE,
             skip_tokenizer_init=True,
-            **engine_options(speculative_config(draft, most, slots) if draft else None),
+            **engine_options(speculative),
         )
         return Colocated(llm, policy.model.named_parameters)
 

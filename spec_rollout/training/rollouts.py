@@ -113,7 +113,7 @@ class SpeculativeRollouts:
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         # Newer transformers call this on every rank: findings/transformers-saves-on-every-rank.sh.
-        if self.args.should_save and self.sampler.backend is not None and not self.sampler.learns_from_trainer:
+        if self.args.should_save and self.sampler.backend is not None:
             self.sampler.backend.save_with_policy(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model, trial):

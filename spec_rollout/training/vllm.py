@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed as dist
 from accelerate.utils import is_peft_model
@@ -14,9 +14,11 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import ensure_master_addr_port
 
 from spec_rollout.backends.vllm.colocated import Colocated, engine_options
-from spec_rollout.backends.vllm.engine import VLLMEngine, require_vllm, speculative_config
+from spec_rollout.backends.vllm.engine import VLLMEngine, require_vllm
 from spec_rollout.backends.vllm.server import Server
 from spec_rollout.backends.vllm.shared import SharedServer
+from spec_rollout.backends.vllm.starting import StartEngine
+from spec_rollout.backends.vllm.steady import guesses_steadily
 from spec_rollout.config import SpecConfig
 from spec_rollout.training.gathering import whole_weight
 from spec_rollout.training.merged_weights import merged_weights
@@ -30,13 +32,12 @@ class SpeculativeVLLMGeneration(VLLMGeneration):
     alone talks to a server.
 
     Args:
-        draft: folder of the head to start with; None for plain decoding.
-        most: bound of the number of guesses.
+        speculative: vLLM's speculative_config; None for plain decoding.
     """
 
-    def __init__(self, trainer: Trainer, config: SpecConfig, draft: Path | None, most: int):
+    def __init__(self, trainer: Trainer, config: SpecConfig, speculative: dict[str, Any] | None):
         args = trainer.args
-        self.config, self.args, self.draft, self.most = config, args, draft, most
+        self.config, self.args, self.speculative = config, args, speculative
         self.engine: VLLMEngine | None = None
         super().__init__(
             model=trainer.model,
@@ -68,7 +69,7 @@ class SpeculativeVLLMGeneration(VLLMGeneration):
         shown = self.accelerator.is_main_process and not self.args.disable_tqdm
 
         def connect() -> Server:
-            return Server(url, self.policy, self.config, self.server_timeout, shown)
+            return Server(url, self.policy, self.config, self.server_timeout, shown, self.speculative)
 
         several = self.accelerator.num_processes > 1 and dist.is_initialized()
         self.engine = SharedServer(connect, self.policy) if several else connect()
@@ -82,12 +83,11 @@ class SpeculativeVLLMGeneration(VLLMGeneration):
         os.environ["LOCAL_RANK"] = str(self.accelerator.local_process_index)
         os.environ["WORLD_SIZE"] = str(self.accelerator.num_processes)
         ensure_master_addr_port()
-        draft = speculative_config(self.draft, self.most, self.max_num_seqs) if self.draft else None
         self.llm = LLM(
             model=self.model.name_or_path,
             dtype=self._dtype(),
             gpu_memory_utilization=self.gpu_memory_utilization,
-            max_model_len=self.max_model_length,
+            max_model_len=self._max_model_len(),
             max_num_seqs=self.max_num_seqs,
             enable_sleep_mode=self.enable_sleep_mode,
             model_impl=self.model_impl,
@@ -95,7 +95,7 @@ class SpeculativeVLLMGeneration(VLLMGeneration):
             seed=self.accelerator.process_index,
             max_num_batched_tokens=4096,
             trust_remote_code=self.trust_remote_code,
-            **engine_options(draft),
+            **engine_options(self.speculative),
         )
         self.engine = Colocated(self.llm, self.policy, self.enable_sleep_mode, self.config.verification)
 
@@ -111,6 +111,14 @@ class SpeculativeVLLMGeneration(VLLMGeneration):
             with whole_weight(parameter) as weight:
                 yield name, weight
 
+    def _max_model_len(self) -> int | None:
+        """With room behind the rows for guesses whose number must not change, where the policy's context has it."""
+        asked = self.max_model_length
+        if asked is None or not guesses_steadily(self.speculative):
+            return asked
+        own = self.model.config.get_text_config(decoder=True).max_position_embeddings
+        return max(asked, min(asked + self.speculative["num_speculative_tokens"], own))
+
     def _dtype(self) -> str:
         """What the trainer computes in, so that both have the same log-probs but for rounding."""
         if self.args.bf16:
@@ -118,6 +126,6 @@ class SpeculativeVLLMGeneration(VLLMGeneration):
         return "float16" if self.args.fp16 else str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
 
-def engine_starter(trainer: Trainer, config: SpecConfig) -> Callable[[Path | None, int], VLLMEngine]:
+def engine_starter(trainer: Trainer, config: SpecConfig) -> StartEngine:
     """What `VLLMBackend` starts its engine with."""
-    return lambda draft, most: SpeculativeVLLMGeneration(trainer, config, draft, most).engine
+    return lambda speculative: SpeculativeVLLMGeneration(trainer, config, speculative).engine

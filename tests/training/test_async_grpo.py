@@ -1,15 +1,18 @@
 """Asynchronous GRPO end to end: a server, a process that rolls out, and a trainer that pushes meanwhile."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from spec_rollout.backends.vllm.key import KEY
+from spec_rollout.config import SpecConfig
 from tests.backends.vllm.tiny import needs_vllm
 
 pytest.importorskip("trl.experimental.async_grpo")
 
 from spec_rollout.training import SpecAsyncGRPOConfig, SpecAsyncGRPOTrainer
+from spec_rollout.training.async_grpo.transfer import PushTransfer
 from spec_rollout.training.async_grpo.worker import told
 from tests.training.asynchronous import OPTIONS, SECRET, Run, digits, make_trainer, served_policy
 
@@ -101,3 +104,8 @@ def test_a_server_that_tells_no_versions_or_holds_no_pushed_policy_is_noticed():
 
 def served_at(served) -> tuple[Path, str]:
     return served[0], served[1].url
+
+
+def test_an_mtp_head_is_refused():
+    with pytest.raises(ValueError, match="draft_head='mtp' was not tested with asynchronous GRPO"):
+        PushTransfer().attach(SimpleNamespace(args=None), SpecConfig(draft_head="mtp"))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,14 @@ from torch import Tensor, nn
 from spec_rollout.backends.embedded import COLDEST
 from spec_rollout.backends.vllm.calibration import measured_cost
 from spec_rollout.backends.vllm.delivery import Delivery, Whole
-from spec_rollout.backends.vllm.draft import refuse_recurrent, save_start, start_vocabulary
 from spec_rollout.backends.vllm.engine import EngineRestarted, VLLMEngine
+from spec_rollout.backends.vllm.starting import StartEngine, started
+from spec_rollout.backends.vllm.steady import steady_number
 from spec_rollout.backends.vllm.steps import Plain
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.learner import DraftLearner
+from spec_rollout.draft.mtp import MtpHead
+from spec_rollout.draft.mtp_checkpoint import add_to_policy, with_further
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.tap import FeatureTap
 from spec_rollout.draft.watchman import Watchman
@@ -30,9 +32,6 @@ from spec_rollout.records import Completion, RefreshStats, RolloutStats, Samplin
 
 MOST_RESTARTS = 3
 """Attempts at one rollout."""
-
-StartEngine = Callable[[Path | None, int], VLLMEngine]
-"""Starts vLLM with the head in a folder (None: no draft) and a bound of the number of guesses."""
 
 
 class VLLMBackend:
@@ -70,12 +69,14 @@ class VLLMBackend:
         self._trace: list[StepStats] = []
         self._step_began: float | None = None
         self.delivery = Delivery()
+        self.steady: int | None = None
+        """Guesses of every step where their number must not change."""
         if fixed != 0:
-            refuse_recurrent(model)
             with whole():
                 self.learner = DraftLearner(PolicyView(model), config, next(model.parameters()).device, seed)
             if config.draft_model_path:
                 self.load(config.draft_model_path, resume=False)
+            self.steady = steady_number(model, self.learner.head, config)
 
     @property
     def draft_version(self) -> int:
@@ -191,6 +192,12 @@ class VLLMBackend:
             state = self._controller_state if self.controller is None else self.controller.state_dict()
             self.learner.save(folder, {"vllm": state})  # what steps cost here is not what they cost elsewhere
 
+    def save_with_policy(self, folder: str | Path) -> None:
+        """As `EmbeddedBackend.save_with_policy`."""
+        if self.learner is not None and isinstance(self.learner.head, MtpHead):
+            dtype = next(self.model.parameters()).dtype
+            add_to_policy(folder, with_further(self.learner.head, self.learner.mtp, dtype))
+
     def load(self, folder: str | Path, resume: bool = True) -> None:
         """Take what `save` wrote, or an EAGLE-3 head from elsewhere; only the head with `resume=False`.
 
@@ -207,15 +214,7 @@ class VLLMBackend:
     def _start(self) -> None:
         if self.engine is not None:
             return
-        if self.learner is None:
-            self.engine = self.start(None, 0)
-            return
-        view, head = self.learner.view, self.learner.head
-        ids = start_vocabulary(view.config.vocab_size, view.draft_ids, head)
-        view.draft_ids = None if ids is None else ids.to(self.learner.device)
-        with TemporaryDirectory(prefix="spec-rollout-") as folder:
-            save_start(Path(folder, "draft"), head, view.draft_ids)
-            self.engine = self.start(Path(folder, "draft"), self.config.widest)
+        self.engine = started(self.start, self.learner, self.config, self.steady)
 
     def _stand_watch(self) -> None:
         """Let the controller choose, behind a watchman, while there is a draft that can guess."""
@@ -238,7 +237,7 @@ class VLLMBackend:
         if self.controller is not None or self.learner is None:
             return
         if not self.engine.live_schedule:
-            self.controller = FixedGamma(self.config.widest)  # what vLLM was started with decides
+            self.controller = FixedGamma(self.steady or self.config.widest)  # what vLLM was started with decides
             return
         self.controller = GammaController(measured_cost(self.engine, self.config), self.config.widest)
         if "cost" in (self._controller_state or {}):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spec_rollout.backends.vllm.engine import PolicyWeights, completion, sampling_options
 from spec_rollout.backends.vllm.keyed_batch import keyed
+from spec_rollout.backends.vllm.steady import guesses_steadily, refuse_unsteady, room
 from spec_rollout.backends.vllm.steps import StepLog
 from spec_rollout.backends.vllm.worker import EXTENSION
 from spec_rollout.records import Completion, Controller, SamplingParams, StepStats
@@ -19,7 +20,8 @@ BLOCK_SIZE = 32
 
 def engine_options(speculative: dict[str, Any] | None) -> dict[str, Any]:
     """What a `vllm.LLM` needs besides the usual options to serve a `Colocated` engine."""
-    return {
+    steady = {"enable_prefix_caching": False} if guesses_steadily(speculative) else {}
+    return steady | {
         "speculative_config": speculative,
         "worker_extension_cls": EXTENSION,
         "disable_log_stats": False,
@@ -39,15 +41,16 @@ class Colocated:
         verification: as in `SpecConfig`; after the first push, what is in force.
     """
 
-    live_schedule = True
-
     def __init__(self, llm: Any, policy: PolicyWeights, sleeps: bool = False, verification: str | None = None):
         self.llm, self.policy, self.sleeps, self.verification = llm, policy, sleeps, verification
         self._asleep = False
-        speculative = llm.llm_engine.vllm_config.speculative_config
+        config = llm.llm_engine.vllm_config
+        speculative = config.speculative_config
+        self._room = room(vars(speculative), config.model_config.max_model_len) if speculative else None
+        self.live_schedule = self._room is None
         self.log = StepLog(speculative.num_speculative_tokens if speculative else 0)
         llm.llm_engine.logger_manager.stat_loggers.append(self.log)
-        if speculative:
+        if speculative and self.live_schedule:
             llm.llm_engine.engine_core.engine_core.scheduler.dynamic_sd_lookup = self.log
 
     def generate(
@@ -59,6 +62,7 @@ class Colocated:
     ) -> list[Completion]:
         from vllm import SamplingParams as VLLMSamplingParams
 
+        refuse_unsteady(prompts, limits or [params.max_new_tokens] * len(prompts), self._room)
         coupled = self.verification == "coupled"
         given = [
             VLLMSamplingParams(

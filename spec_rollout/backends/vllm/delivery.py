@@ -58,7 +58,7 @@ class Delivery:
             use = (
                 "The draft head is off (num_speculative_tokens=0)"
                 if engine.live_schedule
-                else "The server guesses with another draft"
+                else "vLLM guesses with another draft"
             )
             warnings.warn(
                 f"{use} until the next push: {self.lost}. No sample is affected.", RuntimeWarning, stacklevel=3

@@ -22,6 +22,11 @@ UNTESTED = (
 )
 
 
+MTP = "mtp"
+"""vLLM's method of a policy's own head."""
+SCHEDULE = "num_speculative_tokens_per_batch_size"
+"""vLLM's table of the numbers of guesses; without one that number never changes."""
+
 PolicyWeights = Callable[[], Iterable[tuple[str, Tensor]]]
 """Names, as in a checkpoint, and tensors of the live policy, one at a time. Every rank calls it together."""
 
@@ -59,7 +64,7 @@ class VLLMEngine(Protocol):
         """What is really loaded: of the policy, of the draft; 0 is what vLLM was started with."""
 
     def draft_probe(self) -> list[dict[str, float]]:
-        """Each worker's response of its shard of the draft, and the shard's place; see `worker.probe`."""
+        """Each worker's response of its shard of the draft, and the shard's place; see `readback.probe`."""
 
     def near_ties(self) -> int:
         """Samples since the last call that rounding might have made others; 0 unless coupled and in float32."""
@@ -92,8 +97,14 @@ def speculative_config(draft_folder: str | Path, most: int, max_rows: int) -> di
         "num_speculative_tokens": most,
         "draft_sample_method": "probabilistic",
         "rejection_sample_method": "standard",
-        "num_speculative_tokens_per_batch_size": [[1, max_rows, most]],
+        SCHEDULE: [[1, max_rows, most]],
     }
+
+
+def own_speculative_config(most: int, max_rows: int, steady: bool) -> dict[str, Any]:
+    """The same for the MTP head in the policy's own folder; `steady`: each step guesses as many."""
+    config = speculative_config("", most, max_rows) | {"method": MTP}
+    return {name: value for name, value in config.items() if name != "model" and not (steady and name == SCHEDULE)}
 
 
 def sampling_options(

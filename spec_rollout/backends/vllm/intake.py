@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spec_rollout.backends.vllm.repairs import repack_tied_heads, repair_sampling
+from spec_rollout.backends.vllm.engine import MTP
+from spec_rollout.backends.vllm.repairs import repack_tied_heads, repair_experts, repair_sampling
+from spec_rollout.draft.mtp import MtpHead
+from spec_rollout.draft.mtp_checkpoint import find_tensors
 
 FOLDER = "SPEC_ROLLOUT_WEIGHTS"
 """Names, in a server's environment, the folder that weights are read from."""
@@ -66,6 +69,7 @@ class Intake:
         self._open = json.loads(announced)
         self._draft_parts: dict[str, Tensor] = {}
         self.live_policy = INTERRUPTED
+        repair_experts(self.model_runner.get_model())
         with torch.inference_mode(), self._config():
             initialize_layerwise_reload(self.model_runner.get_model())
         return []
@@ -146,9 +150,14 @@ class Intake:
 def known_shapes(runner: Any) -> dict[str, Shapes]:
     """What the policy that the server was started with is made of, and the draft if there is one. The policy's dtypes
     are left open: vLLM casts."""
-    known = {"policy": {name: ["", list(w.shape)] for name, w in _empty(runner.model_config.hf_config)}}
+    model = _empty(runner.model_config.hf_config)
+    known = {"policy": _shapes(model.named_parameters())}
     if runner.speculative_config is not None:
-        known["draft"] = shapes_in(Path(runner.speculative_config.model, "model.safetensors"))
+        speculative = runner.speculative_config
+        own = speculative.method == MTP
+        known["draft"] = (
+            _of_mtp(model, speculative.model) if own else shapes_in(Path(speculative.model, "model.safetensors"))
+        )
     return known
 
 
@@ -161,14 +170,23 @@ def shapes_in(file: Path) -> Shapes:
         return {name: [part.get_dtype(), list(part.get_shape())] for name, part in slices}
 
 
-def _empty(config: Any) -> Iterable[tuple[str, nn.Parameter]]:
-    """Names and parameters, without their memory, of transformers' model of that configuration."""
+def _shapes(weights: Iterable[tuple[str, Tensor]]) -> Shapes:
+    return {name: ["", list(weight.shape)] for name, weight in weights}
+
+
+def _of_mtp(model: nn.Module, policy: str) -> Shapes:
+    """What an MTP head for `model` is made of, which was read from the folder `policy`."""
+    head = MtpHead.of(model, find_tensors(policy, model), policy, check=True)
+    return _shapes(head.apart().items())
+
+
+def _empty(config: Any) -> nn.Module:
+    """transformers' model of that configuration, without its memory."""
     import transformers
 
     named = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
-        made = named(config) if named else transformers.AutoModelForCausalLM.from_config(config)
-    return made.named_parameters()
+        return named(config) if named else transformers.AutoModelForCausalLM.from_config(config)
 
 
 def difference(announced: Shapes, known: Shapes) -> str | None:

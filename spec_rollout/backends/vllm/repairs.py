@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -65,3 +67,28 @@ def _holds_its_weight(head: nn.Module) -> bool:
     given = torch.arange(head.weight.shape[1]).cos()[None].to(head.weight)
     found, own = head.quant_method.apply(head, given).float(), nn.functional.linear(given, head.weight).float()
     return bool((found[:, : own.shape[1]] - own).norm() <= CLOSE * own.norm())
+
+
+def repair_experts(model: nn.Module) -> None:
+    """On a CPU a layer of experts computes with packed copies of its weights. vLLM 0.31 packs them when it starts, and
+    not when they are reloaded: it then takes the plain ones for packed, and the layer's output is noise
+    (findings/vllm-cpu-reload-scrambles-experts.sh)."""
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if hasattr(layer, "w13_weight") and hasattr(method, "moe_kernel") and not hasattr(method, "packs_again"):
+            method.packs_again = True
+            method.process_weights_after_loading = _packing(method.process_weights_after_loading, method)
+
+
+def _packing(process: Any, method: Any) -> Any:
+    """vLLM's `process`, and behind it the packing that it leaves out; where it has packed, nothing more."""
+
+    def processed(layer: nn.Module) -> None:
+        before = layer.w13_weight.detach().clone(), layer.w2_weight.detach().clone()
+        process(layer)
+        experts = getattr(method.moe_kernel, "fused_experts", None)
+        plain = all(map(torch.equal, before, (layer.w13_weight, layer.w2_weight)))
+        if plain and layer.w13_weight.device.type == "cpu" and hasattr(experts, "isa"):
+            experts.process_weights_after_loading(layer)
+
+    return processed

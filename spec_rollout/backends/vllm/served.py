@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from spec_rollout.backends.vllm.steady import guesses_steadily
 from spec_rollout.config import SpecConfig
 
 
@@ -38,4 +41,31 @@ def refuse_other_guesses(url: str, speculative: dict, config: SpecConfig) -> Non
         raise ValueError(
             f"num_speculative_tokens={asked} asks for {bound}, but the vLLM server at {url} was started to "
             f"guess {found}: give the trainer and `spec-rollout serve` the same number, 0 for plain decoding."
+        )
+
+
+def refuse_other_draft(url: str, served: dict, wanted: dict[str, Any] | None) -> None:
+    """
+    Args:
+        served: the server's configuration.
+        wanted: the speculative_config that it should have been started with; None where that is not told.
+
+    Raises:
+        ValueError: the server guesses with another kind of draft, or loses the states of recurrent layers.
+    """
+    speculative = served.get("speculative_config")
+    if wanted is None or not speculative:
+        return
+    if speculative["method"] != wanted["method"]:
+        raise ValueError(
+            f"The vLLM server at {url} guesses by method {speculative['method']!r}, the trainer pushes a head for "
+            f"{wanted['method']!r}: give the trainer (draft_head) and `spec-rollout serve` (--draft_head) the same, "
+            "mtp or eagle3, and the same policy."
+        )
+    caches = served["cache_config"]["enable_prefix_caching"]
+    if guesses_steadily(wanted) and (caches or not guesses_steadily(speculative)):
+        what = "caches prefixes" if caches else "changes the number of guesses from step to step"
+        raise ValueError(
+            f"The vLLM server at {url} {what}, by which it loses the states of the policy's recurrent layers while it "
+            "guesses: start it by `spec-rollout serve`, without --enable-prefix-caching."
         )

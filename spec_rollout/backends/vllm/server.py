@@ -24,7 +24,8 @@ from spec_rollout.backends.vllm.handover import Named, hand_over, shapes_of, tot
 from spec_rollout.backends.vllm.intake import MARK, Shapes
 from spec_rollout.backends.vllm.key import HOW
 from spec_rollout.backends.vllm.keyed_batch import keyed
-from spec_rollout.backends.vllm.served import refuse_lossy, refuse_other_guesses
+from spec_rollout.backends.vllm.served import refuse_lossy, refuse_other_draft, refuse_other_guesses
+from spec_rollout.backends.vllm.steady import refuse_unsteady, room
 from spec_rollout.backends.vllm.steps import EMITTED, Guesses, ServedSteps, counters, step_stats
 from spec_rollout.backends.vllm.upload import ROUTE
 from spec_rollout.backends.vllm.weights_folder import SHARED_MEMORY
@@ -44,6 +45,7 @@ class Server(Connection, ServedSteps):
         config: the numbers of guesses that are asked for.
         timeout: seconds to wait for the server, at the start, when it is lost, and for its short answers.
         shown: whether a push shows its progress.
+        speculative: the speculative_config that it should have been started with; None where that is not told.
 
     Attributes:
         max_model_len: tokens of a prompt and its completion together.
@@ -61,6 +63,7 @@ class Server(Connection, ServedSteps):
         config: SpecConfig,
         timeout: float = 240.0,
         shown: bool = False,
+        speculative: dict[str, Any] | None = None,
     ):
         super().__init__(url, timeout)
         self.policy, self.shown = policy, shown
@@ -75,6 +78,8 @@ class Server(Connection, ServedSteps):
         refuse_lossy(self.url, served)
         self.speculates = bool(served.get("speculative_config"))
         refuse_other_guesses(self.url, served.get("speculative_config") or {}, config)
+        refuse_other_draft(self.url, served, speculative)
+        self._room = room(served.get("speculative_config"), self.max_model_len)
 
     def generate(
         self,
@@ -83,8 +88,9 @@ class Server(Connection, ServedSteps):
         limits: Sequence[int] | None = None,
         keys: Sequence[tuple[int, int]] | None = None,
     ) -> list[Completion]:
-        before, began = self._counters(), time.perf_counter()
         bounds = list(limits or [params.max_new_tokens] * len(prompts))
+        refuse_unsteady(prompts, bounds, self._room)
+        before, began = self._counters(), time.perf_counter()
         groups = {bound: [i for i, b in enumerate(bounds) if b == bound] for bound in bounds}
         drawn: dict[int, Completion] = {}
 

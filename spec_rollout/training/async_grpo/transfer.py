@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 from torch import Tensor
@@ -25,8 +26,18 @@ class PushTransfer:
     backend: VLLMBackend
 
     def attach(self, trainer: AsyncGRPOTrainer, config: SpecConfig) -> None:
-        """Push the policy of `trainer`, and a draft for it."""
-        args, self._trainer, self._config = trainer.args, trainer, config
+        """Push the policy of `trainer`, and an EAGLE-3 head for it.
+
+        Raises:
+            ValueError: an MTP head is asked for, or the policy needs one.
+        """
+        args, self._trainer = trainer.args, trainer
+        if config.draft_head == "mtp":
+            raise ValueError(
+                "draft_head='mtp' was not tested with asynchronous GRPO: set draft_head='eagle3', for the server too "
+                "(--draft_head), or use SpecGRPOTrainer."
+            )
+        self._config = config = replace(config, draft_head="eagle3")
         self.backend = VLLMBackend(
             trainer.accelerator.unwrap_model(trainer.model), config, lambda *_: self.server(), seed=args.seed
         )

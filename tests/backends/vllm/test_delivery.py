@@ -3,7 +3,7 @@
 import pytest
 
 from spec_rollout.backends.vllm.backend import VLLMBackend
-from spec_rollout.backends.vllm.worker import probe
+from spec_rollout.backends.vllm.readback import probe
 from spec_rollout.config import SpecConfig
 from spec_rollout.gamma import GammaController
 from spec_rollout.records import Completion, StepStats
@@ -96,7 +96,7 @@ def test_a_loaded_head_is_pushed_whatever_its_version(tmp_path):
     [
         (True, True, "The draft head is off .* until it has learned again"),
         (True, False, "The draft head is off .* for good, as draft_refresh=False"),
-        (False, True, "The draft head guesses in vain on the server until it has learned again"),
+        (False, True, "The draft head guesses in vain, as vLLM was started to, until it has learned again"),
     ],
 )
 def test_a_fall_to_chance_is_told_as_it_is(tmp_path, monkeypatch, live, learns, message):
@@ -110,7 +110,7 @@ def test_a_fall_to_chance_is_told_as_it_is(tmp_path, monkeypatch, live, learns, 
 
 
 @pytest.mark.parametrize(
-    ("live", "message"), [(True, "The draft head is off"), (False, "The server guesses with another draft until")]
+    ("live", "message"), [(True, "The draft head is off"), (False, "vLLM guesses with another draft until")]
 )
 def test_a_draft_that_did_not_arrive_is_told_as_it_is(monkeypatch, live, message):
     monkeypatch.setattr(FakeEngine, "draft_probe", lambda self: [{}])

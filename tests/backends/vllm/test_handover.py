@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from spec_rollout.backends.vllm.handover import buckets, hand_over, shapes_of, total_bytes
-from spec_rollout.backends.vllm.worker import LINEAR, probe
+from spec_rollout.backends.vllm.readback import LINEAR, probe
 
 WEIGHTS = {
     "a": torch.arange(6.0).view(2, 3),

@@ -13,7 +13,6 @@ from torch import nn
 
 from spec_rollout.backends.vllm.backend import VLLMBackend
 from spec_rollout.backends.vllm.colocated import Colocated, engine_options
-from spec_rollout.backends.vllm.engine import speculative_config
 from spec_rollout.config import SpecConfig
 from spec_rollout.records import SamplingParams
 from tests.draft.test_tap import padded
@@ -46,22 +45,22 @@ def save_policy(folder: Path, name: str = "qwen3", **overrides) -> nn.Module:
     return model
 
 
-def start_llm(model: nn.Module, draft: Path | None, most: int):
+def start_llm(model: nn.Module, speculative: dict | None, dtype: str = "float32"):
     from vllm import LLM
 
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     return LLM(
         model=model.name_or_path,
         skip_tokenizer_init=True,
-        dtype="float32",
+        dtype=dtype,
         max_num_seqs=ROWS,
         enforce_eager=True,
-        **engine_options(speculative_config(draft, most, ROWS) if draft else None),
+        **engine_options(speculative),
     )
 
 
-def starter(model: nn.Module) -> Callable[[Path | None, int], Colocated]:
-    return lambda draft, most: Colocated(start_llm(model, draft, most), model.named_parameters)
+def starter(model: nn.Module, dtype: str = "float32") -> Callable[[dict | None], Colocated]:
+    return lambda speculative: Colocated(start_llm(model, speculative, dtype), model.named_parameters)
 
 
 def make_backend(model: nn.Module, **options) -> VLLMBackend:

@@ -1,0 +1,14 @@
+"""A policy and its own MTP head in a running vLLM: pushed, read back, guessed with and learned on."""
+
+import pytest
+
+from tests.backends.vllm.live_mtp import check
+from tests.backends.vllm.test_mtp import text_only  # noqa: F401
+from tests.backends.vllm.tiny import needs_vllm
+
+pytestmark = [needs_vllm, pytest.mark.usefixtures("patient_watchman", "generous", "text_only")]
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "qwen3_5_text"])
+def test_a_push_is_as_good_as_a_start(name, tmp_path):
+    check(name, tmp_path)
