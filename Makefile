@@ -31,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 test-vllm: $(VLLM_INSTALLED)
 	OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest -q tests/backends/vllm tests/*/test_vllm*.py \
-		tests/training/test_server_ranks.py
+		tests/training/test_server_*.py tests/training/test_async_*.py
 
 $(VLLM_INSTALLED): pyproject.toml constraints.txt
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm

@@ -37,10 +37,10 @@ def make_tokenizer(*scripts: tuple[str, ...]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_policy(tokenizer: PreTrainedTokenizerFast, *scripts: tuple[str, ...]) -> LlamaForCausalLM:
+def make_policy(tokenizer: PreTrainedTokenizerFast, *scripts: tuple[str, ...], **sizes: int) -> LlamaForCausalLM:
     """Goes through one of `scripts` after each start of its turn, and picks evenly where they part."""
-    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
-    policy = seeded(LlamaForCausalLM, LlamaConfig(**shape(tokenizer), num_hidden_layers=2, **heads))
+    sizes = {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 2} | sizes
+    policy = seeded(LlamaForCausalLM, LlamaConfig(**shape(tokenizer), **sizes))
     with torch.no_grad():
         for layer in policy.model.layers:  # the residual stream keeps the embedding, one entry per token
             layer.self_attn.o_proj.weight.zero_()

@@ -1,146 +1,55 @@
 """Asynchronous GRPO end to end: a server, a process that rolls out, and a trainer that pushes meanwhile."""
 
-from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from datasets import Dataset
-from transformers import LlamaForCausalLM
 
 from spec_rollout.backends.vllm.key import KEY
 from spec_rollout.config import SpecConfig
-from spec_rollout.engine.engine import RolloutEngine
-from spec_rollout.records import SamplingParams
-from tests.backends.vllm.process import Process
-from tests.backends.vllm.tiny import SIZES, needs_vllm, save_policy
-from tests.training.conftest import PROMPTS, build_tokenizer
+from tests.backends.vllm.tiny import needs_vllm
 
 pytest.importorskip("trl.experimental.async_grpo")
 
 from spec_rollout.training import SpecAsyncGRPOConfig, SpecAsyncGRPOTrainer
 from spec_rollout.training.async_grpo.transfer import PushTransfer
 from spec_rollout.training.async_grpo.worker import told
-
-OPTIONS = {
-    "bf16": False,
-    "use_cpu": True,
-    "per_device_train_batch_size": 8,
-    "num_generations": 4,
-    "max_completion_length": 40,
-    "learning_rate": 1e-3,
-    "max_steps": 6,
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "token_budget": 0,
-    "gradient_checkpointing": False,
-    "num_speculative_tokens": 3,
-    "vllm_server_timeout": 120.0,
-    "max_slots": 16,
-    "queue_maxsize": 16,
-    "max_inflight_tasks": 16,
-}
-SECRET = "a-key-of-many-letters"
-
-
-def digits(completion_ids, **given) -> list[float]:
-    """In a process of its own, so at the top of a module."""
-    return [sum(token >= 29 for token in ids) / len(ids) for ids in completion_ids]
+from tests.training.asynchronous import OPTIONS, SECRET, Run, digits, make_trainer, served_policy
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """The policy's folder and its server, which wants a key."""
-    folder = tmp_path_factory.mktemp("async")
-    tokenizer = build_tokenizer()
-    save_policy(folder / "policy", "llama", **SIZES | {"vocab_size": len(tokenizer), "num_hidden_layers": 4})
-    tokenizer.save_pretrained(folder / "policy")
-    process = Process(folder / "policy", folder / "log", environment={KEY: SECRET})
-    yield folder / "policy", process
-    process.kill()
-
-
-def make_trainer(policy: Path, url: str, out: Path, **options) -> SpecAsyncGRPOTrainer:
-    args = SpecAsyncGRPOConfig(str(out), vllm_server_base_url=url, **OPTIONS | options)
-    rows = Dataset.from_dict({"prompt": PROMPTS})
-    return SpecAsyncGRPOTrainer(str(policy), digits, args, train_dataset=rows)
+    with served_policy(tmp_path_factory.mktemp("async")) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
 def run(served, tmp_path_factory):
-    """A trainer that has been through its steps, the samples that it took, and the policy of each version."""
     policy, process = served
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(KEY, SECRET)
         patch.setattr("spec_rollout.draft.budget.RefreshBudget.seconds", lambda self, *_: 1.0)
         patch.setattr("spec_rollout.draft.refresh.MAX_EPOCHS", 20)
-        trainer = make_trainer(policy, process.url, tmp_path_factory.mktemp("run"))
-        policies, samples = {}, []
-        take, push = trainer.rollout_queue.get, trainer.transfer.send_weights
-
-        def get(**options):
-            samples.append(take(**options))
-            return samples[-1]
-
-        def send(iterator=None):
-            push(iterator)
-            held = LlamaForCausalLM.from_pretrained(policy)
-            held.load_state_dict(trainer.model.state_dict())
-            policies[trainer.transfer.server().versions()[0]] = held
-
-        patch.setattr(trainer.rollout_queue, "get", get)
-        patch.setattr(trainer.transfer, "send_weights", send)
-        trainer.train()
-    return trainer, samples, policies
+        run = Run(make_trainer(policy, process.url, tmp_path_factory.mktemp("run")), policy, patch)
+        run.trainer.train()
+    return run
 
 
 @needs_vllm
 def test_log_probs_are_those_of_the_versions_that_a_completion_names(run):
-    trainer, samples, policies = run
-    assert trainer.state.global_step == OPTIONS["max_steps"] and len(policies) == OPTIONS["max_steps"] + 1
-    for sample in samples:
-        ids, (ranges,) = torch.tensor(sample.input_ids), sample.versions
-        begin = int(sample.completion_mask.argmax())
-        starts = [begin + first for first, *_ in ranges]
-        assert starts[0] == begin and ranges[-1][1] >= sample.model_version
-        for (_, policy, draft), start, end in zip(ranges, starts, [*starts[1:], len(ids)], strict=True):
-            assert policy == draft
-            logprobs = scored(policies[policy], ids)[start:end]
-            torch.testing.assert_close(logprobs, torch.tensor(sample.old_log_probs)[start:end], atol=1e-3, rtol=0)
-            others = [scored(other, ids)[start:end] for name, other in policies.items() if name != policy]
-            assert min((logprobs - other).abs().max() for other in others) > 1e-3
+    assert run.trainer.state.global_step == OPTIONS["max_steps"] and len(run.policies) == OPTIONS["max_steps"] + 1
+    assert all(run.check_versions())
+    assert all(sample.versions[0][-1][1] >= sample.model_version for sample in run.samples)
 
 
 @needs_vllm
 def test_completions_are_those_of_the_embedded_engine(run):
-    """What one version has drawn follows from the seed, the prompt's place and the number among its siblings."""
-    trainer, samples, policies = run
-    groups = defaultdict(list)
-    for sample in samples:
-        groups[sample.group_id].append(sample)
-    params = SamplingParams(max_new_tokens=OPTIONS["max_completion_length"], eos_token_ids=trainer.eos_token_ids)
-    compared = 0
-    for number, group in groups.items():
-        versions = {policy for sample in group for _, policy, _ in sample.versions[0]}
-        if len(versions) > 1:
-            continue
-        begin = int(group[0].completion_mask.argmax())
-        prompt, engine = group[0].input_ids[:begin].tolist(), RolloutEngine(policies[versions.pop()])
-        own = [
-            engine.generate([prompt], params, seed=(trainer.args.seed, 1, number, i, 0))[0].token_ids for i in range(4)
-        ]
-        drawn = [sample.input_ids[begin:].tolist() for sample in group]
-        assert all(tokens in own for tokens in drawn) and len({*map(tuple, drawn)}) > 1
-        compared += 1
-    assert compared
+    assert run.check_completions()
 
 
 @needs_vllm
 def test_what_is_logged(run):
-    trainer = run[0]
+    trainer = run.trainer
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     versions = [entry["speculative/draft_version"] for entry in log]
     assert versions == sorted(versions) and versions[-1] >= 1  # how often it learns depends on what a step takes
@@ -195,13 +104,6 @@ def test_a_server_that_tells_no_versions_or_holds_no_pushed_policy_is_noticed():
 
 def served_at(served) -> tuple[Path, str]:
     return served[0], served[1].url
-
-
-def scored(policy, ids: torch.Tensor) -> torch.Tensor:
-    """The log-prob of each token of `ids` [T] but the first, which has 0."""
-    with torch.no_grad():
-        logprobs = policy(ids[None]).logits[0, :-1].log_softmax(-1)
-    return torch.cat([torch.zeros(1), logprobs.gather(1, ids[1:, None])[:, 0]])
 
 
 def test_an_mtp_head_is_refused():

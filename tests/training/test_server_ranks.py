@@ -70,8 +70,14 @@ def test_two_ranks_share_a_server(run, kind):
     check(run(kind), KINDS[kind], run("ddp"))
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
-def test_an_engine_on_each_rank_takes_a_policy_in_pieces(run, kind):
+def test_rloo(run):
+    served, plain = run("ddp+rloo"), run("ddp+rloo+embedded")
+    assert [rank["seen"] for rank in served] == [rank["seen"] for rank in plain]
+    check(served, KINDS["ddp"], served)
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "zero2", "zero3"])
+def test_an_engine_on_each_rank(run, kind):
     if kind.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     check(run(f"{kind}+colocate"), KINDS[kind], run("ddp"), shared=False)

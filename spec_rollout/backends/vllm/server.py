@@ -159,9 +159,16 @@ class Server(Connection, ServedSteps):
         return self._call("live_probe")
 
     def watch(self) -> None:
-        """Account for what the server has drawn since the last call, for whomever."""
-        counted, now = self._counters(), time.perf_counter()
+        """Account for what the server has drawn since the last call, for whomever; of one that was started again
+        meanwhile, since then."""
+        try:
+            counted, now = self._counters(), time.perf_counter()
+        except EngineRestarted:  # the next push notices
+            self._watched = Counter(), time.perf_counter()
+            return
         before, began = self._watched or (counted, now)
+        if any(counted[name] < number for name, number in before.items()):
+            before = Counter()
         since = counted - before
         self._account(since, since[EMITTED], now - began)
         self._watched = counted, now

@@ -68,6 +68,11 @@ class SpecAsyncGRPOTrainer(AsyncGRPOTrainer):
         self.transfer.attach(self, config)
         theirs = self.rollout_worker._loop_kwargs
         dataset, tokenizer = as_conversations(theirs["dataset"], theirs["processing_class"])
+        if dataset is not theirs["dataset"] and (theirs["tools"] or theirs["environment_factory"]):
+            raise ValueError(
+                "Prompts of plain text cannot be honoured beside tools or environments, of which the chat template "
+                "tells the policy: give conversations, such as [{'role': 'user', 'content': ...}]."
+            )
         theirs |= {"dataset": dataset, "processing_class": tokenizer, "seed": args.seed, "coupled": False}
         self.rollout_worker = SpecRolloutWorker(starved=self.transfer.renew, **theirs)
         self.rollout_queue = self.rollout_worker.rollout_buffer
@@ -102,19 +107,19 @@ class SpecAsyncGRPOTrainer(AsyncGRPOTrainer):
         return self._tap.listen_packed(learner.buffer, ids, rows_of(batch))
 
     def _sync_weight(self) -> None:
-        backend = self.transfer.backend
+        backend, first = self.transfer.backend, self.transfer.backend.engine is None
         backend.policy_version += 1
         with own_random_stream(self):
             refreshed = backend.refresh(remaining=self._remaining())
-            if backend.engine is not None:
+            if not first:
                 self.transfer.server().watch()  # before the push: these were the old draft's guesses
             super()._sync_weight()
         self.rollout_worker._loop_kwargs["coupled"] = backend.engine.verification == "coupled"
         seconds, self._pushed_at = time.perf_counter() - self._pushed_at, time.perf_counter()
-        if self.state.global_step:
-            self._log_rollouts(refreshed, seconds)
+        if first:
+            self.transfer.server().watch()  # nobody has asked before
         else:
-            self.transfer.server().watch()  # nobody has asked before the first push
+            self._log_rollouts(refreshed, seconds)
 
     def _log_rollouts(self, refreshed: RefreshStats, seconds: float) -> None:
         backend = self.transfer.backend

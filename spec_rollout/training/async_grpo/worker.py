@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
+from http.client import BAD_REQUEST
 from typing import Any
 
 from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker, RolloutSample, _AsyncRolloutLoop
@@ -80,12 +81,24 @@ class SpecRolloutLoop(_AsyncRolloutLoop):
     async def _post(self, path: str, payload: dict, timeout: float, max_retries: int = 3) -> dict:
         if path != COMPLETIONS:
             return await super()._post(path, payload, timeout, max_retries)
+        from aiohttp import ClientResponseError
+
         conversation = UNDER_WAY.get()
         if self.coupled:
             key = request_keys((*conversation.seed, len(conversation.turns)), 1)
             sent = {name: value for name, value in payload.items() if name not in ("seed", "min_p")}
             payload = sent | {"vllm_xargs": keyed(key, self.min_p or 0.0)}
-        output = await super()._post(path, payload, timeout, max_retries)
+        try:
+            output = await super()._post(path, payload, timeout, max_retries)
+        except ClientResponseError as error:
+            if error.status != BAD_REQUEST:
+                raise  # it may be asked again
+            raise ValueError(
+                f"The vLLM server at {self.vllm_server_url} refuses {len(payload['prompt'])} prompt tokens with "
+                f"max_completion_length={self.max_tokens} in turn {len(conversation.turns) + 1} of a conversation, "
+                "which may have outgrown its context: lower max_completion_length or max_tool_calling_iterations, or "
+                "start the server with a larger --max-model-len."
+            ) from error
         conversation.turns.append(told(output["choices"][0], self.vllm_server_url))
         return output
 

@@ -1,5 +1,6 @@
 """What the client of a vLLM server asks, refuses and survives; no server runs."""
 
+from collections import Counter
 from contextlib import nullcontext
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from spec_rollout.backends.vllm.engine import EngineRestarted
 from spec_rollout.backends.vllm.served import refuse_lossy, refuse_other_guesses
 from spec_rollout.backends.vllm.server import LONGEST_S, Server
+from spec_rollout.backends.vllm.steps import EMITTED, ServedSteps
 from spec_rollout.config import SpecConfig
 from spec_rollout.records import SamplingParams
 
@@ -111,3 +113,23 @@ def test_a_folder_that_is_not_seen_is_sent_to_with_a_key_only(server, monkeypatc
     assert server._folder() == (None, "mine")
     (tmp_path / "mark").write_text("mine")
     assert server._folder() == (tmp_path, "mine")
+
+
+def test_what_a_server_draws_is_counted_from_its_restart_on(server, monkeypatch):
+    """Whether the restart is seen while it is asked, or by its counters alone."""
+    replies = [Counter({EMITTED: 100}), EngineRestarted("gone"), Counter({EMITTED: 30}), Counter({EMITTED: 20})]
+
+    def counted(self):
+        reply = replies.pop(0)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    monkeypatch.setattr(Server, "_counters", counted)
+    ServedSteps.__init__(server)
+    server._watched = Counter({EMITTED: 60}), 0.0
+    found = []
+    while replies:
+        server.watch()
+        found.append(sum(step.emitted for step in server.take_steps()[0]))
+    assert found == [40, 0, 30, 20]
