@@ -71,7 +71,8 @@ def _holds_its_weight(head: nn.Module) -> bool:
 
 def repair_experts(model: nn.Module) -> None:
     """On a CPU a layer of experts computes with packed copies of its weights. vLLM 0.31 packs them when it starts, and
-    not when they are reloaded: it then takes the plain ones for packed, and the layer's output is noise."""
+    not when they are reloaded: it then takes the plain ones for packed, and the layer's output is noise
+    (findings/vllm-cpu-reload-scrambles-experts.sh)."""
     for layer in model.modules():
         method = getattr(layer, "quant_method", None)
         if hasattr(layer, "w13_weight") and hasattr(method, "moe_kernel") and not hasattr(method, "packs_again"):
