@@ -22,7 +22,7 @@ from spec_rollout.draft.features import FeatureBuffer, measured
 from spec_rollout.draft.inheritance import head_config, inherit
 from spec_rollout.draft.mtp import MtpHead
 from spec_rollout.draft.mtp_checkpoint import is_mtp, load_mtp, save_mtp
-from spec_rollout.draft.own_head import checkpoints_own
+from spec_rollout.draft.own_head import checkpoints_own, refuse_other_kind
 from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.refresh import SETTLED_STEPS, DraftTrainer
 from spec_rollout.draft.vocabulary import choose_vocabulary
@@ -219,19 +219,11 @@ class DraftLearner:
                 f"{folder} holds a whole language model and no head: give it as draft_model_path, with "
                 "rollout_backend='embedded'."
             )
+        refuse_other_kind(folder, bool(self.mtp), self.config)
         if is_mtp(folder):
-            if self.config.rollout_backend == "vllm" and not self.mtp:
-                raise ValueError(
-                    f"{folder} holds an MTP head, but vLLM is not started with the policy's own: set "
-                    "draft_head='mtp', give an EAGLE-3 head, or set rollout_backend='embedded'."
-                )
             head, extra = load_mtp(folder, self.view.model)
             draft_ids = None if extra["draft_ids"] is None else torch.tensor(extra["draft_ids"])
         else:
-            if self.config.rollout_backend == "vllm" and self.mtp:
-                raise ValueError(
-                    f"{folder} holds no MTP head, but vLLM is started with the policy's own: set draft_head='eagle3'."
-                )
             head, draft_ids, extra = load_head(folder, HeadConfig.for_target(self.view.config))
         self._take(head)
         optimizer = load_optimizer(folder)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.mtp import MtpHead
-from spec_rollout.draft.mtp_checkpoint import find_tensors
+from spec_rollout.draft.mtp_checkpoint import find_tensors, is_mtp
 
 IN_VLLM = ("glm4_moe", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 """Model types whose MTP heads vLLM was seen to take while it runs, and to guess with as it should."""
@@ -58,3 +59,21 @@ def refused_by_vllm(model: nn.Module, folder: str | None) -> str | None:
     if saved != kind:
         return f"{folder} holds a {saved!r}, which vLLM runs otherwise than the {kind!r} that is trained"
     return None
+
+
+def refuse_other_kind(folder: str | Path, own: bool, config: SpecConfig) -> None:
+    """
+    Args:
+        folder: of the head that shall be taken up.
+        own: whether the policy's own MTP head guesses.
+
+    Raises:
+        ValueError: vLLM is started with a head of the other kind.
+    """
+    if config.rollout_backend == "vllm" and is_mtp(folder) != own:
+        raise ValueError(
+            f"{folder} holds no MTP head, but vLLM is started with the policy's own: set draft_head='eagle3'."
+            if own
+            else f"{folder} holds an MTP head, but vLLM is not started with the policy's own: set draft_head='mtp', "
+            "give an EAGLE-3 head, or set rollout_backend='embedded'."
+        )

@@ -26,7 +26,7 @@ from spec_rollout.backends.vllm.key import HOW
 from spec_rollout.backends.vllm.keyed_batch import keyed
 from spec_rollout.backends.vllm.served import refuse_lossy, refuse_other_draft, refuse_other_guesses
 from spec_rollout.backends.vllm.steady import refuse_unsteady, room
-from spec_rollout.backends.vllm.steps import EMITTED, Guesses, ServedSteps, counters, step_stats
+from spec_rollout.backends.vllm.steps import EMITTED, ServedSteps, counters
 from spec_rollout.backends.vllm.upload import ROUTE
 from spec_rollout.backends.vllm.weights_folder import SHARED_MEMORY
 from spec_rollout.config import SpecConfig
@@ -192,19 +192,6 @@ class Server(Connection, ServedSteps):
             completion(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"], params.eos_token_ids)
             for c in sorted(choices, key=lambda c: c["index"])
         ]
-
-    def _account(self, counted: Counter, emitted: int, seconds: float) -> None:
-        """One record for the rows that guessed, one for the others: the server does not tell single steps."""
-        accepted = [counted[f"accepted_tokens_per_pos_total:{i}"] for i in range(64)]
-        guesses = Guesses(
-            counted["drafts_total"], counted["draft_tokens_total"], counted["accepted_tokens_total"], accepted
-        )
-        guessed = min(emitted, guesses.num_drafts + guesses.num_accepted_tokens)
-        for size, found in ((guessed, guesses), (emitted - guessed, None)):
-            if size:
-                step = step_stats(size, found)
-                step.verify_s = seconds * size / emitted
-                self._add(step)
 
     def _counters(self) -> Counter:
         return counters(self._request("/metrics"))

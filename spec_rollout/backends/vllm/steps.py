@@ -53,6 +53,19 @@ class ServedSteps:
     def sleep(self) -> None:
         """It has its device to itself."""
 
+    def _account(self, counted: Counter, emitted: int, seconds: float) -> None:
+        """One record for the rows that guessed, one for the others: the server does not tell single steps."""
+        accepted = [counted[f"accepted_tokens_per_pos_total:{i}"] for i in range(64)]
+        guesses = Guesses(
+            counted["drafts_total"], counted["draft_tokens_total"], counted["accepted_tokens_total"], accepted
+        )
+        guessed = min(emitted, guesses.num_drafts + guesses.num_accepted_tokens)
+        for size, found in ((guessed, guesses), (emitted - guessed, None)):
+            if size:
+                step = step_stats(size, found)
+                step.verify_s = seconds * size / emitted
+                self._add(step)
+
     def _add(self, step: StepStats) -> None:
         self._steps.append(step)
         if self.controller is not None:

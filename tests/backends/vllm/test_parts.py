@@ -10,27 +10,18 @@ from spec_rollout.backends.vllm import serve as vllm_serve
 from spec_rollout.backends.vllm.draft import save_start, start_vocabulary
 from spec_rollout.backends.vllm.engine import (
     completion,
-    own_speculative_config,
     sampling_options,
     speculative_config,
 )
 from spec_rollout.backends.vllm.guard import GUARD
-from spec_rollout.backends.vllm.mtp_readback import probe_mtp
 from spec_rollout.backends.vllm.readback import probe
 from spec_rollout.backends.vllm.repairs import _expands, expand
-from spec_rollout.backends.vllm.served import refuse_other_draft
-from spec_rollout.backends.vllm.steady import refuse_unsteady, room
 from spec_rollout.backends.vllm.steps import Guesses, StepLog, step_stats
-from spec_rollout.config import SpecConfig
 from spec_rollout.draft.checkpoint import save_head
 from spec_rollout.draft.checkpoint_reader import load_head
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
-from spec_rollout.draft.mtp_checkpoint import add_to_policy
-from spec_rollout.draft.mtp_names import QWEN, appended
-from spec_rollout.draft.own_head import checkpoints_own
 from spec_rollout.gamma import FixedGamma
 from spec_rollout.records import SamplingParams
-from tests.draft.test_mtp import random_head
 from tests.tiny import make_policy, policy
 
 
@@ -190,70 +181,3 @@ def test_a_server_for_recurrent_layers_does_not_guess(tmp_path):
         vllm_serve.serve_command(given, tmp_path / "draft")
     given.num_speculative_tokens = 0
     assert "speculative" not in " ".join(vllm_serve.serve_command(given, tmp_path / "draft"))
-
-
-def test_a_server_guesses_with_the_policys_own_head_and_caches_no_prefixes(tmp_path):
-    given = asked(tmp_path, "qwen3_5_text")
-    add_to_policy(given.policy, random_head(policy("qwen3_5_text"), QWEN).on_disk(torch.float32))
-    with pytest.raises(ValueError, match="tensor_parallel_size 2 was not tested with MTP heads"):
-        vllm_serve.serve_command(given, tmp_path / "draft")
-    given.tensor_parallel_size = 1
-    command = vllm_serve.serve_command(given, tmp_path / "draft")
-    line = " ".join(command)
-    assert '"method": "mtp"' in line and "--no-enable-prefix-caching" in line and "per_batch_size" not in line
-    with pytest.raises(ValueError, match="--enable-prefix-caching is refused"):
-        vllm_serve.refuse_cached_prefixes(command, ["--enable_prefix_caching"])
-    given.draft_head = "eagle3"
-    with pytest.raises(ValueError, match="has recurrent layers.*no EAGLE-3 head"):
-        vllm_serve.serve_command(given, tmp_path / "draft")
-
-
-def test_a_server_that_would_lose_states_is_refused():
-    wanted = own_speculative_config(3, 4, steady=True)
-    served = {"speculative_config": wanted, "cache_config": {"enable_prefix_caching": False}}
-    refuse_other_draft("url", served, wanted)
-    served["cache_config"]["enable_prefix_caching"] = True
-    with pytest.raises(ValueError, match="caches prefixes.*recurrent layers"):
-        refuse_other_draft("url", served, wanted)
-    changing = {"speculative_config": own_speculative_config(3, 4, steady=False), "cache_config": {}}
-    changing["cache_config"]["enable_prefix_caching"] = False
-    with pytest.raises(ValueError, match="changes the number of guesses"):
-        refuse_other_draft("url", changing, wanted)
-    with pytest.raises(ValueError, match="guesses by method 'mtp', the trainer pushes a head for 'eagle3'"):
-        refuse_other_draft("url", served, speculative_config("folder", 3, 4))
-
-
-def test_what_would_change_the_number_of_guesses_is_refused():
-    most = room(own_speculative_config(3, 4, steady=True), 64)
-    assert most == 61 and room(own_speculative_config(3, 4, steady=False), 64) is None
-    refuse_unsteady([[1] * 60, [1, 2]], [1, 59], most)
-    refuse_unsteady([[1]], [99], None)
-    with pytest.raises(ValueError, match="Prompt 1 of 2 tokens with 60 new ones is longer than 61 tokens"):
-        refuse_unsteady([[1] * 60, [1, 2]], [1, 60], most)
-    with pytest.raises(ValueError, match="Prompt 0 is a single token"):
-        refuse_unsteady([[1]], [9], most)
-
-
-def test_which_mtp_heads_vllm_is_given(tmp_path):
-    for name, names in (("qwen3_5_text", QWEN), ("deepseek_v3", appended(2))):
-        model = policy(name)
-        model.save_pretrained(tmp_path / name)
-        add_to_policy(tmp_path / name, random_head(model, names).on_disk(torch.float32))
-        model.config._name_or_path = str(tmp_path / name)
-        found = checkpoints_own(model, SpecConfig(rollout_backend="vllm"))
-        assert bool(found) == (name == "qwen3_5_text")
-    with pytest.raises(ValueError, match="draft_head='mtp'.*not seen to guess rightly.*'deepseek_v3'"):
-        checkpoints_own(model, SpecConfig(rollout_backend="vllm", draft_head="mtp"))
-
-
-@pytest.mark.parametrize("stacked", [True, False])
-def test_the_read_back_of_an_mtp_head_tells_its_parts_apart(stacked):
-    model = policy("glm4_moe")
-    head = random_head(model, appended(2)._replace(stacked=stacked))
-    before = probe_mtp(head.apart())
-    for name, weight in head.named_parameters():
-        kept = weight.data
-        weight.data = 1.05 * kept
-        changed = [part for part, value in probe_mtp(head.apart()).items() if value != before[part]]
-        weight.data = kept
-        assert len(changed) == 1, name
