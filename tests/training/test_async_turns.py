@@ -104,6 +104,7 @@ def test_what_the_tool_said_is_read_and_not_learned(run):
     assert max(entry["speculative/mean_acceptance_length"] for entry in log) > 1.5
 
 
+@needs_vllm
 def test_plain_text_beside_tools_is_refused(tmp_path):
     policy = tooled.save_policy(tmp_path / "policy")
     with pytest.raises(ValueError, match="give conversations"):
