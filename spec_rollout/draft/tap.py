@@ -70,12 +70,13 @@ class FeatureTap:
 
         def after_decoder(module, args, output):
             last = output[0] if isinstance(output, tuple) else output.last_hidden_state
-            passes.append(torch.cat([x.detach() for x in (*(inputs.get(k, last) for k in self.aux_layers), last)], -1))
+            inputs[len(self.layers)] = last
+            passes.append(torch.cat([x.detach() for x in (*(inputs[k] for k in self.aux_layers), last)], -1))
 
         handles = [
             self.layers[k].register_forward_pre_hook(before_layer(k), with_kwargs=True)
             for k in self.aux_layers
-            if k < len(self.layers)  # behind all of them is the final hidden state
+            if k < len(self.layers)
         ]
         handles.append(self.decoder.register_forward_hook(after_decoder))
         try:

@@ -91,20 +91,20 @@ def require_vllm() -> None:
 def speculative_config(draft_folder: str | Path, most: int, max_rows: int) -> dict[str, Any]:
     """vLLM's speculative_config for a head of this package: guesses drawn from the head's distribution, kept or thrown
     away by rejection sampling, at most `most` of them at any batch size up to `max_rows`."""
-    return {
-        "method": "eagle3",
-        "model": str(draft_folder),
-        "num_speculative_tokens": most,
-        "draft_sample_method": "probabilistic",
-        "rejection_sample_method": "standard",
-        SCHEDULE: [[1, max_rows, most]],
-    }
+    return {"method": "eagle3", "model": str(draft_folder), SCHEDULE: [[1, max_rows, most]], **_drawn(most)}
 
 
 def own_speculative_config(most: int, max_rows: int, steady: bool) -> dict[str, Any]:
     """The same for the MTP head in the policy's own folder; `steady`: each step guesses as many."""
-    config = speculative_config("", most, max_rows) | {"method": MTP}
-    return {name: value for name, value in config.items() if name != "model" and not (steady and name == SCHEDULE)}
+    return {"method": MTP, **({} if steady else {SCHEDULE: [[1, max_rows, most]]}), **_drawn(most)}
+
+
+def _drawn(most: int) -> dict[str, Any]:
+    return {
+        "num_speculative_tokens": most,
+        "draft_sample_method": "probabilistic",
+        "rejection_sample_method": "standard",
+    }
 
 
 def sampling_options(

@@ -75,7 +75,9 @@ def repair_experts(model: nn.Module) -> None:
     (findings/vllm-cpu-reload-scrambles-experts.sh)."""
     for layer in model.modules():
         method = getattr(layer, "quant_method", None)
-        if hasattr(layer, "w13_weight") and hasattr(method, "moe_kernel") and not hasattr(method, "packs_again"):
+        if not hasattr(layer, "w13_weight") or layer.w13_weight.device.type != "cpu":
+            continue
+        if hasattr(method, "moe_kernel") and not hasattr(method, "packs_again"):
             method.packs_again = True
             method.process_weights_after_loading = _packing(method.process_weights_after_loading, method)
 
@@ -88,7 +90,7 @@ def _packing(process: Any, method: Any) -> Any:
         process(layer)
         experts = getattr(method.moe_kernel, "fused_experts", None)
         plain = all(map(torch.equal, before, (layer.w13_weight, layer.w2_weight)))
-        if plain and layer.w13_weight.device.type == "cpu" and hasattr(experts, "isa"):
+        if plain and hasattr(experts, "isa"):
             experts.process_weights_after_loading(layer)
 
     return processed

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spec_rollout.backends.vllm.coupled import Coupled
+from spec_rollout.backends.vllm.engine import MTP
 from spec_rollout.backends.vllm.intake import FINISHED, Intake
 from spec_rollout.backends.vllm.lazy_head import LazyHead
 from spec_rollout.backends.vllm.mtp_readback import measured_mtp
@@ -119,7 +120,7 @@ class LiveWeights(Intake):
         """What `probe` says, of this worker's shard of the draft that is really there."""
         runner = self.model_runner
         with torch.inference_mode():
-            if runner.speculative_config.method == "mtp":
+            if runner.speculative_config.method == MTP:
                 return measured_mtp(self._draft(), runner.get_model())
             return measured(self._draft())
 

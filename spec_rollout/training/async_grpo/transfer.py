@@ -51,11 +51,11 @@ class PushTransfer:
         Raises:
             ConnectionError: it is not.
             PermissionError: it wants another key.
-            ValueError: it samples lossily, or guesses other numbers of tokens.
+            ValueError: it samples lossily, or guesses other numbers of tokens or with another kind of head.
         """
         args, weights = self._trainer.args, self._trainer._streaming_iter
-        shown = not args.disable_tqdm
-        return Server(args.vllm_server_base_url, weights, self._config, args.vllm_server_timeout, shown)
+        shown, pushed = not args.disable_tqdm, {"method": "eagle3"} if self.backend.learner else None
+        return Server(args.vllm_server_base_url, weights, self._config, args.vllm_server_timeout, shown, pushed)
 
     def init_weight_transfer(self) -> None:
         """The first push connects."""

@@ -8,11 +8,7 @@ import torch
 
 from spec_rollout.backends.vllm import serve as vllm_serve
 from spec_rollout.backends.vllm.draft import save_start, start_vocabulary
-from spec_rollout.backends.vllm.engine import (
-    completion,
-    sampling_options,
-    speculative_config,
-)
+from spec_rollout.backends.vllm.engine import completion, sampling_options, speculative_config
 from spec_rollout.backends.vllm.guard import GUARD
 from spec_rollout.backends.vllm.readback import probe
 from spec_rollout.backends.vllm.repairs import _expands, expand
