@@ -30,7 +30,8 @@ def files():
     sent, find, send = [], Server._folder, Server._send_file
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(KEY, SECRET)
-        patch.setattr("spec_rollout.draft.budget.RefreshBudget.seconds", lambda self, *_: 1.0)
+        patch.setattr("spec_rollout.draft.budget.RefreshBudget.seconds", lambda self, *_: 1e9)
+        patch.setattr("spec_rollout.draft.refresh.MAX_EPOCHS", 20)
         patch.setattr(Server, "_folder", lambda self: (None, find(self)[1]))
         patch.setattr(Server, "_send_file", lambda self, *given: sent.append(given[0]) or send(self, *given))
         yield sent
