@@ -137,6 +137,7 @@ def test_every_kind_of_weight_of_a_moved_policy_arrives(taught, part):
 
 
 def test_a_draft_lost_on_the_way_is_noticed_at_once(taught, monkeypatch):
+    taught.deliver()
     with torch.no_grad():
         taught.learner.head.midlayer.mlp.down_proj.weight.mul_(1.05)
     taught.policy_version += 1
@@ -146,6 +147,9 @@ def test_a_draft_lost_on_the_way_is_noticed_at_once(taught, monkeypatch):
         completions = taught.generate(PROMPTS, GREEDY)
     assert not taught.draft_healthy and taught.take_stats().drafted == 0
     assert_same(completions, plain(taught.model))
+    taught.generate(PROMPTS, GREEDY)
+    assert not taught.draft_healthy and taught.take_stats().drafted == 0  # nothing has changed: no push
+    taught.policy_version += 1
     taught.generate(PROMPTS, GREEDY)
     assert taught.draft_healthy and taught.take_stats().drafted > 0
 
