@@ -21,7 +21,7 @@ from spec_rollout.engine.lean.norms import read_norm
 from spec_rollout.engine.lean.programs import PROGRAMS, CannotCompileError, Program
 from spec_rollout.engine.lean.projections import GatedMLP, Projection
 from spec_rollout.engine.lean.rope import angles, table
-from spec_rollout.engine.lean.views import Views
+from spec_rollout.engine.lean.views import index_of, views_of
 
 BOUND = 1e-4
 """Most that compiled passes of the head may differ from others, in standard deviations of the output."""
@@ -41,7 +41,6 @@ class LeanHead:
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.like = head.fc.weight.new_empty(1)
         self.head, self.table = head, self.like[:0]
-        self.views = Views()
         self.attentions = Attentions(self.heads, self.like)
 
     def reach(self, capacity: int) -> None:
@@ -66,8 +65,8 @@ class LeanHead:
             projection(read, part)
         turn = angles(self.table[place.flatten()])
         mask = attention.mask(place, extent, None)
-        (buffers,) = self.views.of(cache, rows, extent)
-        index = self.views.index(cache, place)
+        (buffers,) = views_of(cache, rows, extent)
+        index = index_of(cache, place)
         attended = attention.attend(turn, mask, index, buffers, self.config.head_dim**-0.5)
         x = self.o_proj.onto(normed if self.config.norm_before_residual else x, attended)
         return self.mlp.down.onto(x, self.mlp.inner(self.mlp_norm(x))).view(rows, width, size)
@@ -85,8 +84,8 @@ class CompiledHead(LeanHead):
         queries, shared, _ = self.heads
         self.reach(cache.capacity)
         x = hidden.reshape(rows * width, -1).contiguous()
-        (kept,) = self.views.of(cache, rows, extent)
-        given = [self.table[place.flatten()], self.views.index(cache, place), *kept[:2]]
+        (kept,) = views_of(cache, rows, extent)
+        given = [self.table[place.flatten()], index_of(cache, place), *kept[:2]]
         embeds = self.view.embed(ids.flatten())
         query, normed = self.compiled.before([embeds, x, *given, *self.compiled.weights_before])
         attended = self.compiled.attend(query, kept, mask_of(place, extent, None, queries // shared), (rows, width))

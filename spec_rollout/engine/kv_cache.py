@@ -38,6 +38,8 @@ class SlotCache:
         self.kind: object = None
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.views: dict[object, object] = {}
+        """What passes have made of the buffers for themselves. It goes before these do, whose memory it would hold."""
         self.states = RecurrentStates()
         self.begun = False
 
@@ -52,6 +54,7 @@ class SlotCache:
         """From here on there are `slots` of `capacity` tokens; the first `kept` slots keep what they hold, and others
         take over `puts`, whose memory goes meanwhile. One layer after the other, so that little is there twice."""
         self.slots, self.capacity = slots, capacity
+        self.views.clear()
         for buffers, parts in ((self.keys, [p.kept.keys for p in puts]), (self.values, [p.kept.values for p in puts])):
             for layer in range(max(len(each) for each in (buffers, *parts))):
                 if layer < len(buffers):
@@ -125,6 +128,7 @@ class SlotCache:
         """What the slots of `gone`, (slot, tokens) each, hold, as in `keep`. From here on there are the slots `stay`
         alone, in that order. One layer after the other, as in `resize`."""
         found = [KeptSlot(tokens, [], [], *self.states.keep(slot)) for slot, tokens in gone]
+        self.views.clear()
         for buffers, name in ((self.keys, "keys"), (self.values, "values")):
             for layer, buffer in enumerate(buffers):
                 for part, (slot, tokens) in zip(found, gone, strict=True):

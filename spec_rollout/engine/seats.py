@@ -219,17 +219,17 @@ class Seats:
     def _fits(self, slots: int, tokens: int) -> bool:
         """Whether `slots` rows, the longest new one of `tokens` tokens, have room to grow."""
         needed = max(self._longest(), tokens - 1) + self.ahead
-        return self.room.holds(slots, max(self.capacity, self.room.grown(needed)))
+        return self.room.holds(slots, self.room.grown(needed))
 
     def _resize(self, slots: int, needed: int, kept: int, puts: Sequence[Put] = ()) -> None:
         """Slots for `slots` rows of `needed` tokens, if there are not: the first `kept` rows keep theirs. Others take
-        over `puts`."""
+        over `puts`. Where more slots would not fit as long as they are, since a long row has left, they get shorter."""
         if slots <= self.slots and needed <= self.capacity:
             self.cache.put(puts)
             return
         slots = max(slots, self.least)
         capacity = self.capacity
-        if needed > capacity:
+        if needed > capacity or not self.room.holds(slots, capacity):
             capacity = self.room.capacity(slots, needed, self.most) + self.odd
         self.keeper.give_way(slots, capacity)
         self.slots, self.capacity = slots, capacity

@@ -10,9 +10,8 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kv_cache import SlotCache
-from spec_rollout.engine.lean import choice
+from spec_rollout.engine.lean import choice, lean_pass
 from spec_rollout.engine.lean.lean_pass import LeanPass
-from spec_rollout.engine.lean.views import Views
 from spec_rollout.engine.target import Target
 from spec_rollout.records import SamplingParams
 from tests.tiny import PROMPTS, VOCAB, Scripted, assert_same, make_policy, reference
@@ -163,8 +162,8 @@ def stale_weights(patch):
 
 
 def row_off_by_one(patch):
-    index = Views.index
-    patch.setattr(Views, "index", lambda self, cache, positions: index(self, cache, positions.roll(1, 0)))
+    honest = lean_pass.index_of
+    patch.setattr(lean_pass, "index_of", lambda cache, positions: honest(cache, positions.roll(1, 0)))
 
 
 @pytest.mark.parametrize("mutation", [stale_weights, row_off_by_one])

@@ -213,6 +213,18 @@ def test_a_batch_that_drains_leaves_its_room():
     assert VOCAB and engine.cache.keys == []
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3_5_text"])
+def test_a_long_row_that_has_left_is_in_nobodys_way(name):
+    """Its slot is as long as all others were to become: without it more rows have room, in shorter slots."""
+    model, prompts = policy(name), [[1] * 75, *[[i + 2] for i in range(8)]]
+    expected = reference(model, prompts, SamplingParams(max_new_tokens=6))
+    for drafter in (None, half_right(expected)):
+        engine = bounded(model, 1.5, 96, drafter, max_slots=2)
+        assert_same(engine.generate(prompts, SamplingParams(max_new_tokens=6)), expected, 1e-3)
+        assert [engine.stats.steps[i].rows for i in (0, -1)] == [1, 2]
+        assert engine.stats.cache_bytes <= engine.config.max_cache_gib * GIB
+
+
 def test_the_head_keeps_what_it_has_of_rows_that_are_still_read():
     model = policy("llama")
     drafter = EagleDrafter(EagleHead(HeadConfig.for_target(model.config)).eval(), PolicyView(model))

@@ -12,7 +12,7 @@ from spec_rollout.engine.lean.layer_tensors import Halves, halves_of
 from spec_rollout.engine.lean.lean_pass import LeanPass
 from spec_rollout.engine.lean.programs import Program
 from spec_rollout.engine.lean.recognition import base_model
-from spec_rollout.engine.lean.views import LayerBuffers, Streams
+from spec_rollout.engine.lean.views import LayerBuffers, Streams, index_of, views_of
 from spec_rollout.engine.lean.weights import Family
 
 
@@ -54,10 +54,10 @@ class CompiledPass(LeanPass):
         self.rope.reach(cache.capacity)
         turns = self.rope.rows(positions.flatten())
         masks = {kind: mask_of(positions, extent, window, queries // shared) for kind, window in self.windows.items()}
-        index = self.views.index(cache, positions)
+        index = index_of(cache, positions)
         x = self._embedded(ids)
         streams = []
-        buffers = self.views.of(cache, rows, extent)
+        buffers = views_of(cache, rows, extent)
         for layer, compiled, kept in zip(self.layers, self.compiled, buffers, strict=True):
             streams.append(x)
             (query,) = compiled.before([x, turns[layer.kind], index, *kept[:2], *compiled.weights_before])

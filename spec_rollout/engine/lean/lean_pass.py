@@ -11,7 +11,7 @@ from spec_rollout.engine.lean.norms import Norm, read_norm
 from spec_rollout.engine.lean.projections import Projection
 from spec_rollout.engine.lean.recognition import base_model
 from spec_rollout.engine.lean.rope import RopeTables
-from spec_rollout.engine.lean.views import Streams, Views
+from spec_rollout.engine.lean.views import Streams, index_of, views_of
 from spec_rollout.engine.lean.weights import Family, LayerWeights, read_layer
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -42,7 +42,6 @@ class LeanPass:
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
         like = decoder.embed_tokens.weight.new_empty(1)
         self.rope = RopeTables(decoder.rotary_emb, set(kinds), like, self.config.max_position_embeddings)
-        self.views = Views()
         self.attentions = Attentions(self.layers[0].heads, like)
 
     def __call__(self, cache: SlotCache, ids: Tensor, positions: Tensor, extent: int) -> tuple[Tensor, Streams]:
@@ -53,10 +52,10 @@ class LeanPass:
         self.rope.reach(cache.capacity)
         angles = self.rope.at(positions.flatten())
         masks = {kind: attention.mask(positions, extent, window) for kind, window in self.windows.items()}
-        index = self.views.index(cache, positions)
+        index = index_of(cache, positions)
         x = self._embedded(ids)
         streams = []
-        for layer, buffers in zip(self.layers, self.views.of(cache, rows, extent), strict=True):
+        for layer, buffers in zip(self.layers, views_of(cache, rows, extent), strict=True):
             streams.append(x)
             _project(layer, x, attention)
             kind = layer.kind
