@@ -184,7 +184,11 @@ class TrainerSampler:
             from spec_rollout.training.vllm import engine_starter
 
             backend: EmbeddedBackend | VLLMBackend = VLLMBackend(
-                policy, self.config, engine_starter(trainer, self.config), whole=lambda: whole_for_draft(trainer)
+                policy,
+                self.config,
+                engine_starter(trainer, self.config),
+                whole=lambda: whole_for_draft(trainer),
+                tokenizer=trainer._tokenizer,
             )
         else:
             backend = EmbeddedBackend(policy, self.config, trainer._tokenizer)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from spec_rollout.backends.embedded import COLDEST
 from spec_rollout.backends.vllm.calibration import measured_cost
@@ -18,6 +19,7 @@ from spec_rollout.backends.vllm.engine import EngineRestarted, VLLMEngine
 from spec_rollout.backends.vllm.starting import StartEngine, started
 from spec_rollout.backends.vllm.steady import steady_number
 from spec_rollout.backends.vllm.steps import Plain
+from spec_rollout.backends.vllm.stopped import StopStrings
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.learner import DraftLearner
 from spec_rollout.draft.mtp import MtpHead
@@ -47,15 +49,23 @@ class VLLMBackend:
         seed: of the head's initial weights and of its training order.
         whole: within it the policy's weights that a head reads are whole, of a policy that lies in pieces; all ranks
             enter it together.
+        tokenizer: to match stop strings by.
 
     Attributes:
         policy_version: to be changed by the owner whenever the policy's weights have changed.
     """
 
     def __init__(
-        self, model: nn.Module, config: SpecConfig, start: StartEngine, *, seed: int = 0, whole: Whole = nullcontext
+        self,
+        model: nn.Module,
+        config: SpecConfig,
+        start: StartEngine,
+        *,
+        seed: int = 0,
+        whole: Whole = nullcontext,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ):
-        self.model, self.config, self.start, self.whole = model, config, start, whole
+        self.model, self.config, self.start, self.whole, self.tokenizer = model, config, start, whole, tokenizer
         self.policy_version = 0
         self.engine: VLLMEngine | None = None
         self.stats = RolloutStats()
@@ -111,9 +121,10 @@ class VLLMBackend:
         """
         self._step_began = self._step_began or time.perf_counter()
         params = params or SamplingParams()
+        stops = StopStrings(params.stop_strings, self.tokenizer)
         self._start()
         began = time.perf_counter()
-        completions = self._draw(prompts, params, seed, max_new_tokens)
+        completions = [stops.cut(c) for c in self._draw(prompts, params, seed, max_new_tokens)]
         self.stats.seconds += time.perf_counter() - began
         steps, prefill_s = self.engine.take_steps()
         self.stats.steps += steps
