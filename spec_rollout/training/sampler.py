@@ -184,12 +184,9 @@ class TrainerSampler:
             from spec_rollout.training.vllm import engine_starter
 
             backend: EmbeddedBackend | VLLMBackend = VLLMBackend(
-                policy,
-                self.config,
-                engine_starter(trainer, self.config),
-                whole=lambda: whole_for_draft(trainer),
-                tokenizer=trainer._tokenizer,
+                policy, self.config, engine_starter(trainer, self.config), whole=lambda: whole_for_draft(trainer)
             )
+            backend.tokenizer = trainer._tokenizer
         else:
             backend = EmbeddedBackend(policy, self.config, trainer._tokenizer)
             if self.turns:

@@ -47,25 +47,18 @@ class VLLMBackend:
         model: the unwrapped policy; the same object in every step.
         start: starts the engine, at the first rollout.
         seed: of the head's initial weights and of its training order.
-        whole: within it the policy's weights that a head reads are whole, of a policy that lies in pieces; all ranks
-            enter it together.
-        tokenizer: to match stop strings by.
+        whole: within it all weights that a head reads are whole, of a policy in pieces; all ranks enter it together.
 
     Attributes:
+        tokenizer: to match stop strings by, if there are any; to be set by the owner.
         policy_version: to be changed by the owner whenever the policy's weights have changed.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        config: SpecConfig,
-        start: StartEngine,
-        *,
-        seed: int = 0,
-        whole: Whole = nullcontext,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        self, model: nn.Module, config: SpecConfig, start: StartEngine, *, seed: int = 0, whole: Whole = nullcontext
     ):
-        self.model, self.config, self.start, self.whole, self.tokenizer = model, config, start, whole, tokenizer
+        self.model, self.config, self.start, self.whole = model, config, start, whole
+        self.tokenizer: PreTrainedTokenizerBase | None = None
         self.policy_version = 0
         self.engine: VLLMEngine | None = None
         self.stats = RolloutStats()
@@ -115,9 +108,8 @@ class VLLMBackend:
     ) -> list[Completion]:
         """One completion per prompt entry, in order.
 
-        Coupled draws follow from `seed` and the weights; by rejection sampling from the batch and the numbers of
-        guesses too, and a server has a stream of its own. `max_new_tokens` is a bound per entry. With `collect=False`
-        the rollouts do not count as training's.
+        Coupled draws follow from `seed` and the weights; by rejection sampling from batch and numbers of guesses too,
+        or a server's stream. `max_new_tokens` is a bound per entry. `collect=False`: they are not training's.
         """
         self._step_began = self._step_began or time.perf_counter()
         params = params or SamplingParams()
@@ -223,9 +215,7 @@ class VLLMBackend:
             self.controller = None
 
     def _start(self) -> None:
-        if self.engine is not None:
-            return
-        self.engine = started(self.start, self.learner, self.config, self.steady)
+        self.engine = self.engine or started(self.start, self.learner, self.config, self.steady)
 
     def _stand_watch(self) -> None:
         """Let the controller choose, behind a watchman, while there is a draft that can guess."""

@@ -27,7 +27,7 @@ class StopStrings:
     def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase | None):
         if strings and tokenizer is None:
             raise ValueError(
-                f"stop_strings={tuple(strings)} need a tokenizer to be matched: pass `tokenizer` to the backend."
+                f"stop_strings={tuple(strings)} need a tokenizer to be matched: set the backend's `tokenizer`."
             )
         self.criteria = StopStringCriteria(tokenizer, list(strings)) if strings else None
 

@@ -149,10 +149,11 @@ def test_a_completion_ends_where_its_stop_string_is_complete():
 
     words = tokenizer()
     params = SamplingParams(stop_strings=("cd",))
-    backend = VLLMBackend(policy("llama"), SpecConfig(max_slots=4), lambda *_: Emitting(), tokenizer=words)
+    backend = VLLMBackend(policy("llama"), SpecConfig(max_slots=4), lambda *_: Emitting())
+    backend.tokenizer = words
     found = backend.generate([[1, 2]] * 2, params)
     ended = words.convert_tokens_to_ids(["ab", "c", "dd"])
     assert [(c.token_ids, c.logprobs) for c in found] == [(ended, [0.0, -1.0, -2.0])] * 2
     assert len(backend.generate([[1, 2]], SamplingParams(stop_strings=("cc",)))[0].token_ids) == 4
-    with pytest.raises(ValueError, match="stop_strings=.'cd',. need a tokenizer.*pass `tokenizer`"):
+    with pytest.raises(ValueError, match="stop_strings=.'cd',. need a tokenizer.*set the backend's `tokenizer`"):
         fake_backend(Emitting()).generate([[1, 2]], params)
