@@ -186,6 +186,7 @@ class TrainerSampler:
             backend: EmbeddedBackend | VLLMBackend = VLLMBackend(
                 policy, self.config, engine_starter(trainer, self.config), whole=lambda: whole_for_draft(trainer)
             )
+            backend.tokenizer = trainer._tokenizer
         else:
             backend = EmbeddedBackend(policy, self.config, trainer._tokenizer)
             if self.turns:

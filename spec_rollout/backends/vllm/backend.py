@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from spec_rollout.backends.embedded import COLDEST
 from spec_rollout.backends.vllm.calibration import measured_cost
@@ -18,6 +19,7 @@ from spec_rollout.backends.vllm.engine import EngineRestarted, VLLMEngine
 from spec_rollout.backends.vllm.starting import StartEngine, started
 from spec_rollout.backends.vllm.steady import steady_number
 from spec_rollout.backends.vllm.steps import Plain
+from spec_rollout.backends.vllm.stopped import StopStrings
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.learner import DraftLearner
 from spec_rollout.draft.mtp import MtpHead
@@ -45,10 +47,10 @@ class VLLMBackend:
         model: the unwrapped policy; the same object in every step.
         start: starts the engine, at the first rollout.
         seed: of the head's initial weights and of its training order.
-        whole: within it the policy's weights that a head reads are whole, of a policy that lies in pieces; all ranks
-            enter it together.
+        whole: within it all weights that a head reads are whole, of a policy in pieces; all ranks enter it together.
 
     Attributes:
+        tokenizer: to match stop strings by, if there are any; to be set by the owner.
         policy_version: to be changed by the owner whenever the policy's weights have changed.
     """
 
@@ -56,6 +58,7 @@ class VLLMBackend:
         self, model: nn.Module, config: SpecConfig, start: StartEngine, *, seed: int = 0, whole: Whole = nullcontext
     ):
         self.model, self.config, self.start, self.whole = model, config, start, whole
+        self.tokenizer: PreTrainedTokenizerBase | None = None
         self.policy_version = 0
         self.engine: VLLMEngine | None = None
         self.stats = RolloutStats()
@@ -105,15 +108,15 @@ class VLLMBackend:
     ) -> list[Completion]:
         """One completion per prompt entry, in order.
 
-        Coupled draws follow from `seed` and the weights; by rejection sampling from the batch and the numbers of
-        guesses too, and a server has a stream of its own. `max_new_tokens` is a bound per entry. With `collect=False`
-        the rollouts do not count as training's.
+        Coupled draws follow from `seed` and the weights; by rejection sampling from batch and numbers of guesses too,
+        or a server's stream. `max_new_tokens` is a bound per entry. `collect=False`: they are not training's.
         """
         self._step_began = self._step_began or time.perf_counter()
         params = params or SamplingParams()
+        stops = StopStrings(params.stop_strings, self.tokenizer)
         self._start()
         began = time.perf_counter()
-        completions = self._draw(prompts, params, seed, max_new_tokens)
+        completions = [stops.cut(c) for c in self._draw(prompts, params, seed, max_new_tokens)]
         self.stats.seconds += time.perf_counter() - began
         steps, prefill_s = self.engine.take_steps()
         self.stats.steps += steps
@@ -212,9 +215,7 @@ class VLLMBackend:
             self.controller = None
 
     def _start(self) -> None:
-        if self.engine is not None:
-            return
-        self.engine = started(self.start, self.learner, self.config, self.steady)
+        self.engine = self.engine or started(self.start, self.learner, self.config, self.steady)
 
     def _stand_watch(self) -> None:
         """Let the controller choose, behind a watchman, while there is a draft that can guess."""

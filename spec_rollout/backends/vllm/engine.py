@@ -133,6 +133,7 @@ def sampling_options(
         "ignore_eos": not params.eos_token_ids,
         "stop": stops,
         "include_stop_str_in_output": bool(stops),
+        "skip_special_tokens": not stops,  # a stop string may be one, and is looked for in what is left
         "logprobs": 0,
     }
 

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -46,6 +47,7 @@ def hand_over(weights: Named, shapes: Shapes, folder: Path, prefix: str, take: T
 
     Raises:
         RuntimeError: a weight is not what it was said to be.
+        OSError: a file cannot be written, such as where the folder is full.
         Exception: what `take` raised.
     """
     walk, taken = iter(weights), None
@@ -53,7 +55,7 @@ def hand_over(weights: Named, shapes: Shapes, folder: Path, prefix: str, take: T
         for number, names in enumerate(buckets(shapes, size)):
             file = folder / f"{prefix}-{number}.safetensors"
             try:
-                save_file(_next(walk, {name: shapes[name] for name in names}, bar), file)
+                _write(_next(walk, {name: shapes[name] for name in names}, bar), file)
             finally:
                 _await(taken)
             taken = pool.submit(_take_once, take, file), file
@@ -93,6 +95,18 @@ def _next(walk: Iterator[tuple[str, Tensor]], shapes: Shapes, bar: tqdm) -> dict
         bucket[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         bar.update(bucket[name].nbytes)
     return bucket
+
+
+def _write(weights: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(weights, file)
+    except SafetensorError as error:  # no OSError, whatever it was
+        size = sum(weight.nbytes for weight in weights.values()) / 2**20
+        raise OSError(
+            f"Weights cannot be written to {file} ({error}): a push wants room there for two files like this one of "
+            f"{size:.0f} MiB. Make room, such as by docker's --shm-size where that is /dev/shm, or start the server "
+            "with --weights DIR, an empty folder on a larger file system."
+        ) from error
 
 
 def _take_once(take: Take, file: Path) -> None:

@@ -118,7 +118,10 @@ class Intake:
             return f"The trainer's {folder} is not the server's."
         mine = self.live_versions()  # type: ignore[attr-defined]
         if mine not in ([0, 0], held) and mine[0] != INTERRUPTED:
-            return f"It holds versions {mine}, not {held}, which this trainer knows: another one pushes to it."
+            return (
+                f"It holds versions {mine}, not {held}, which this trainer knows: another one pushes to it. Give each "
+                "trainer a server of its own (--port)."
+            )
         if version <= max(mine):
             return f"Version {version} is not above those that it holds, {mine}."
         if self._known is None:

@@ -46,7 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--draft_head", default="auto", choices=HEADS, help="as the trainer's draft_head")
     parser.add_argument("--num_speculative_tokens", type=int, default=3, help="most tokens to guess per step; 0: none")
     parser.add_argument("--max_slots", type=int, default=64, help="completions decoded at the same time")
-    parser.add_argument("--tensor_parallel_size", type=int, default=1, help="devices that share each layer")
+    parser.add_argument(
+        "--tensor_parallel_size",
+        "--tensor-parallel-size",  # as vLLM writes it: what reads our options must hear of it
+        "-tp",
+        type=int,
+        default=1,
+        help="devices that share each layer",
+    )
     parser.add_argument(
         "--weights",
         type=Path,
@@ -59,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require_vllm()
         refuse_insecure(given.host, others)
+        refuse_several_engines(others)
         hub.require(given.policy)
         weights = (given.weights or default_folder(given.port)).absolute()
         with claim(weights), TemporaryDirectory(prefix="spec-rollout-") as folder:
@@ -98,6 +106,21 @@ def refuse_insecure(host: str, others: Sequence[str]) -> None:
         raise ValueError(f"VLLM_API_KEY covers /v1 only: unset it, and {HOW}.")
     if names & {"--uds", "--middleware"}:
         raise ValueError("--uds and --middleware are not served: they would stand beside the server's own guard.")
+
+
+def refuse_several_engines(others: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: `others` ask for several engines, of which vLLM passes on the first one's replies only: a push that
+            another one refused would go unseen. Layers on several devices in a row were not tested.
+    """
+    names = [option.partition("=")[0].replace("_", "-") for option in others]
+    found = [n for n in names if n in ("-dp", "-pp") or n.startswith(("--data-parallel", "--pipeline-parallel"))]
+    if found:
+        raise ValueError(
+            f"{found[0]} is refused: that weights reach every worker is tested with --tensor_parallel_size alone. "
+            "Leave it out, and share layers by that."
+        )
 
 
 def refuse_cached_prefixes(command: Sequence[str], others: Sequence[str]) -> None:

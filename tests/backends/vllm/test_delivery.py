@@ -6,8 +6,8 @@ from spec_rollout.backends.vllm.backend import VLLMBackend
 from spec_rollout.backends.vllm.readback import probe
 from spec_rollout.config import SpecConfig
 from spec_rollout.gamma import GammaController
-from spec_rollout.records import Completion, StepStats
-from tests.tiny import policy
+from spec_rollout.records import Completion, SamplingParams, StepStats
+from tests.tiny import policy, tokenizer
 
 
 class FakeEngine:
@@ -136,3 +136,24 @@ def test_recurrent_layers_are_sampled_plainly():
     with pytest.raises(ValueError, match="Lfm2ForCausalLM has recurrent layers.*num_speculative_tokens=0"):
         VLLMBackend(policy("lfm2"), SpecConfig(), lambda *_: FakeEngine())
     assert VLLMBackend(policy("lfm2"), SpecConfig(num_speculative_tokens=0), lambda *_: FakeEngine()).learner is None
+
+
+def test_a_completion_ends_where_its_stop_string_is_complete():
+    class Emitting(FakeEngine):
+        """As vLLM, which looks for stop strings behind a step's last token."""
+
+        def generate(self, prompts, params, limits=None, keys=None):
+            drawn = super().generate(prompts, params)
+            ids = words.convert_tokens_to_ids(["ab", "c", "dd", "a"])
+            return [Completion(ids, [-float(i) for i in range(len(ids))], "stop") for _ in drawn]
+
+    words = tokenizer()
+    params = SamplingParams(stop_strings=("cd",))
+    backend = VLLMBackend(policy("llama"), SpecConfig(max_slots=4), lambda *_: Emitting())
+    backend.tokenizer = words
+    found = backend.generate([[1, 2]] * 2, params)
+    ended = words.convert_tokens_to_ids(["ab", "c", "dd"])
+    assert [(c.token_ids, c.logprobs) for c in found] == [(ended, [0.0, -1.0, -2.0])] * 2
+    assert len(backend.generate([[1, 2]], SamplingParams(stop_strings=("cc",)))[0].token_ids) == 4
+    with pytest.raises(ValueError, match="stop_strings=.'cd',. need a tokenizer.*set the backend's `tokenizer`"):
+        fake_backend(Emitting()).generate([[1, 2]], params)

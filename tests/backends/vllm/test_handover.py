@@ -50,6 +50,13 @@ def test_a_file_that_is_refused_ends_a_push(tmp_path):
         hand_over(WEIGHTS.items(), shapes_of(WEIGHTS.items()), tmp_path, "policy-1", take, bar, size=1)
 
 
+def test_a_folder_that_takes_no_file_is_named_with_a_remedy(tmp_path):
+    """A folder that is full says the same; the other ranks hear of an OSError."""
+    shapes, gone = shapes_of(WEIGHTS.items()), tmp_path / "gone"
+    with tqdm(disable=True) as bar, pytest.raises(OSError, match=r"gone/policy-1-0.safetensors.*--weights DIR"):
+        hand_over(WEIGHTS.items(), shapes, gone, "policy-1", lambda name: None, bar)
+
+
 @pytest.mark.parametrize("part", ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"])
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_shard_answers_for_itself(part, replicas):

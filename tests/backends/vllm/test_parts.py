@@ -75,6 +75,7 @@ def test_options_in_vllms_words():
     options = sampling_options(params, 3, speculates=True)
     assert options["max_tokens"] == 3 and options["stop_token_ids"] == [2] and not options["ignore_eos"]
     assert options["stop"] == ["x"] and options["include_stop_str_in_output"]
+    assert not options["skip_special_tokens"]
     assert sampling_options(SamplingParams(min_p=0.1), None, speculates=False)["min_p"] == 0.1
     with pytest.raises(ValueError, match=r"min_p=0.1 cannot be honoured.*embedded"):
         sampling_options(SamplingParams(min_p=0.1), None, speculates=True)
@@ -169,6 +170,25 @@ def test_the_command_of_a_server(tmp_path):
     for measured in (None, FixedGamma(2).state_dict()):
         save_head(given.draft, head, None, None, {"controller": {"vllm": measured}})
         assert "[[1, 4, 2]]" in " ".join(vllm_serve.serve_command(given, tmp_path / "draft"))
+
+
+@pytest.mark.parametrize(
+    "option", ["--data-parallel-size=2", "--data_parallel_size", "-dp", "--pipeline-parallel-size"]
+)
+def test_several_engines_are_refused(monkeypatch, capsys, option):
+    monkeypatch.setattr(vllm_serve, "require_vllm", lambda: None)
+    assert vllm_serve.main(["--policy", "nowhere", option, "2"]) == 2
+    assert f"{option.partition('=')[0].replace('_', '-')} is refused" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--tensor_parallel_size", "--tensor-parallel-size", "-tp"])
+def test_a_number_of_devices_is_heard_however_it_is_written(monkeypatch, tmp_path, option):
+    asked_for = []
+    monkeypatch.setattr(vllm_serve, "serve_command", lambda given, folder: asked_for.append(given) or [])
+    monkeypatch.setattr(vllm_serve, "_run", lambda command, environment: len(command))
+    monkeypatch.setattr(vllm_serve, "require_vllm", lambda: None)
+    assert vllm_serve.main(["--policy", str(tmp_path), "--weights", str(tmp_path / "w"), option, "2"]) == 0
+    assert asked_for[0].tensor_parallel_size == 2
 
 
 def test_a_server_for_recurrent_layers_does_not_guess(tmp_path):
