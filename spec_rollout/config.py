@@ -14,6 +14,7 @@ VERIFICATIONS = ["coupled", "rejection"]
 BACKENDS = ("embedded", "vllm")
 HEADS = ("auto", "eagle3", "mtp")
 COMPILE = ("auto", "true", "false")
+MOST_GIB = 10**6
 
 
 def cache_folder(given: str | None = None) -> Path:
@@ -192,8 +193,8 @@ class SpecConfig:
             ("max_num_speculative_tokens", self.max_num_speculative_tokens >= 1, "at least 1"),
             (
                 "max_cache_gib",
-                self.max_cache_gib is None or 0 < self.max_cache_gib < math.inf,
-                "above 0 and finite, or None",
+                self.max_cache_gib is None or 0 < self.max_cache_gib <= MOST_GIB,
+                f"above 0 and at most {MOST_GIB}, or None",
             ),
             ("max_slots", self.max_slots >= 1, "at least 1"),
             (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class SlotCache:
         self.kind: object = None
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.views: dict[object, object] = {}
+        self.views: dict[Any, Any] = {}
         """What passes have made of the buffers for themselves. It goes before these do, whose memory it would hold."""
         self.states = RecurrentStates()
         self.begun = False

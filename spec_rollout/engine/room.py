@@ -49,14 +49,15 @@ class Room:
         most = self.longest - ahead + 1
         return CacheBoundError(
             f"Prompt {index} with its completion so far has {tokens} tokens, and max_cache_gib="
-            f"{self.bound / GIB:.3g} holds {max(most, 0)} of a single row: raise max_cache_gib, or shorten the prompt "
-            "or the completions."
+            f"{self.bound / GIB:.3g} ({self.bound} bytes) holds {max(most, 0)} of a single row: raise max_cache_gib, "
+            "or shorten the prompt or the completions."
         )
 
     @property
     def longest(self) -> int:
         """The most tokens that a single slot can have within the bound."""
-        return bisect_right(range(self.bound // self.token_bytes + 1), self.bound, key=partial(self.bytes, 1)) - 1
+        entries = range(0, self.bound // self.token_bytes + 1, EXTENT_STEP)
+        return (bisect_right(entries, self.bound, key=partial(self.bytes, 1)) - 1) * EXTENT_STEP
 
     def grown(self, needed: int) -> int:
         """How long slots become that have to take `needed` tokens, if the bound allows it."""

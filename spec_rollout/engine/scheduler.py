@@ -76,6 +76,8 @@ class Scheduler:
         first = len(self.active)
         if not self.waiting or first == self.slots:  # as in most steps
             return None
+        if first and fits is not None and not fits(first + 1, self.tokens(self.waiting[0])):  # nor may the first
+            return None
         old = self.active if self.keeps_prompts else []
         slot_of = {tuple(request.prompt): slot for slot, request in enumerate(old)}
         fresh, siblings, found, held = [], [], [], []

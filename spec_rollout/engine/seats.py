@@ -223,7 +223,7 @@ class Seats:
 
     def _resize(self, slots: int, needed: int, kept: int, puts: Sequence[Put] = ()) -> None:
         """Slots for `slots` rows of `needed` tokens, if there are not: the first `kept` rows keep theirs. Others take
-        over `puts`. Where more slots would not fit as long as they are, since a long row has left, they get shorter."""
+        over `puts`. Where more would not fit as long as they are, since a long row has left, they get shorter."""
         if slots <= self.slots and needed <= self.capacity:
             self.cache.put(puts)
             return

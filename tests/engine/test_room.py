@@ -160,6 +160,8 @@ def test_a_prompt_that_cannot_fit_is_refused_before_anything_runs():
     engine.progress = lambda *_: passes.append(1)
     with pytest.raises(CacheBoundError, match=r"Prompt 1 .* 90 tokens, and max_cache_gib=.* holds 56 of .*: raise"):
         engine.generate([[1], [2] * 90], SamplingParams(max_new_tokens=4))
+    with pytest.raises(CacheBoundError, match=r"\([0-9]+ bytes\) holds 0 of"):
+        bounded(policy("llama"), 1, 8).generate([[1, 2]], SamplingParams(max_new_tokens=4))
     assert not passes
 
 

@@ -95,3 +95,23 @@ def test_groups():
     assert [r.index for r in admission.fresh] == [4] and [r.index for r in admission.siblings] == [5]
     assert admission.first == 2 and admission.source == [1]  # the active row with the same prompt
     assert scheduler.release([0, 1, 2, 3]) == ([], []) and scheduler.done
+
+
+def test_while_the_first_that_waits_has_no_room_nothing_is_looked_at():
+    """A step with rows that wait for memory costs one question, however many there are."""
+    asked, read = [], []
+
+    def fits(rows: int, tokens: int) -> bool:
+        asked.append((rows, tokens))
+        return rows <= 2
+
+    class Prompt(list):
+        def __iter__(self):
+            read.append(self)
+            return super().__iter__()
+
+    scheduler = Scheduler(requests([Prompt(p) for p in ([1], [2], [3, 3], [4])]), 4)
+    assert len(scheduler.admit(fits).requests) == 2 and read
+    asked.clear()
+    read.clear()
+    assert scheduler.admit(fits) is None and asked == [(3, 2)] and not read

@@ -27,9 +27,12 @@ class Connection:
     Raises:
         ConnectionError: there is no server.
         PermissionError: it wants another key.
+        ValueError: `url` is none.
     """
 
     def __init__(self, url: str, timeout: float):
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"vllm_server_base_url={url!r} is no address of a server: write http://HOST:PORT.")
         self.url, self.timeout = url.rstrip("/"), timeout
         key = server_key()
         self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})

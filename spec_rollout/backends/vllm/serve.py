@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given, others = parser.parse_known_args(argv)
     try:
         require_vllm()
+        refuse_out_of_range(given)
         refuse_insecure(given.host, others)
         refuse_several_engines(others)
         hub.require(given.policy)
@@ -91,6 +92,21 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> int:
     finally:
         server.terminate()
         server.wait()
+
+
+def refuse_out_of_range(given: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: a number that vLLM would refuse later, or less clearly.
+    """
+    bounds = (
+        ("max_slots", given.max_slots >= 1, "at least 1"),
+        ("tensor_parallel_size", given.tensor_parallel_size >= 1, "at least 1"),
+        ("port", 1 <= given.port <= 65535, "within 1 and 65535"),
+    )
+    for name, holds, bound in bounds:
+        if not holds:
+            raise ValueError(f"--{name} {getattr(given, name)} is out of range: it must be {bound}.")
 
 
 def refuse_insecure(host: str, others: Sequence[str]) -> None:

@@ -51,6 +51,11 @@ def test_an_unreachable_server_is_named():
         Server("http://127.0.0.1:1/", dict, SpecConfig(), timeout=0)
 
 
+def test_an_address_without_a_scheme_is_named_at_once():
+    with pytest.raises(ValueError, match=r"vllm_server_base_url='localhost:8000' .* write http://HOST:PORT"):
+        Server("localhost:8000", dict, SpecConfig(), timeout=1000)
+
+
 @pytest.mark.parametrize(("path", "bound"), [("/metrics", 7), ("/v1/completions", LONGEST_S)])
 def test_a_server_that_hangs_ends_the_run(server, monkeypatch, path, bound):
     found = []

@@ -181,6 +181,16 @@ def test_several_engines_are_refused(monkeypatch, capsys, option):
     assert f"{option.partition('=')[0].replace('_', '-')} is refused" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "bound"),
+    [("max_slots", 0, "at least 1"), ("tensor_parallel_size", 0, "at least 1"), ("port", 99999, "within 1 and 65535")],
+)
+def test_a_number_out_of_range_is_named(monkeypatch, capsys, option, value, bound):
+    monkeypatch.setattr(vllm_serve, "require_vllm", lambda: None)
+    assert vllm_serve.main(["--policy", "nowhere", f"--{option}", str(value)]) == 2
+    assert f"--{option} {value} is out of range: it must be {bound}." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--tensor_parallel_size", "--tensor-parallel-size", "-tp"])
 def test_a_number_of_devices_is_heard_however_it_is_written(monkeypatch, tmp_path, option):
     asked_for = []
