@@ -36,7 +36,7 @@ OPTIONS = {
     "token_budget": 0,
     "gradient_checkpointing": False,
     "num_speculative_tokens": 3,
-    "vllm_server_timeout": 120.0,
+    "vllm_server_timeout": 600.0,
     "max_slots": 16,
     "queue_maxsize": 16,
     "max_inflight_tasks": 16,

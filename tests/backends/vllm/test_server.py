@@ -26,7 +26,7 @@ def server(tmp_path_factory):
     process = Process(folder / "policy", folder / "log")
     url = process.url
     config = SpecConfig(max_slots=ROWS, num_speculative_tokens=3)
-    backend = VLLMBackend(model, config, lambda *_: Server(url, model.named_parameters, config, 120))
+    backend = VLLMBackend(model, config, lambda *_: Server(url, model.named_parameters, config, 600))
     yield process, backend
     process.kill()
 

@@ -31,7 +31,7 @@ def backend(tmp_path_factory):
     tokenizer().save_pretrained(folder / "policy")
     process = Process(folder / "policy", folder / "log")
     config = SpecConfig(max_slots=ROWS, num_speculative_tokens=3)
-    yield VLLMBackend(model, config, lambda *_: Server(process.url, model.named_parameters, config, 120))
+    yield VLLMBackend(model, config, lambda *_: Server(process.url, model.named_parameters, config, 600))
     process.kill()
 
 
