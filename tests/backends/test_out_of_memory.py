@@ -90,7 +90,7 @@ def test_a_single_row_can_only_be_shorter():
     model = make_policy("llama", max_position_embeddings=128)
     backend = backend_for(model)
     backend.generate([[1]], SamplingParams(max_new_tokens=2))
-    with Bounded(model, 2**16, *KINDS["cpu"]), pytest.raises(RolloutMemoryError, match="Lower max_completion_length"):
+    with Bounded(model, 2**15, *KINDS["cpu"]), pytest.raises(RolloutMemoryError, match="Lower max_completion_length"):
         backend.generate([[1, 2]], PARAMS)
 
 
