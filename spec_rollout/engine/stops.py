@@ -12,6 +12,21 @@ from spec_rollout.records import SamplingParams
 NO_TOKEN = 2**31 - 1  # StopStringCriteria takes an id outside the vocabulary for a token that matches nothing
 
 
+def criteria_of(params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None) -> StopStringCriteria | None:
+    """What finds the stop strings of `params`; None without any.
+
+    Raises:
+        ValueError: stop strings without a tokenizer to match them by.
+    """
+    if not params.stop_strings:
+        return None
+    if tokenizer is None:
+        raise ValueError(
+            f"stop_strings={params.stop_strings} need a tokenizer to be matched: give the engine its `tokenizer`."
+        )
+    return StopStringCriteria(tokenizer, list(params.stop_strings))
+
+
 class Stops:
     """Flags the samples after which a row ends.
 
@@ -21,14 +36,7 @@ class Stops:
 
     def __init__(self, params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None, device: torch.device):
         self.eos = torch.tensor(params.eos_token_ids, dtype=torch.int64, device=device)
-        self.strings = None
-        if params.stop_strings:
-            if tokenizer is None:
-                raise ValueError(
-                    f"stop_strings={params.stop_strings} need a tokenizer to be matched: pass `tokenizer` to the "
-                    "engine."
-                )
-            self.strings = StopStringCriteria(tokenizer, list(params.stop_strings))
+        self.strings = criteria_of(params, tokenizer)
 
     def flags(self, rows: Rows, samples: Tensor) -> Tensor:
         """Whether a row ends at each of `samples` [B, T]: bool [B, T]. `rows.tokens` already holds the samples."""

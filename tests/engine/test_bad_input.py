@@ -76,7 +76,7 @@ def test_seed():
 
 def test_stop_strings_without_tokenizer():
     engine = RolloutEngine(policy("llama"), SpecConfig(num_speculative_tokens=0))
-    with pytest.raises(ValueError, match="stop_strings=.'a',. need a tokenizer.*pass `tokenizer`"):
+    with pytest.raises(ValueError, match="stop_strings=.'a',. need a tokenizer.*give the engine its `tokenizer`"):
         engine.generate(PROMPTS, SamplingParams(max_new_tokens=9, stop_strings=("a",)))
 
 

@@ -19,7 +19,7 @@ from spec_rollout.backends.vllm.engine import EngineRestarted, VLLMEngine
 from spec_rollout.backends.vllm.starting import StartEngine, started
 from spec_rollout.backends.vllm.steady import steady_number
 from spec_rollout.backends.vllm.steps import Plain
-from spec_rollout.backends.vllm.stopped import StopStrings
+from spec_rollout.backends.vllm.stopped import cut
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.learner import DraftLearner
 from spec_rollout.draft.mtp import MtpHead
@@ -28,6 +28,7 @@ from spec_rollout.draft.policy_view import PolicyView
 from spec_rollout.draft.tap import FeatureTap
 from spec_rollout.draft.watchman import Watchman
 from spec_rollout.engine.noise import request_keys
+from spec_rollout.engine.stops import criteria_of
 from spec_rollout.gamma import FixedGamma, GammaController
 from spec_rollout.gamma.saving import RolloutValue
 from spec_rollout.records import Completion, RefreshStats, RolloutStats, SamplingParams, StepStats
@@ -106,17 +107,16 @@ class VLLMBackend:
         max_new_tokens: Sequence[int] | None = None,
         collect: bool = True,
     ) -> list[Completion]:
-        """One completion per prompt entry, in order.
-
-        Coupled draws follow from `seed` and the weights; by rejection sampling from batch and numbers of guesses too,
-        or a server's stream. `max_new_tokens` is a bound per entry. `collect=False`: they are not training's.
+        """One completion per prompt entry, in order, of at most `max_new_tokens`. Coupled draws follow from `seed`
+        and the weights; by rejection sampling from batch and numbers of guesses too, or a server's stream.
+        `collect=False`: they are not training's.
         """
         self._step_began = self._step_began or time.perf_counter()
         params = params or SamplingParams()
-        stops = StopStrings(params.stop_strings, self.tokenizer)
+        ends = criteria_of(params, self.tokenizer)
         self._start()
         began = time.perf_counter()
-        completions = [stops.cut(c) for c in self._draw(prompts, params, seed, max_new_tokens)]
+        completions = cut(self._draw(prompts, params, seed, max_new_tokens), prompts, ends)
         self.stats.seconds += time.perf_counter() - began
         steps, prefill_s = self.engine.take_steps()
         self.stats.steps += steps

@@ -1,7 +1,8 @@
 """Completions that end by a stop string, cut where it is complete.
 
-vLLM looks for stop strings once a step. Of a step that emitted several tokens it keeps those behind the string too, so
-that a completion with guesses would be longer than the same one without.
+vLLM looks for stop strings once a step, in what it has drawn. Of a step that emitted several tokens it keeps those
+behind the string too, so that a completion with guesses would be longer than the same one without. And it does not
+find a string that begins in the prompt, as transformers and the embedded engine do.
 """
 
 from __future__ import annotations
@@ -9,38 +10,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedTokenizerBase, StopStringCriteria
+from transformers import StopStringCriteria
 
 from spec_rollout.engine.stops import NO_TOKEN
 from spec_rollout.records import Completion
 
 
-class StopStrings:
-    """
-    Args:
-        strings: the strings; none cuts nothing.
+def cut(
+    completions: list[Completion], prompts: Sequence[Sequence[int]], criteria: StopStringCriteria | None
+) -> list[Completion]:
+    """Each completion up to the token that completes a stop string of `criteria`; itself if none does."""
+    if criteria is None:
+        return completions
+    return [_cut(*pair, criteria) for pair in zip(completions, prompts, strict=True)]
 
-    Raises:
-        ValueError: there are some, and no tokenizer to match them by.
-    """
 
-    def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase | None):
-        if strings and tokenizer is None:
-            raise ValueError(
-                f"stop_strings={tuple(strings)} need a tokenizer to be matched: set the backend's `tokenizer`."
-            )
-        self.criteria = StopStringCriteria(tokenizer, list(strings)) if strings else None
-
-    def cut(self, completion: Completion) -> Completion:
-        """`completion` up to the token that completes a stop string; itself if none does."""
-        if self.criteria is None or not completion.token_ids:
-            return completion
-        reach = self.criteria.maximum_token_len
-        padded = torch.tensor([NO_TOKEN] * (reach - 1) + completion.token_ids)
-        ends = self.criteria(padded.unfold(0, reach, 1), None).nonzero()
-        if not len(ends):
-            return completion
-        size = int(ends[0]) + 1
-        if size == len(completion.token_ids):
-            return completion
-        return Completion(completion.token_ids[:size], completion.logprobs[:size], "stop")
+def _cut(completion: Completion, prompt: Sequence[int], criteria: StopStringCriteria) -> Completion:
+    drawn = completion.token_ids
+    if not drawn:
+        return completion
+    reach = criteria.maximum_token_len
+    before = [NO_TOKEN] * (reach - 1) + list(prompt)
+    known = torch.tensor(before[len(before) - reach + 1 :] + drawn)
+    ends = criteria(known.unfold(0, reach, 1), None).nonzero()
+    size = int(ends[0]) + 1 if len(ends) else len(drawn)
+    return completion if size == len(drawn) else Completion(drawn[:size], completion.logprobs[:size], "stop")

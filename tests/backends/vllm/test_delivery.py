@@ -155,5 +155,7 @@ def test_a_completion_ends_where_its_stop_string_is_complete():
     ended = words.convert_tokens_to_ids(["ab", "c", "dd"])
     assert [(c.token_ids, c.logprobs) for c in found] == [(ended, [0.0, -1.0, -2.0])] * 2
     assert len(backend.generate([[1, 2]], SamplingParams(stop_strings=("cc",)))[0].token_ids) == 4
-    with pytest.raises(ValueError, match="stop_strings=.'cd',. need a tokenizer.*set the backend's `tokenizer`"):
+    begun = words.convert_tokens_to_ids(["c", "b", "a"])  # as transformers has it, the string may begin in the prompt
+    assert len(backend.generate([begun], SamplingParams(stop_strings=("baab",)))[0].token_ids) == 1
+    with pytest.raises(ValueError, match="stop_strings=.'cd',. need a tokenizer.*give the engine its `tokenizer`"):
         fake_backend(Emitting()).generate([[1, 2]], params)
