@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tests.tiny
+from spec_rollout.engine.lean import products
 from spec_rollout.tasks.reference_policy import Recipe, make_model, make_tokenizer
 from tests.devices import follow
 
@@ -32,6 +33,14 @@ def pytest_collection_modifyitems(config, items):
         apart = [item for item in items if item.get_closest_marker("any_device") is None]
         config.hook.pytest_deselected(items=apart)
         items[:] = [item for item in items if item.get_closest_marker("any_device")]
+
+
+@pytest.fixture(autouse=True)
+def columns(request, monkeypatch) -> bool:
+    """Lean passes take tokens as columns, or as rows where a test says so, whatever is faster on this machine."""
+    chosen = getattr(request, "param", True)
+    monkeypatch.setattr(products, "_found", dict.fromkeys(range(1, 257), chosen))
+    return chosen
 
 
 @pytest.fixture(scope="session")

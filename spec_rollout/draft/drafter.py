@@ -135,11 +135,10 @@ class EagleDrafter(HeadEntries, HeadPasses):
         if self.arbiter is not None:
             self.arbiter.start(rows)
             guesses[0] = self.arbiter.choose(guesses[0], lanes[0])
+        places = rows.positions(gamma).split(1, 1)
         for i in range(1, gamma):
-            place = rows.length[:count, None] + (i - 1)
-            last = guesses[-1]
-            extent = self._extent(rows, i)
-            guess = self.next(last.tokens, last.hidden, place, lanes[i], temperature, extent, *self._cache())
+            last, extent = guesses[-1], self._extent(rows, i)
+            guess = self.next(last.tokens, last.hidden, places[i - 1], lanes[i], temperature, extent, *self._cache())
             guesses.append(guess if self.arbiter is None else self.arbiter.choose(guess, lanes[i]))
         self._scores = [guess.scores for guess in guesses]
         return torch.cat([guess.tokens for guess in guesses], 1)

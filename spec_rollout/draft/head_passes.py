@@ -156,6 +156,11 @@ class HeadPasses:
 
     def _guess(self, hidden: Tensor, noise: Tensor | None, temperature: float) -> Guess:
         """The head's own Gumbel-max sample under the target's `noise` [B, N]."""
-        scores = F.linear(self.head.norm(hidden[:, 0]), self.output_rows).float() / temperature
+        last = hidden[:, 0]
+        if isinstance(self.lean, LeanHead):
+            scores = self.lean.scores(last, self.output_rows).float()
+        else:
+            scores = F.linear(self.head.norm(last), self.output_rows).float()
+        scores = scores if temperature == 1 else scores / temperature
         chosen = draw_among(scores, noise, self.view.draft_ids, self.view.config.vocab_size)
         return Guess(self.view.to_target(chosen)[:, None], scores, hidden)

@@ -18,6 +18,7 @@ from spec_rollout.engine.lean.graphs import Graphs, Recorder, recorder
 from spec_rollout.engine.lean.halves import Form
 from spec_rollout.engine.lean.layer_tensors import Halves, halves_of_head
 from spec_rollout.engine.lean.norms import read_norm
+from spec_rollout.engine.lean.products import tokens_as_columns
 from spec_rollout.engine.lean.programs import PROGRAMS, CannotCompileError, Program
 from spec_rollout.engine.lean.projections import GatedMLP, Projection
 from spec_rollout.engine.lean.rope import angles, table
@@ -28,20 +29,24 @@ BOUND = 1e-4
 
 
 class LeanHead:
-    """Computes `EagleHead.project`, attention over a slot cache and `combine` as one pass without gradients."""
+    """Computes `EagleHead.project`, attention over a slot cache and `combine` as one pass without gradients. With
+    `columns` its tokens are columns, as `products` finds faster or not where it is not said."""
 
-    def __init__(self, head: EagleHead, view: PolicyView):
+    def __init__(self, head: EagleHead, view: PolicyView, columns: bool | None = None):
         self.config, self.view = head.config, view
+        self.like = head.fc.weight.new_empty(1)
+        self.columns = columns = tokens_as_columns(self.like) if columns is None else columns
         layer, attention = head.midlayer, head.midlayer.self_attn
-        self.input_norm, self.hidden_norm = read_norm(layer.input_layernorm), read_norm(layer.hidden_norm)
-        self.mlp_norm, self.norm = read_norm(layer.post_attention_layernorm), read_norm(head.norm)
-        self.qkv = [Projection(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        self.o_proj, self.mlp = Projection(attention.o_proj), GatedMLP(layer.mlp, F.silu)
+        norms = layer.input_layernorm, layer.hidden_norm, layer.post_attention_layernorm, head.norm
+        found = (read_norm(norm, columns=columns) for norm in norms)
+        self.input_norm, self.hidden_norm, self.mlp_norm, self.norm = found
+        self.qkv = [Projection(p, columns) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        self.o_proj, self.mlp = Projection(attention.o_proj, columns), GatedMLP(layer.mlp, F.silu, columns)
         config = self.config
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        self.like = head.fc.weight.new_empty(1)
         self.head, self.table = head, self.like[:0]
-        self.attentions = Attentions(self.heads, self.like)
+        reads = 2 * config.hidden_size, config.hidden_size, self.mlp.width
+        self.attentions = Attentions(self.heads, self.like, reads, columns)
 
     def reach(self, capacity: int) -> None:
         """Angles for slots of `capacity` entries."""
@@ -50,17 +55,34 @@ class LeanHead:
             cos, sin = turns(places, self.head.frequency, self.head.rope_size, self.like.dtype)
             self.table = table(cos.repeat(1, 2), sin.repeat(1, 2))
 
+    def scores(self, hidden: Tensor, output_rows: Tensor) -> Tensor:
+        """Those [B, Vd] over `output_rows` [Vd, H] that the layer's output `hidden` [B, H] leads to."""
+        if not self.columns:
+            return torch.mm(self.norm(hidden), output_rows.t())
+        rows, at_least_two = len(hidden), hidden if len(hidden) > 1 else hidden.expand(2, -1)
+        read = self.attentions.of(len(at_least_two), 1).reads[1]
+        return torch.mm(output_rows, self.norm(at_least_two.t(), read))[:, :rows].t().contiguous()
+
     def __call__(self, ids: Tensor, hidden: Tensor, place: Tensor, extent: int, cache: SlotCache) -> Tensor:
         """The layer's output [B, T, H] for tokens `ids` and features `hidden` [B, T, H] at entries `place` [B, T] of
         the slots from 0 on; extends the head's cache and attends to its first `extent` entries."""
+        if self.columns and ids.numel() == 1:  # two columns take less time than one, see `products`
+            pair = ids.expand(1, 2), hidden.expand(1, 2, -1), place.expand(1, 2)
+            return self._pass(*pair, extent, cache)[:, :1]
+        return self._pass(ids, hidden, place, extent, cache)
+
+    def _pass(self, ids: Tensor, hidden: Tensor, place: Tensor, extent: int, cache: SlotCache) -> Tensor:
         rows, width = ids.shape
         self.reach(cache.capacity)
         attention = self.attentions.of(rows, width)
         size = self.config.hidden_size
-        read = self.like.new_empty(rows * width, 2 * size)
-        x = hidden.reshape(rows * width, size)
-        self.input_norm(self.view.embed(ids.flatten()).to(x.dtype), read[:, :size])
-        normed = self.hidden_norm(x, read[:, size:])
+        read, mlp_read, inner = attention.reads
+        x, embeds = hidden.reshape(rows * width, size), self.view.embed(ids.flatten()).to(hidden.dtype)
+        if self.columns:
+            x, embeds = x.t(), embeds.t()
+        first, second = read.split(size, 0 if self.columns else 1)
+        self.input_norm(embeds, first)
+        normed = self.hidden_norm(x, second)
         for projection, part in zip(self.qkv, attention.parts, strict=True):
             projection(read, part)
         turn = angles(self.table[place.flatten()])
@@ -69,7 +91,8 @@ class LeanHead:
         index = index_of(cache, place)
         attended = attention.attend(turn, mask, index, buffers, self.config.head_dim**-0.5)
         x = self.o_proj.onto(normed if self.config.norm_before_residual else x, attended)
-        return self.mlp.down.onto(x, self.mlp.inner(self.mlp_norm(x))).view(rows, width, size)
+        x = self.mlp.down.onto(x, self.mlp.inner(self.mlp_norm(x, mlp_read), inner))
+        return (x.t() if self.columns else x).view(rows, width, size)
 
 
 class CompiledHead(LeanHead):
@@ -79,7 +102,7 @@ class CompiledHead(LeanHead):
         super().__init__(head, view)
         self.compiled = CompiledLayer(halves_of(head), programs, self.config.head_dim**-0.5)
 
-    def __call__(self, ids: Tensor, hidden: Tensor, place: Tensor, extent: int, cache: SlotCache) -> Tensor:
+    def _pass(self, ids: Tensor, hidden: Tensor, place: Tensor, extent: int, cache: SlotCache) -> Tensor:
         rows, width = ids.shape
         queries, shared, _ = self.heads
         self.reach(cache.capacity)
@@ -123,7 +146,7 @@ def lean_head(head: nn.Module, view: PolicyView, compiles: str, folder: str | No
         return LeanHead(head, view)
     records = recorder(head.fc.weight.device)
     if records is not None:
-        return GraphedHead(LeanHead(head, view), records, strict=compiles == "true")
+        return GraphedHead(LeanHead(head, view, columns=False), records, strict=compiles == "true")
     wait = compiles == "true"
     try:
         programs = programs_of(head, view, folder, wait, begin=wait or PROGRAMS.begun)

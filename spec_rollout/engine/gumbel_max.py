@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FLOOR = -80.0
@@ -62,9 +63,11 @@ def draw_among(z: Tensor, noise: Tensor | None, ids: Tensor | None, vocab_size: 
     if noise is None:
         return z.argmax(-1)
     size, count = block_size(vocab_size), num_blocks(vocab_size)
-    if ids is None:  # as `draw` does, without what the target alone needs
-        block = (block_sums(z, size) + noise[:, :count]).argmax(-1)
-        return block * size + (inside(z, block, size) + noise[:, count:]).argmax(-1)
+    if ids is None:  # as `draw` does, without what the target alone needs, and in few operations
+        blocks = F.pad(z.float(), (0, count * size - z.shape[1]), value=-torch.inf).view(-1, count, size)
+        block = (blocks.logsumexp(-1) + noise[:, :count]).argmax(-1)
+        place = (blocks[torch.arange(len(z), device=z.device), block] + noise[:, count:]).argmax(-1)
+        return place.add_(block, alpha=size)
     block_of, place = (index.expand_as(z) for index in (ids // size, ids % size + count))
     sums = z.new_zeros(len(z), count).scatter_add_(1, block_of, _weights(z)[0])
     block = (sums.log_() + noise[:, :count]).argmax(-1, keepdim=True)

@@ -64,8 +64,9 @@ def engine_of(model, drafter=None, controller=None, **options) -> RolloutEngine:
     return RolloutEngine(model, config, drafter=drafter, controller=controller)
 
 
+@pytest.mark.parametrize("columns", [False, True], indirect=True)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_tokens_are_the_same_when_it_comes_and_goes(name, uncompiled, monkeypatch):
+def test_tokens_are_the_same_when_it_comes_and_goes(name, columns, uncompiled, monkeypatch):
     """Between the compiled pass, the lean one and the model's own forward, in mid-rollout."""
     model = rough(name)
     expected = reference(model, PROMPTS, PARAMS)
@@ -110,7 +111,8 @@ def kinds(engine, drafter) -> set[str]:
     return found
 
 
-def test_the_head_guesses_the_same(uncompiled):
+@pytest.mark.parametrize("columns", [False, True], indirect=True)
+def test_the_head_guesses_the_same(columns, uncompiled):
     model = rough("qwen3")
     found = []
     for compiled in ("false", "true"):

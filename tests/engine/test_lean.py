@@ -10,7 +10,7 @@ from spec_rollout.config import SpecConfig
 from spec_rollout.draft.references import OracleDrafter
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kv_cache import SlotCache
-from spec_rollout.engine.lean import choice, lean_pass
+from spec_rollout.engine.lean import choice, lean_pass, products
 from spec_rollout.engine.lean.lean_pass import LeanPass
 from spec_rollout.engine.target import Target
 from spec_rollout.records import SamplingParams
@@ -69,8 +69,9 @@ def both_ways(model) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
     return found
 
 
+@pytest.mark.parametrize("columns", [False, True], indirect=True)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_it_is_the_policy_in_float32(name):
+def test_it_is_the_policy_in_float32(name, columns):
     for (logits, hidden), (own_logits, own_hidden) in zip(*reversed(both_ways(rough(name))), strict=True):
         assert (logits - own_logits).abs().max() < 1e-5 * own_logits.std()
         assert len(hidden) == len(own_hidden) == 3
@@ -116,8 +117,9 @@ def test_it_rounds_as_the_policy_in_half_precision(name, dtype):
         assert noise > 0 or all(torch.equal(a, b) for a, b in zip(hidden, own_hidden, strict=True))
 
 
+@pytest.mark.parametrize("columns", [False, True], indirect=True)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_tokens_are_the_same_when_it_comes_and_goes(name, monkeypatch):
+def test_tokens_are_the_same_when_it_comes_and_goes(name, columns, monkeypatch):
     model = rough(name)
     expected = reference(model, PROMPTS, PARAMS)
     engine = RolloutEngine(
@@ -166,8 +168,9 @@ def row_off_by_one(patch):
     patch.setattr(lean_pass, "index_of", lambda cache, positions: honest(cache, positions.roll(1, 0)))
 
 
+@pytest.mark.parametrize("columns", [False, True], indirect=True)
 @pytest.mark.parametrize("mutation", [stale_weights, row_off_by_one])
-def test_a_mutation_is_noticed(mutation, monkeypatch):
+def test_a_mutation_is_noticed(mutation, columns, monkeypatch):
     model = rough("qwen3")
     engine = RolloutEngine(model)
     engine.generate(PROMPTS, PARAMS)  # proven before the mutation
@@ -189,7 +192,8 @@ class Counting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_pass_dispatches_few_operations():
+@pytest.mark.parametrize("columns", [False, True], indirect=True)
+def test_a_pass_dispatches_few_operations(columns):
     """Views included; transformers' own takes more than three times as many."""
     policy = Target(rough("qwen2", num_hidden_layers=24))
     with policy.rollout():
@@ -204,3 +208,18 @@ def test_a_pass_dispatches_few_operations():
         with Counting() as own:
             policy.forward(cache, (0, 8), ids, place + 4, 32)
     assert lean.calls <= 700 and own.calls > 3 * lean.calls
+
+
+def test_the_faster_way_round_is_timed_once_for_float32_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(products, "_found", {})
+    times = iter([(1.2, 1.0)])
+    monkeypatch.setattr(products, "_seconds", lambda: next(times))
+    assert products.tokens_as_columns(torch.empty(1)) and products.tokens_as_columns(torch.empty(2))
+    assert not products.tokens_as_columns(torch.empty(1, dtype=torch.bfloat16))
+    assert not products.tokens_as_columns(torch.empty(1, device="meta"))
+
+
+def test_rows_stay_where_columns_gain_little(monkeypatch):
+    monkeypatch.setattr(products, "_found", {})
+    monkeypatch.setattr(products, "_seconds", lambda: (1.1, 1.0))
+    assert not products.tokens_as_columns(torch.empty(1))

@@ -17,8 +17,8 @@ SHAPES = 64
 class Attentions:
     """One `Attention` for each pass shape that occurs; all lie in the same buffers, as large as the largest needs."""
 
-    def __init__(self, heads: tuple[int, int, int], like: Tensor):
-        self.heads, self.like = heads, like
+    def __init__(self, heads: tuple[int, int, int], like: Tensor, reads: tuple[int, ...], columns: bool):
+        self.heads, self.like, self.reads, self.columns = heads, like, reads, columns
         self._tokens = 0
         self._shapes: dict[tuple[int, int], Attention] = {}
 
@@ -30,13 +30,17 @@ class Attentions:
                 self._grow(rows * width)
             elif len(self._shapes) == SHAPES:
                 self._shapes.pop(next(iter(self._shapes)))
-            found = self._shapes[rows, width] = Attention(rows, width, self.heads, self._buffers)
+            found = self._shapes[rows, width] = self._made(rows, width)
         return found
 
     def _grow(self, tokens: int) -> None:
         self._tokens = tokens
         self._shapes.clear()
-        self._buffers = [self.like.new_empty(tokens * width) for width in buffer_widths(self.heads)]
+        widths = (*buffer_widths(self.heads), *self.reads)
+        self._buffers = [self.like.new_empty(tokens * width) for width in widths]
+
+    def _made(self, rows: int, width: int) -> Attention:
+        return Attention(rows, width, self.heads, self._buffers, self.reads, self.columns)
 
 
 def buffer_widths(heads: tuple[int, int, int]) -> tuple[int, ...]:
@@ -63,18 +67,31 @@ class Attention:
 
     `parts` are the places of queries, keys and values, [N, heads · D] each, side by side in `whole`
     [N, (Hq + 2 Hk) · D]: projections write into them, then `attend` reads them. `queries_keys` [N, Hq + Hk, D] are
-    the first two, for norms. Every layer overwrites what the one before left.
+    the first two, for norms. `reads` are buffers [N, n], for each of the numbers `reads`, for what other projections
+    read. Every layer overwrites what the one before left.
+
+    With `columns` (see `products`) `whole`, `parts`, `reads` and the output are [n, N]. What projections write lies in
+    memory so, what they read by tokens still.
     """
 
-    def __init__(self, rows: int, width: int, heads: tuple[int, int, int], buffers: list[Tensor]):
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        heads: tuple[int, int, int],
+        buffers: list[Tensor],
+        reads: tuple[int, ...],
+        columns: bool,
+    ):
         queries, keys, size = heads
         count, groups, half = rows * width, queries // keys, size // 2
         self.groups = groups
-        widths = buffer_widths(heads)
-        whole, turned, query, output = (b[: count * w] for b, w in zip(buffers, widths, strict=True))
-        self.whole = whole.view(count, -1)
-        self.parts = self.whole.split([queries * size, keys * size, keys * size], 1)
-        by_head = self.whole.view(count, -1, size)
+        widths = (*buffer_widths(heads), *reads)
+        whole, turned, query, output, *others = (b[: count * w] for b, w in zip(buffers, widths, strict=True))
+        self.whole = whole.view(-1, count) if columns else whole.view(count, -1)
+        self.parts = self.whole.split([queries * size, keys * size, keys * size], 0 if columns else 1)
+        self.reads = [_operand(other.view(count, -1), columns) for other in others]
+        by_head = _operand(self.whole, columns).view(count, -1, size)
         self.queries_keys, self.values = by_head[:, : queries + keys], by_head[:, queries + keys :]
         turned = turned.view(count, queries + keys, size)
         self._turned = turned, turned[..., :half], turned[..., half:]
@@ -85,8 +102,8 @@ class Attention:
         query = query.view(rows, keys, width, groups, size)
         self._query, self._query_places = query.flatten(2, 3), query.transpose(1, 2)
         self._split_output = (rows, keys, width, groups, size)
-        self._output = output.view(count, queries * size)
-        self._output_places = self._output.view(by_group)
+        self._output = _operand(output.view(count, queries * size), columns)
+        self._output_places = output.view(by_group)
         self.zero, self.never = output.new_zeros(()), output.new_full((), -torch.inf)
 
     def mask(self, positions: Tensor, extent: int, window: int | None) -> Tensor:
@@ -95,7 +112,8 @@ class Attention:
     def attend(
         self, angles: Angles | None, mask: Tensor, index: Tensor, buffers: LayerBuffers, scaling: float
     ) -> Tensor:
-        """The output [N, Hq · D], before its projection, after keys and values were written at `index` [N, Hk].
+        """The output [N, Hq · D] (with columns [Hq · D, N]), before its projection, after keys and values were written
+        at `index` [N, Hk].
 
         It lies in a buffer of this object. Without `angles` nothing is rotated.
         """
@@ -119,3 +137,8 @@ class Attention:
         first.addcmul_(b, low)
         second.addcmul_(a, high)
         return self._ready
+
+
+def _operand(tokens: Tensor, columns: bool) -> Tensor:
+    """`tokens` [N, n], as [n, N] with columns; and back."""
+    return tokens.t() if columns else tokens

@@ -56,7 +56,7 @@ class LeanChoice:
         if family is not None and records is not None:
 
             def recorded(model: nn.Module, family: Family) -> GraphedPass:
-                return GraphedPass(LeanPass(model, family), records, strict=wait)
+                return GraphedPass(LeanPass(model, family, columns=False), records, strict=wait)
 
             return self._proven_pass((family, *kind, "recorded"), recorded, own, vocab_size)
         halves = None if family is None else halves_of_model(self.model, family, LeanPass(self.model, family))

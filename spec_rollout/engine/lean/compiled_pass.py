@@ -63,8 +63,8 @@ class CompiledPass(LeanPass):
             (query,) = compiled.before([x, turns[layer.kind], index, *kept[:2], *compiled.weights_before])
             attended = compiled.attend(query, kept, masks[layer.kind], (rows, width))
             (x,) = compiled.after([x, attended, *compiled.weights_after])
-        x = self.norm(x)
-        streams.append(x)
+        x = self._last(x.t() if self.columns else x)
+        streams.append(x.t() if self.columns else x)
         return self._logits(x).view(rows, width, -1), Streams(streams, rows, width)
 
 

@@ -30,6 +30,7 @@ class Form:
     shapes: of the weights by name, in the order in which they are given.
     offset: is added to the weights of norms.
     multiplier: of what is added to the residual stream.
+    columns: whether products take tokens as columns, see `products`.
     """
 
     half: str
@@ -41,6 +42,7 @@ class Form:
     offset: float = 0.0
     multiplier: float = 1.0
     act: str = "silu"
+    columns: bool = False
 
 
 def module_of(form: Form) -> nn.Module:
@@ -76,15 +78,22 @@ class _Half(nn.Module):
             return x
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.form.eps) * (weight + self.form.offset)
 
+    def linear(self, x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
+        weight, bias = w[f"{name}.weight"], w.get(f"{name}.bias")
+        if not self.form.columns:
+            return F.linear(x, weight, bias)
+        y = torch.mm(weight, x.t()).t()
+        return y if bias is None else y + bias
+
     def write(
         self, read: Tensor, turn: Tensor, index: Tensor, keys: Tensor, values: Tensor, w: dict[str, Tensor]
     ) -> Tensor:
         """Keys and values of `read` [N, …] into the buffers at `index` [N, Hk]; the queries [N, G, Hk, D]."""
         queries, shared, size = self.form.heads
         if "qkv.weight" in w:
-            parts = linear(read, w, "qkv").split([queries * size, shared * size, shared * size], -1)
+            parts = self.linear(read, w, "qkv").split([queries * size, shared * size, shared * size], -1)
         else:
-            parts = [linear(read, w, name) for name in "qkv"]
+            parts = [self.linear(read, w, name) for name in "qkv"]
         q, k, v = parts
         whole = "q_norm" in w and w["q_norm"].shape[0] != size
         if whole:
@@ -132,18 +141,15 @@ class After(_Half):
         """The residual stream [N, H] after the layer, from `x` before it and what was attended to, [N, G, Hk, D]."""
         w, form = self.named(weights), self.form
         flat = attended.transpose(1, 2).reshape(-1, form.heads[0] * form.heads[2])
-        x = x + self.norm(linear(flat, w, "o"), w.get("attention_out")) * form.multiplier
+        x = x + self.norm(self.linear(flat, w, "o"), w.get("attention_out")) * form.multiplier
         read = self.norm(x, w.get("mlp_in"))
         if "both.weight" in w:
-            gate, up = linear(read, w, "both").chunk(2, -1)
+            gate, up = self.linear(read, w, "both").chunk(2, -1)
         else:
-            gate, up = linear(read, w, "gate"), linear(read, w, "up")
+            gate, up = self.linear(read, w, "gate"), self.linear(read, w, "up")
         inner = ACTIVATIONS[form.act](gate) * up
-        return x + self.norm(linear(inner, w, "down"), w.get("mlp_out")) * form.multiplier
-
-
-def linear(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
-    return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+        x = x + self.norm(self.linear(inner, w, "down"), w.get("mlp_out")) * form.multiplier
+        return x.contiguous()  # the next program takes its arguments to lie in memory as its example did
 
 
 def turned(x: Tensor, turn: Tensor) -> Tensor:

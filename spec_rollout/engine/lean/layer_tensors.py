@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spec_rollout.engine.lean.halves import ACTIVATIONS, AFTER, BEFORE, BEFORE_IN_HEAD, Form
 from spec_rollout.engine.lean.norms import epsilon
+from spec_rollout.engine.lean.products import tokens_as_columns
 from spec_rollout.engine.lean.weights import Family, LayerWeights
 
 NORMS = ("attention_out", "mlp_in", "mlp_out", "norm", "hidden_norm", "q_norm", "k_norm")
@@ -70,9 +71,9 @@ def half(kind: str, modules: dict[str, nn.Module], act: str = "silu", **options)
     if len(eps) > 1 or not all(_plain(tensor) for tensor in tensors.values()):
         return None
     shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
-    return HalfWeights(
-        Form(kind, shapes=shapes, eps=eps.pop() if eps else 0.0, act=act, **options), [*tensors.values()]
-    )
+    columns = tokens_as_columns(next(iter(tensors.values())))
+    form = Form(kind, shapes=shapes, eps=eps.pop() if eps else 0.0, act=act, columns=columns, **options)
+    return HalfWeights(form, [*tensors.values()])
 
 
 def _there(holder: nn.Module, **names: str | None) -> dict[str, nn.Module]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.lean.attention import Attention, Attentions
 from spec_rollout.engine.lean.norms import Norm, read_norm
+from spec_rollout.engine.lean.products import tokens_as_columns
 from spec_rollout.engine.lean.projections import Projection
 from spec_rollout.engine.lean.recognition import base_model
 from spec_rollout.engine.lean.rope import RopeTables
@@ -20,13 +21,14 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 class LeanPass:
     """Computes what `model`'s own forward computes, on the weights as they are when it is made: one for each rollout.
 
-    Nothing large is copied. Weights of norms are, and the tables of rope.
+    Nothing large is copied. Weights of norms are, and the tables of rope. With `columns` its tokens are columns of the
+    residual stream, as `products` finds faster or not where it is not said.
     """
 
     path = "lean"
     """What `Target.path` calls it."""
 
-    def __init__(self, model: nn.Module, family: Family):
+    def __init__(self, model: nn.Module, family: Family, columns: bool | None = None):
         base = base_model(model)
         decoder, self.config = base.get_decoder(), base.config
         count = self.config.num_hidden_layers
@@ -34,15 +36,18 @@ class LeanPass:
         window = getattr(self.config, "sliding_window", None)
         kinds = getattr(self.config, "layer_types", None) or [SLIDING if window else FULL] * count
         self.windows = {kind: window if kind == SLIDING else None for kind in kinds}
-        self.layers = [read_layer(layer, family, kind) for layer, kind in zip(layers, kinds, strict=True)]
+        like = decoder.embed_tokens.weight.new_empty(1)
+        self.columns = tokens_as_columns(like) if columns is None else columns
+        pairs = zip(layers, kinds, strict=True)
+        self.layers = [read_layer(layer, family, kind, self.columns) for layer, kind in pairs]
         self.embed, self.embed_scale = decoder.embed_tokens, getattr(decoder, "embedding_multiplier", 1.0)
-        self.norm = read_norm(decoder.norm, family.norm_offset)
-        self.output = Projection(base.get_output_embeddings())
+        self.norm = read_norm(decoder.norm, family.norm_offset, self.columns)
+        self.output = Projection(base.get_output_embeddings(), self.columns)
         self.logits_scale = getattr(self.config, "logits_scaling", 1.0)
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
-        like = decoder.embed_tokens.weight.new_empty(1)
         self.rope = RopeTables(decoder.rotary_emb, set(kinds), like, self.config.max_position_embeddings)
-        self.attentions = Attentions(self.layers[0].heads, like)
+        reads = self.config.hidden_size, self.layers[0].mlp.width
+        self.attentions = Attentions(self.layers[0].heads, like, reads, self.columns)
 
     def __call__(self, cache: SlotCache, ids: Tensor, positions: Tensor, extent: int) -> tuple[Tensor, Streams]:
         """Run `ids` [B, T] at `positions` [B, T] of the slots from 0 on, extend their cache and attend to its first
@@ -53,36 +58,43 @@ class LeanPass:
         angles = self.rope.at(positions.flatten())
         masks = {kind: attention.mask(positions, extent, window) for kind, window in self.windows.items()}
         index = index_of(cache, positions)
+        read, inner = attention.reads if self.columns else (None, None)
         x = self._embedded(ids)
+        x = x.t() if self.columns else x
         streams = []
         for layer, buffers in zip(self.layers, views_of(cache, rows, extent), strict=True):
             streams.append(x)
-            _project(layer, x, attention)
+            _project(layer, x if layer.attention_in is None else layer.attention_in(x, read), attention)
             kind = layer.kind
             attended = attention.attend(
                 angles[kind] if layer.rope else None, masks[kind], index, buffers, layer.scaling
             )
             x = _add(x, layer.o_proj, attended, layer.attention_out, layer.residual_multiplier)
-            inner = layer.mlp.inner(x if layer.mlp_in is None else layer.mlp_in(x))
-            x = _add(x, layer.mlp.down, inner, layer.mlp_out, layer.residual_multiplier)
-        x = self.norm(x)
+            found = layer.mlp.inner(x if layer.mlp_in is None else layer.mlp_in(x, read), inner)
+            x = _add(x, layer.mlp.down, found, layer.mlp_out, layer.residual_multiplier)
+        x = self._last(x)
         streams.append(x)
-        return self._logits(x).view(rows, width, -1), Streams(streams, rows, width)
+        return self._logits(x).view(rows, width, -1), Streams(streams, rows, width, self.columns)
 
     def _embedded(self, ids: Tensor) -> Tensor:
         x = self.embed(ids.flatten()).detach()  # a hook may have asked for gradients
         return x if self.embed_scale == 1.0 else x * self.embed_scale
 
+    def _last(self, x: Tensor) -> Tensor:
+        """The residual stream behind the final norm, in memory as products read it."""
+        return self.norm(x, x.new_empty(x.shape[::-1]).t() if self.columns else None)
+
     def _logits(self, x: Tensor) -> Tensor:
         logits = self.output(x)
+        if self.columns:  # sampling goes along the vocabulary
+            logits = logits.t().contiguous()
         if self.logits_scale != 1.0:
             logits = logits / self.logits_scale
         return logits if not self.softcap else torch.tanh(logits / self.softcap) * self.softcap
 
 
-def _project(layer: LayerWeights, x: Tensor, attention: Attention) -> None:
-    """Queries, keys and values of the residual stream `x` [N, H], put where attention reads them."""
-    read = x if layer.attention_in is None else layer.attention_in(x)
+def _project(layer: LayerWeights, read: Tensor, attention: Attention) -> None:
+    """Queries, keys and values of `read` [N, H], put where attention reads them."""
     for projection, part in zip(layer.qkv, attention.parts if len(layer.qkv) > 1 else (attention.whole,), strict=True):
         projection(read, part)
     if layer.head_norm is not None:

@@ -12,10 +12,13 @@ Norm = Callable[..., Tensor]
 x itself."""
 
 
-def read_norm(module: nn.Module, offset: float = 0.0) -> Norm:
-    """As `module` computes it with the weight that it has now, to which `offset` is added."""
+def read_norm(module: nn.Module, offset: float = 0.0, columns: bool = False) -> Norm:
+    """As `module` computes it with the weight that it has now, to which `offset` is added; over the first dimension
+    in place of the last if `columns`, which only float32 may have."""
     weight = module.weight.detach()
-    return rms_norm(weight, epsilon(module), offset) if weight.dtype == torch.float32 else _called(module)
+    if weight.dtype != torch.float32:
+        return _called(module)
+    return rms_norm(weight[:, None] if columns else weight, epsilon(module), offset, 0 if columns else -1)
 
 
 def read_head_norm(q_norm: nn.Module, k_norm: nn.Module, heads: tuple[int, int, int], offset: float) -> Norm:
@@ -33,18 +36,18 @@ def read_head_norm(q_norm: nn.Module, k_norm: nn.Module, heads: tuple[int, int, 
     return norm
 
 
-def rms_norm(weight: Tensor, eps: float, offset: float = 0.0) -> Norm:
-    """The norm with a float32 `weight` [..., n].
+def rms_norm(weight: Tensor, eps: float, offset: float = 0.0, dim: int = -1) -> Norm:
+    """The norm over `dim`, of size n, with a float32 `weight` [..., n] that broadcasts.
 
     torch's own `rms_norm` falls apart into six passes over x on a CPU; here it is ‖x‖, √(‖x‖² + n ε), a division and
     a product with the weight times √n.
     """
-    size = weight.shape[-1]
+    size = weight.shape[dim]
     scale = (weight + offset) * size**0.5
     floor = weight.new_tensor((eps * size) ** 0.5)
 
     def norm(x: Tensor, out: Tensor | None = None) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
         return torch.div(x, length.hypot_(floor), out=out).mul_(scale)
 
     return norm

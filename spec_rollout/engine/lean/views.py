@@ -40,13 +40,15 @@ def index_of(cache: SlotCache, positions: Tensor) -> Tensor:
 
 
 class Streams(Sequence):
-    """Hidden states [B, T, H] of a flat pass, reshaped when they are asked for."""
+    """Hidden states [B, T, H] of a flat pass, each `flat` as [N, H] or with `columns` [H, N], reshaped when they are
+    asked for."""
 
-    def __init__(self, flat: list[Tensor], rows: int, width: int):
-        self.flat, self.shape = flat, (rows, width, -1)
+    def __init__(self, flat: list[Tensor], rows: int, width: int, columns: bool = False):
+        self.flat, self.shape, self.columns = flat, (rows, width, -1), columns
 
     def __len__(self) -> int:
         return len(self.flat)
 
     def __getitem__(self, number):
-        return self.flat[number].view(self.shape)
+        found = self.flat[number]
+        return (found.t() if self.columns else found).view(self.shape)

@@ -43,7 +43,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer of the residual stream [N, H]."""
+    """One layer of the residual stream [N, H], or [H, N] (see `products`)."""
 
     qkv: tuple[Projection, ...]
     """Of queries, keys and values each, or of all three side by side."""
@@ -66,8 +66,8 @@ class LayerWeights:
     residual_multiplier: float
 
 
-def read_layer(layer: nn.Module, family: Family, kind: str) -> LayerWeights:
-    """The weights of `layer` as they are now."""
+def read_layer(layer: nn.Module, family: Family, kind: str, columns: bool = False) -> LayerWeights:
+    """The weights of `layer` as they are now; with `columns` for a residual stream [H, N]."""
     attention = layer.self_attn
     fused = hasattr(attention, "qkv_proj")
     names = ("qkv_proj",) if fused else ("q_proj", "k_proj", "v_proj")
@@ -77,20 +77,20 @@ def read_layer(layer: nn.Module, family: Family, kind: str) -> LayerWeights:
 
     def norm(holder: nn.Module, name: str | None) -> Norm | None:
         module = getattr(holder, name, None) if name else None
-        return None if module is None else read_norm(module, family.norm_offset)
+        return None if module is None else read_norm(module, family.norm_offset, columns)
 
     q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     whole = q_norm is not None and q_norm.weight.shape[-1] != size
     return LayerWeights(
-        qkv=tuple(Projection(getattr(attention, name)) for name in names),
+        qkv=tuple(Projection(getattr(attention, name), columns) for name in names),
         head_norm=None if q_norm is None or whole else read_head_norm(q_norm, k_norm, heads, family.norm_offset),
         whole_norms=(norm(attention, "q_norm"), norm(attention, "k_norm")) if whole else None,
         heads=heads,
         scaling=attention.scaling,
         kind=kind,
         rope=bool(getattr(attention, "use_rope", True)),
-        o_proj=Projection(attention.o_proj),
-        mlp=GatedMLP(layer.mlp, getattr(layer.mlp, "act_fn", None) or layer.mlp.activation_fn),
+        o_proj=Projection(attention.o_proj, columns),
+        mlp=GatedMLP(layer.mlp, getattr(layer.mlp, "act_fn", None) or layer.mlp.activation_fn, columns),
         attention_in=norm(layer, family.attention_in),
         attention_out=norm(layer, family.attention_out),
         mlp_in=norm(layer, family.mlp_in),
