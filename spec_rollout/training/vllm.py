@@ -18,7 +18,7 @@ from spec_rollout.backends.vllm.engine import VLLMEngine, require_vllm
 from spec_rollout.backends.vllm.server import Server
 from spec_rollout.backends.vllm.shared import SharedServer
 from spec_rollout.backends.vllm.starting import StartEngine
-from spec_rollout.backends.vllm.steady import guesses_steadily
+from spec_rollout.backends.vllm.steady import guesses_steadily, step_tokens
 from spec_rollout.config import SpecConfig
 from spec_rollout.training.gathering import whole_weight
 from spec_rollout.training.merged_weights import merged_weights
@@ -93,7 +93,7 @@ class SpeculativeVLLMGeneration(VLLMGeneration):
             model_impl=self.model_impl,
             distributed_executor_backend="external_launcher",
             seed=self.accelerator.process_index,
-            max_num_batched_tokens=4096,
+            max_num_batched_tokens=max(4096, step_tokens(self.speculative, self.max_num_seqs)),
             trust_remote_code=self.trust_remote_code,
             **engine_options(self.speculative),
         )

@@ -82,7 +82,7 @@ class KeyedBatch:
         self._ids, self._processors = [], {}
 
     def noise(self, progress: np.ndarray, width: int, vocab_size: int) -> Tensor | None:
-        """Noise [B, width, N] of the completion tokens `progress` [B], below 0 within a prompt, and the next ones; None
+        """Noise [B, width, N] of the completion tokens `progress` [B] (below 0: in a prompt) and the next ones; None
         if all are greedy."""
         if self.all_greedy:
             return None

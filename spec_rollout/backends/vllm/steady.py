@@ -36,6 +36,29 @@ def room(speculative: dict[str, Any] | None, longest: int) -> int | None:
     return longest - speculative["num_speculative_tokens"] if guesses_steadily(speculative) else None
 
 
+def step_tokens(speculative: dict[str, Any] | None, rows: int) -> int:
+    """Tokens of a step in which `rows` rows guess as many as they must; 0 where their number may change."""
+    return rows * (1 + speculative["num_speculative_tokens"]) if guesses_steadily(speculative) else 0
+
+
+def refuse_crowded(speculative: dict[str, Any] | None, rows: int, most: int) -> None:
+    """
+    Args:
+        rows: that are decoded at the same time.
+        most: tokens that vLLM takes in one step (its max_num_batched_tokens).
+
+    Raises:
+        ValueError: a step has no room for all guesses, so that vLLM would verify fewer of a row than in other steps.
+    """
+    needed = step_tokens(speculative, rows)
+    if needed > most:
+        raise ValueError(
+            f"{rows} rows with {needed // rows - 1} guesses each are {needed} tokens, but vLLM takes {most} in a step: "
+            "it would guess fewer for some row, and lose the states of recurrent layers: lower max_slots or "
+            "num_speculative_tokens, or raise max_num_batched_tokens (a server's --max-num-batched-tokens)."
+        )
+
+
 def refuse_unsteady(prompts: Sequence[Sequence[int]], bounds: Sequence[int], most: int | None) -> None:
     """
     Args:
