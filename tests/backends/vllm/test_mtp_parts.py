@@ -7,7 +7,7 @@ from spec_rollout.backends.vllm import serve as vllm_serve
 from spec_rollout.backends.vllm.engine import own_speculative_config, speculative_config
 from spec_rollout.backends.vllm.mtp_readback import probe_mtp
 from spec_rollout.backends.vllm.served import refuse_other_draft
-from spec_rollout.backends.vllm.steady import refuse_crowded, refuse_unsteady, room, step_tokens
+from spec_rollout.backends.vllm.steady import refuse_crowded, refuse_precision, refuse_unsteady, room, step_tokens
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.checkpoint import save_head
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
@@ -41,7 +41,7 @@ def test_a_server_that_would_lose_states_is_refused():
     served["scheduler_config"] = {"max_num_seqs": 4, "max_num_batched_tokens": 16}
     refuse_other_draft("url", served, wanted)
     served["scheduler_config"]["max_num_batched_tokens"] = 15
-    with pytest.raises(ValueError, match="4 rows with 3 guesses each are 16 tokens, but vLLM takes 15 in a step"):
+    with pytest.raises(ValueError, match="4 rows with 3 guesses each are 16 tokens, but vLLM takes 15 in one"):
         refuse_other_draft("url", served, wanted)
     served["cache_config"]["enable_prefix_caching"] = True
     with pytest.raises(ValueError, match="caches prefixes.*recurrent layers"):
@@ -111,6 +111,25 @@ def test_a_head_of_the_other_kind_than_vllm_is_started_with_is_refused(tmp_path)
     with pytest.raises(ValueError, match="holds an MTP head.*draft_head='mtp'"):
         refuse_other_kind(tmp_path / "mtp", False, config)
     refuse_other_kind(tmp_path / "mtp", False, SpecConfig())
+
+
+def test_a_delta_rule_in_float32_is_refused_on_a_cpu():
+    refuse_precision("qwen3_next", "float32", on_cpu=False)
+    refuse_precision("qwen3_next", "bfloat16", on_cpu=True)
+    refuse_precision("glm4_moe", "float32", on_cpu=True)
+    with pytest.raises(ValueError, match="'qwen3_next' in bfloat16 alone on a CPU, not in float32: set bf16=True"):
+        refuse_precision("qwen3_next", "float32", on_cpu=True)
+
+
+@pytest.mark.parametrize("line", ["--dtype float32", "--dtype=half"])
+def test_a_server_in_another_dtype_is_refused_before_it_starts(tmp_path, line, monkeypatch):
+    platforms = pytest.importorskip("vllm.platforms")
+    monkeypatch.setattr(platforms.current_platform, "is_cpu", lambda: True)
+    policy("qwen3_5_text").save_pretrained(tmp_path)
+    vllm_serve.refuse_dtype(str(tmp_path), [])
+    vllm_serve.refuse_dtype(str(tmp_path), ["--dtype", "bfloat16"])
+    with pytest.raises(ValueError, match="--dtype bfloat16"):
+        vllm_serve.refuse_dtype(str(tmp_path), line.split())
 
 
 @pytest.mark.parametrize("kind", ["auto", "mtp"])
