@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
@@ -44,7 +44,11 @@ def load_mtp(folder: str | Path, model: nn.Module) -> tuple[MtpHead, dict]:
 
 def find_tensors(policy: str | None, model: nn.Module) -> dict[str, Tensor]:
     """The tensors of all MTP layers for `model`, named as on disk, of the policy's folder or of its copy in the Hub's
-    cache; empty if none. Copies of the embedding and of the output head are left out."""
+    cache; empty if none. Copies of the embedding and of the output head are left out.
+
+    Raises:
+        ValueError: a file of weights there is damaged.
+    """
     folder = Path(policy or "")
     if policy and not folder.is_dir():
         config = cached_file(policy, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
@@ -53,12 +57,21 @@ def find_tensors(policy: str | None, model: nn.Module) -> dict[str, Tensor]:
         return {}
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     with ExitStack() as files:
-        opened = [files.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("*.safetensors"))]
+        opened = [files.enter_context(_opened(path)) for path in sorted(folder.glob("*.safetensors"))]
         places = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
         names = names_in(places, layers)
         if names is None:
             return {}
         return {name: file.get_tensor(name) for name, file in places.items() if of_heads(name, names, layers)}
+
+
+def _opened(file: Path) -> safe_open:
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is no whole file of weights ({error}): copy it again, or take it away if nothing needs it."
+        ) from error
 
 
 def with_further(head: MtpHead, read: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

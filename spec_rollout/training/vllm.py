@@ -18,7 +18,7 @@ from spec_rollout.backends.vllm.engine import VLLMEngine, require_vllm
 from spec_rollout.backends.vllm.server import Server
 from spec_rollout.backends.vllm.shared import SharedServer
 from spec_rollout.backends.vllm.starting import StartEngine
-from spec_rollout.backends.vllm.steady import guesses_steadily
+from spec_rollout.backends.vllm.steady import guesses_steadily, refuse_precision, step_tokens
 from spec_rollout.config import SpecConfig
 from spec_rollout.training.gathering import whole_weight
 from spec_rollout.training.merged_weights import merged_weights
@@ -77,7 +77,10 @@ class SpeculativeVLLMGeneration(VLLMGeneration):
     def _init_colocated(self) -> None:
         require_vllm()
         from vllm import LLM
+        from vllm.platforms import current_platform
 
+        text = self.model.config.get_text_config(decoder=True)
+        refuse_precision(text.model_type, self._dtype(), current_platform.is_cpu())
         # vLLM's own launcher would set these; with this one its engine core stays in the trainer's process.
         os.environ["RANK"] = str(self.accelerator.process_index)
         os.environ["LOCAL_RANK"] = str(self.accelerator.local_process_index)
@@ -93,7 +96,7 @@ class SpeculativeVLLMGeneration(VLLMGeneration):
             model_impl=self.model_impl,
             distributed_executor_backend="external_launcher",
             seed=self.accelerator.process_index,
-            max_num_batched_tokens=4096,
+            max_num_batched_tokens=max(4096, step_tokens(self.speculative, self.max_num_seqs)),
             trust_remote_code=self.trust_remote_code,
             **engine_options(self.speculative),
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spec_rollout.backends.vllm.engine import PolicyWeights, completion, sampling_options
 from spec_rollout.backends.vllm.keyed_batch import keyed
-from spec_rollout.backends.vllm.steady import guesses_steadily, refuse_unsteady, room
+from spec_rollout.backends.vllm.steady import guesses_steadily, refuse_crowded, refuse_unsteady, room
 from spec_rollout.backends.vllm.steps import StepLog
 from spec_rollout.backends.vllm.worker import EXTENSION
 from spec_rollout.records import Completion, Controller, SamplingParams, StepStats
@@ -39,6 +39,9 @@ class Colocated:
         policy: the live policy.
         sleeps: whether `sleep` does anything (its `enable_sleep_mode`); what it held must then be pushed again.
         verification: as in `SpecConfig`; after the first push, what is in force.
+
+    Raises:
+        ValueError: the policy has recurrent layers, and a step of `llm` no room for the guesses of all rows.
     """
 
     def __init__(self, llm: Any, policy: PolicyWeights, sleeps: bool = False, verification: str | None = None):
@@ -47,6 +50,9 @@ class Colocated:
         config = llm.llm_engine.vllm_config
         speculative = config.speculative_config
         self._room = room(vars(speculative), config.model_config.max_model_len) if speculative else None
+        if speculative:
+            step = config.scheduler_config
+            refuse_crowded(vars(speculative), step.max_num_seqs, step.max_num_batched_tokens)
         self.live_schedule = self._room is None
         self.log = StepLog(speculative.num_speculative_tokens if speculative else 0)
         llm.llm_engine.logger_manager.stat_loggers.append(self.log)

@@ -82,16 +82,18 @@ class KeyedBatch:
         self._ids, self._processors = [], {}
 
     def noise(self, progress: np.ndarray, width: int, vocab_size: int) -> Tensor | None:
-        """Noise [B, width, N] of the completion tokens `progress` [B] and the next ones; None if all are greedy."""
+        """Noise [B, width, N] of the completion tokens `progress` [B] (below 0: in a prompt) and the next ones; None
+        if all are greedy."""
         if self.all_greedy:
             return None
+        # The rest of a prompt is sampled from as well, and what comes of it thrown away.
+        progress = np.maximum(progress, 0)
         if self._taken is not None:  # often that of what was guessed, or of the step before
             offset = progress - self._from
             begin = int(offset[0])
             if 0 <= begin <= self._taken.shape[1] - width and (offset == begin).all():
                 return self._taken[:, begin : begin + width]
-        # The rest of a prompt is sampled from as well, and what comes of it thrown away.
-        self.lengths[: self.count] = np.maximum(progress, 0) - 1
+        self.lengths[: self.count] = progress - 1
         self.window = self.window or NoiseWindow(self, noise_width(vocab_size))
         self._taken, self._from = self.window.take(self, width if width > 1 else STEPS), progress
         return self._taken[:, :width]

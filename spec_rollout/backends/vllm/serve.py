@@ -19,7 +19,7 @@ from spec_rollout.backends.vllm.engine import SCHEDULE, own_speculative_config, 
 from spec_rollout.backends.vllm.guard import GUARD
 from spec_rollout.backends.vllm.intake import FOLDER
 from spec_rollout.backends.vllm.key import HOW, require_key, server_key
-from spec_rollout.backends.vllm.steady import steady_number
+from spec_rollout.backends.vllm.steady import refuse_precision, steady_number
 from spec_rollout.backends.vllm.weights_folder import claim, default_folder
 from spec_rollout.config import HEADS, SpecConfig
 from spec_rollout.draft.checkpoint_reader import load_head
@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with claim(weights), TemporaryDirectory(prefix="spec-rollout-") as folder:
             command = serve_command(given, Path(folder, "draft"))
             refuse_cached_prefixes(command, others)
+            refuse_dtype(given.policy, others)
             command += others
             environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", FOLDER: str(weights)}
             return _run(command, environment)
@@ -151,6 +152,24 @@ def refuse_cached_prefixes(command: Sequence[str], others: Sequence[str]) -> Non
             "guesses with an MTP head and caches prefixes. Leave it out, or guess nothing (--num_speculative_tokens "
             "0)."
         )
+
+
+def refuse_dtype(policy: str, others: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: as `refuse_precision`, by the --dtype in `others`, or that of the policy's checkpoint.
+    """
+    import torch
+    from transformers import AutoConfig
+    from vllm.platforms import current_platform
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dtype", default="auto")
+    asked = parser.parse_known_args(others)[0].dtype
+    text = AutoConfig.from_pretrained(policy).get_text_config(decoder=True)
+    if asked == "auto":  # vLLM takes float32 down by itself
+        asked = "float16" if text.dtype == torch.float16 else "bfloat16"
+    refuse_precision(text.model_type, asked, current_platform.is_cpu())
 
 
 def serve_command(given: argparse.Namespace, folder: Path) -> list[str]:

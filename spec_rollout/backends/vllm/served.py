@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spec_rollout.backends.vllm.steady import guesses_steadily
+from spec_rollout.backends.vllm.steady import guesses_steadily, refuse_crowded
 from spec_rollout.config import SpecConfig
 
 
@@ -69,3 +69,6 @@ def refuse_other_draft(url: str, served: dict, wanted: dict[str, Any] | None) ->
             f"The vLLM server at {url} {what}, by which it loses the states of the policy's recurrent layers while it "
             "guesses: start it by `spec-rollout serve`, without --enable-prefix-caching."
         )
+    if guesses_steadily(wanted):
+        step = served["scheduler_config"]
+        refuse_crowded(speculative, step["max_num_seqs"], step["max_num_batched_tokens"])

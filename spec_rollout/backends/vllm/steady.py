@@ -18,6 +18,8 @@ from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.mtp import MtpHead
 from spec_rollout.engine.support import has_recurrent_layers
 
+GATED = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
+"""Model types whose delta rule vLLM computes in bfloat16 alone on a CPU."""
 STEADY = 3
 """Guesses of every step, where their number must not change and none was asked for."""
 
@@ -34,6 +36,45 @@ def room(speculative: dict[str, Any] | None, longest: int) -> int | None:
     """Tokens that a prompt and its completion may have in a context of `longest` tokens, where the number of guesses
     must not change: at the context's end vLLM guesses fewer. None where it may."""
     return longest - speculative["num_speculative_tokens"] if guesses_steadily(speculative) else None
+
+
+def step_tokens(speculative: dict[str, Any] | None, rows: int) -> int:
+    """Tokens of a step in which `rows` rows guess as many as they must; 0 where their number may change."""
+    return rows * (1 + speculative["num_speculative_tokens"]) if guesses_steadily(speculative) else 0
+
+
+def refuse_crowded(speculative: dict[str, Any] | None, rows: int, most: int) -> None:
+    """
+    Args:
+        rows: that are decoded at the same time.
+        most: tokens that vLLM takes in one step (its max_num_batched_tokens).
+
+    Raises:
+        ValueError: a step has no room for all guesses, so that vLLM would verify fewer of a row than in other steps.
+    """
+    needed = step_tokens(speculative, rows)
+    if needed > most:
+        raise ValueError(
+            f"{rows} rows with {needed // rows - 1} guesses each are {needed} tokens, but vLLM takes {most} in one: "
+            "it would guess fewer for some row, and lose the states of recurrent layers: lower max_slots or "
+            "num_speculative_tokens, or raise max_num_batched_tokens (a server's --max-num-batched-tokens)."
+        )
+
+
+def refuse_precision(kind: str, dtype: str, on_cpu: bool) -> None:
+    """
+    Args:
+        kind: the policy's model type.
+        dtype: what vLLM would compute in.
+
+    Raises:
+        ValueError: vLLM would end at its first token.
+    """
+    if on_cpu and kind in GATED and dtype != "bfloat16":
+        raise ValueError(
+            f"vLLM computes the delta rule of {kind!r} in bfloat16 alone on a CPU, not in {dtype}: set bf16=True (a "
+            "server's --dtype bfloat16), or sample with rollout_backend='embedded'."
+        )
 
 
 def refuse_unsteady(prompts: Sequence[Sequence[int]], bounds: Sequence[int], most: int | None) -> None:

@@ -61,6 +61,17 @@ def test_any_number_of_guesses_draws_the_tokens_of_plain_decoding(backend, draw,
     assert length > 1.5 or max(numbers) < 2
 
 
+def test_a_prompt_that_is_read_in_pieces_draws_from_its_first_token_on(backend, draw, monkeypatch):
+    """What its last piece samples has the noise of the first token, however few tokens it has."""
+    scheduler = backend.engine.llm.llm_engine.engine_core.engine_core.scheduler
+    monkeypatch.setattr(scheduler, "max_num_scheduled_tokens", 8)
+    params = SamplingParams(max_new_tokens=8)
+    for length in range(9, 16):
+        prompts = [list(range(1, length + 1))]
+        for guesses in (0, 3):
+            assert_same(draw(FixedGamma(guesses), params, prompts=prompts)[0], plain(backend, params, prompts=prompts))
+
+
 def test_another_seed_and_other_keys_draw_other_tokens(backend, draw, monkeypatch):
     ids = [[c.token_ids for c in draw(FixedGamma(3), seed=(seed,))[0]] for seed in (1, 2, 1)]
     assert ids[0] == ids[2] and sum(map(list.__eq__, ids[0], ids[1])) < len(PROMPTS) / 4

@@ -7,7 +7,7 @@ from spec_rollout.backends.vllm import serve as vllm_serve
 from spec_rollout.backends.vllm.engine import own_speculative_config, speculative_config
 from spec_rollout.backends.vllm.mtp_readback import probe_mtp
 from spec_rollout.backends.vllm.served import refuse_other_draft
-from spec_rollout.backends.vllm.steady import refuse_unsteady, room
+from spec_rollout.backends.vllm.steady import refuse_crowded, refuse_precision, refuse_unsteady, room, step_tokens
 from spec_rollout.config import SpecConfig
 from spec_rollout.draft.checkpoint import save_head
 from spec_rollout.draft.eagle import EagleHead, HeadConfig
@@ -38,7 +38,11 @@ def test_a_server_guesses_with_the_policys_own_head_and_caches_no_prefixes(tmp_p
 def test_a_server_that_would_lose_states_is_refused():
     wanted = own_speculative_config(3, 4, steady=True)
     served = {"speculative_config": wanted, "cache_config": {"enable_prefix_caching": False}}
+    served["scheduler_config"] = {"max_num_seqs": 4, "max_num_batched_tokens": 16}
     refuse_other_draft("url", served, wanted)
+    served["scheduler_config"]["max_num_batched_tokens"] = 15
+    with pytest.raises(ValueError, match="4 rows with 3 guesses each are 16 tokens, but vLLM takes 15 in one"):
+        refuse_other_draft("url", served, wanted)
     served["cache_config"]["enable_prefix_caching"] = True
     with pytest.raises(ValueError, match="caches prefixes.*recurrent layers"):
         refuse_other_draft("url", served, wanted)
@@ -48,6 +52,15 @@ def test_a_server_that_would_lose_states_is_refused():
         refuse_other_draft("url", changing, wanted)
     with pytest.raises(ValueError, match="guesses by method 'mtp', the trainer pushes a head for 'eagle3'"):
         refuse_other_draft("url", served, speculative_config("folder", 3, 4))
+
+
+def test_a_step_without_room_for_all_guesses_is_refused():
+    wanted, changing = (own_speculative_config(3, 4, steady=steady) for steady in (True, False))
+    assert step_tokens(wanted, 1025) == 4100 and step_tokens(changing, 1025) == step_tokens(None, 1025) == 0
+    refuse_crowded(wanted, 1024, 4096)
+    refuse_crowded(changing, 1025, 4096)
+    with pytest.raises(ValueError, match="1025 rows with 3 guesses each are 4100 tokens, but vLLM takes 4096"):
+        refuse_crowded(wanted, 1025, 4096)
 
 
 def test_what_would_change_the_number_of_guesses_is_refused():
@@ -98,3 +111,34 @@ def test_a_head_of_the_other_kind_than_vllm_is_started_with_is_refused(tmp_path)
     with pytest.raises(ValueError, match="holds an MTP head.*draft_head='mtp'"):
         refuse_other_kind(tmp_path / "mtp", False, config)
     refuse_other_kind(tmp_path / "mtp", False, SpecConfig())
+
+
+def test_a_delta_rule_in_float32_is_refused_on_a_cpu():
+    refuse_precision("qwen3_next", "float32", on_cpu=False)
+    refuse_precision("qwen3_next", "bfloat16", on_cpu=True)
+    refuse_precision("glm4_moe", "float32", on_cpu=True)
+    with pytest.raises(ValueError, match="'qwen3_next' in bfloat16 alone on a CPU, not in float32: set bf16=True"):
+        refuse_precision("qwen3_next", "float32", on_cpu=True)
+
+
+@pytest.mark.parametrize("line", ["--dtype float32", "--dtype=half"])
+def test_a_server_in_another_dtype_is_refused_before_it_starts(tmp_path, line, monkeypatch):
+    platforms = pytest.importorskip("vllm.platforms")
+    monkeypatch.setattr(platforms.current_platform, "is_cpu", lambda: True)
+    policy("qwen3_5_text").save_pretrained(tmp_path)
+    vllm_serve.refuse_dtype(str(tmp_path), [])
+    vllm_serve.refuse_dtype(str(tmp_path), ["--dtype", "bfloat16"])
+    with pytest.raises(ValueError, match="--dtype bfloat16"):
+        vllm_serve.refuse_dtype(str(tmp_path), line.split())
+
+
+@pytest.mark.parametrize("kind", ["auto", "mtp"])
+def test_a_damaged_file_is_named(tmp_path, kind):
+    model = policy("glm4_moe")
+    model.save_pretrained(tmp_path)
+    model.config._name_or_path = str(tmp_path)
+    add_to_policy(tmp_path, random_head(model, appended(2)).on_disk(torch.float32))
+    file = tmp_path / "mtp.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"mtp.safetensors is no whole file of weights .*: copy it again"):
+        checkpoints_own(model, SpecConfig(rollout_backend="vllm", draft_head=kind))
