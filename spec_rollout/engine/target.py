@@ -13,7 +13,6 @@ from spec_rollout.engine.attention_choice import attend, first_proven
 from spec_rollout.engine.compiled import Compiled
 from spec_rollout.engine.kv_cache import SlotCache, SlotWindow
 from spec_rollout.engine.lean.choice import DecodePass, LeanChoice
-from spec_rollout.engine.lean.lean_pass import LeanPass
 from spec_rollout.engine.masks import masks
 from spec_rollout.engine.precision import rounds_products
 from spec_rollout.engine.probe import STRIDES, Probe, prove
@@ -94,11 +93,9 @@ class Target:
     @property
     def reads_pairs(self) -> bool:
         """Whether a pass takes two tokens rather than one. On a CPU, sums of bfloat16 products come out otherwise for
-        a token alone than for the same token among others, of which two take no longer; and tokens as columns of a
-        product take less time than one alone does."""
-        if isinstance(self._lean, LeanPass) and self._lean.columns:
-            return True
-        return self.precision == torch.bfloat16 and self.device.type == "cpu"
+        a token alone than for one of two, which take no longer; as columns of a product two take less time than one."""
+        columns = self._lean is not None and self._lean.columns
+        return columns or (self.precision == torch.bfloat16 and self.device.type == "cpu")
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spec_rollout.engine.lean.products import columns_like
 from spec_rollout.engine.lean.rope import Angles
 from spec_rollout.engine.lean.views import LayerBuffers
 from spec_rollout.engine.masks import causal_mask
@@ -70,8 +71,7 @@ class Attention:
     the first two, for norms. `reads` are buffers [N, n], for each of the numbers `reads`, for what other projections
     read. Every layer overwrites what the one before left.
 
-    With `columns` (see `products`) `whole`, `parts`, `reads` and the output are [n, N]. What projections write lies in
-    memory so, what they read by tokens still.
+    With `columns` (see `products`) `whole`, `parts`, `reads` and the output are [n, N].
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Attention:
         whole, turned, query, output, *others = (b[: count * w] for b, w in zip(buffers, widths, strict=True))
         self.whole = whole.view(-1, count) if columns else whole.view(count, -1)
         self.parts = self.whole.split([queries * size, keys * size, keys * size], 0 if columns else 1)
-        self.reads = [_operand(other.view(count, -1), columns) for other in others]
+        self.reads = [columns_like(other, count) if columns else other.view(count, -1) for other in others]
         by_head = _operand(self.whole, columns).view(count, -1, size)
         self.queries_keys, self.values = by_head[:, : queries + keys], by_head[:, queries + keys :]
         turned = turned.view(count, queries + keys, size)

@@ -147,7 +147,7 @@ class Graphs:
 class GraphedPass:
     """Computes what `lean` computes."""
 
-    path = "lean graphs"
+    path, columns = "lean graphs", False
 
     def __init__(self, lean: LeanPass, recorder: Recorder, strict: bool):
         self.lean, self.graphs = lean, Graphs(recorder, strict)

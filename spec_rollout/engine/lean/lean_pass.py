@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.lean.attention import Attention, Attentions
 from spec_rollout.engine.lean.norms import Norm, read_norm
-from spec_rollout.engine.lean.products import tokens_as_columns
+from spec_rollout.engine.lean.products import columns_like, tokens_as_columns
 from spec_rollout.engine.lean.projections import Projection
 from spec_rollout.engine.lean.recognition import base_model
 from spec_rollout.engine.lean.rope import RopeTables
@@ -82,7 +82,7 @@ class LeanPass:
 
     def _last(self, x: Tensor) -> Tensor:
         """The residual stream behind the final norm, in memory as products read it."""
-        return self.norm(x, x.new_empty(x.shape[::-1]).t() if self.columns else None)
+        return self.norm(x, columns_like(x.new_empty(x.numel()), x.shape[1]) if self.columns else None)
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = self.output(x)

@@ -1,8 +1,8 @@
 """Which way round a matrix product of few tokens is the faster one on this machine's CPU.
 
 With tokens as rows x [N, in] the product is x Wᵀ, with tokens as columns x [in, N] it is W x. The sums are the same,
-but BLAS takes other kernels for them, and on some CPUs those of the second are up to twice as fast where tokens are
-few and lie in memory one after the other.
+but BLAS takes other kernels for them, and on some CPUs those of the second are up to twice as fast, where tokens are
+few if they lie in memory one after the other.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import time
 import torch
 from torch import Tensor
 
+FEW = 16
+"""From so many tokens on it does not matter how columns lie in memory, and what is not turned round costs less."""
 TOKENS, SIZE, WEIGHTS, TURNS = 4, 512, 24, 7
 """What is timed: TOKENS through each of WEIGHTS matrices of 1 MiB, as many as no cache of a core holds."""
 GAIN = 1.15
@@ -30,6 +32,11 @@ def tokens_as_columns(like: Tensor) -> bool:
         rows, columns = _seconds()
         _found[threads] = rows >= GAIN * columns
     return _found[threads]
+
+
+def columns_like(memory: Tensor, tokens: int) -> Tensor:
+    """`memory` of `tokens` · n numbers as columns [n, tokens] that products read fast."""
+    return memory.view(tokens, -1).t() if tokens < FEW else memory.view(-1, tokens)
 
 
 def _seconds() -> tuple[float, float]:
