@@ -1,13 +1,16 @@
 """MTP heads in vLLM, without one: how it is started, what is refused, and what the read-back tells apart."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from spec_rollout.backends.vllm import serve as vllm_serve
+from spec_rollout.backends.vllm.draft import PROBE_ERROR
 from spec_rollout.backends.vllm.engine import own_speculative_config, speculative_config
-from spec_rollout.backends.vllm.mtp_readback import probe_mtp
+from spec_rollout.backends.vllm.mtp_readback import ROWS, probe_mtp
+from spec_rollout.backends.vllm.readback import mean_response, response
 from spec_rollout.backends.vllm.served import refuse_other_draft
 from spec_rollout.backends.vllm.steady import refuse_crowded, refuse_precision, refuse_unsteady, room, step_tokens
 from spec_rollout.config import SpecConfig
@@ -195,3 +198,14 @@ def test_a_head_for_a_server_is_the_policys_own_and_brings_its_schedule(tmp_path
     given.draft_head = "auto"
     with pytest.raises(ValueError, match="holds an MTP head.*draft_head='mtp'"):
         vllm_serve.draft_config(given, tmp_path / "draft")
+
+
+def test_rounding_of_a_single_output_is_no_lost_head():
+    """Such as the gate of a shared expert."""
+    generator, gate = torch.Generator().manual_seed(0), torch.nn.Linear(64, 1, bias=False).bfloat16()
+    gate.input_size = 64
+    gate.quant_method = SimpleNamespace(apply=lambda layer, given: layer(given))
+    for _ in range(200):
+        weight = torch.randn(1, 64, generator=generator)
+        gate.weight.data.copy_(weight)
+        assert response(gate, rows=ROWS) == pytest.approx(mean_response(weight, rows=ROWS), rel=PROBE_ERROR)
