@@ -52,7 +52,7 @@ class MtpHead(nn.Module):
         if place is None or rotary is None:
             raise ValueError(
                 f"{type(model).__name__} has no decoder layer with full attention and rotary positions, which an MTP "
-                "head is. Guess with draft_head='eagle3'."
+                "head is."
             )
         donor, width = decoder_layers(model)[place], config.hidden_size
         norm = type(donor.input_layernorm)
@@ -148,7 +148,7 @@ class MtpHead(nn.Module):
         if wrong:
             raise ValueError(
                 f"The MTP tensors in {source} are not one decoder layer of this policy: {', '.join(wrong[:4])} "
-                f"({len(wrong)} in all) are missing, foreign or of another shape. Guess with draft_head='eagle3'."
+                f"({len(wrong)} in all) are missing, foreign or of another shape."
             )
         if not check:
             head.load_state_dict({name: tensor.float() for name, tensor in given.items()})

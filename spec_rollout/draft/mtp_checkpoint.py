@@ -38,7 +38,10 @@ def load_mtp(folder: str | Path, model: nn.Module) -> tuple[MtpHead, dict]:
     Raises:
         ValueError: it is unreadable, or made for another policy.
     """
-    head = MtpHead.of(model, find_tensors(str(folder), model), folder)
+    try:
+        head = MtpHead.of(model, find_tensors(str(folder), model), folder)
+    except ValueError as error:
+        raise ValueError(f"{error} Give a head that was saved with this policy.") from error
     return head, read_config(folder)["spec_rollout"]
 
 

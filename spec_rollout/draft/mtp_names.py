@@ -105,7 +105,7 @@ def refuse_quantized(tensors: dict[str, Tensor], source: object) -> None:
             raise ValueError(
                 f"The MTP tensors in {source} are quantised ({name} is {str(tensor.dtype).removeprefix('torch.')}): "
                 "only float32, bfloat16 and float16 are trained and run. Load the policy from a checkpoint that is "
-                "not quantised, or guess with draft_head='eagle3'."
+                "not quantised."
             )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import Trainer
 
+from spec_rollout.backends.vllm.steady import kept_free
 from spec_rollout.engine.virtual_tokens import virtual_tokens
 from spec_rollout.records import SamplingParams
 from spec_rollout.training.sampling_params import trainer_params
@@ -26,9 +27,12 @@ Tokenize = Callable[[list], tuple[list[list[int]], Any, dict]]
 def context_of(trainer: Trainer) -> int | None:
     """Tokens that prompt and completion may have together; None without a bound."""
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    bounds = [getattr(policy.config.get_text_config(decoder=True), "max_position_embeddings", None)]
+    own = getattr(policy.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    bounds = [own]
     if getattr(trainer.args, "rollout_backend", "embedded") == "vllm":
-        bounds.append(trainer.args.vllm_max_model_length)
+        # Behind a row vLLM guesses on, of a policy with recurrent layers as many tokens as ever.
+        free = kept_free(policy, trainer.args, trainer.args.vllm_mode == "server")
+        bounds = [own and own - free, trainer.args.vllm_max_model_length]
     return min((bound - virtual_tokens(policy) for bound in bounds if bound is not None), default=None)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
@@ -15,6 +17,8 @@ from spec_rollout.training import (
     SpecRLOOTrainer,
     make_rollout_func,
 )
+from spec_rollout.training.prompts import context_of
+from tests.tiny import make_policy
 from tests.training.test_grpo import trained
 
 CONTEXT, NEW = 128, 12  # of the policy, max_completion_length
@@ -106,3 +110,29 @@ def test_a_rollout_func_clips(make_trainer, peeking):
 def test_an_unknown_choice(tmp_path, config_class):
     with pytest.raises(ValueError, match="overlong_prompts='cut' is unknown: give one of refuse, clip, skip"):
         config_class(str(tmp_path), use_cpu=True, bf16=False, overlong_prompts="cut")
+
+
+@pytest.mark.parametrize(
+    ("recurrent", "options", "room"),
+    [
+        (False, {"num_speculative_tokens": 3}, 64),
+        (True, {"num_speculative_tokens": 0}, 64),
+        (True, {"num_speculative_tokens": 5}, 59),
+        (True, {}, 61),
+        (True, {"vllm_max_model_length": 40}, 40),
+        (True, {"vllm_max_model_length": 62}, 61),
+        (True, {"vllm_mode": "server"}, 57),  # of max_num_speculative_tokens=7
+        (True, {"vllm_mode": "server", "num_speculative_tokens": 2}, 62),
+        (True, {"rollout_backend": "embedded", "num_speculative_tokens": 5}, 64),
+    ],
+)
+def test_guesses_that_vllm_cannot_do_without_keep_their_room(recurrent, options, room):
+    """What is clipped, skipped, or cut in a tool loop is what vLLM then takes."""
+    model = make_policy("qwen3_5_text" if recurrent else "glm4_moe")
+    model.config.max_position_embeddings = 64
+    given = {"num_speculative_tokens": None, "vllm_max_model_length": None, "vllm_mode": "colocate"} | options
+    lengths = given.pop("vllm_max_model_length"), given.pop("vllm_mode")
+    args = SpecConfig(**{"rollout_backend": "vllm", "draft_head": "mtp", **given})
+    args.vllm_max_model_length, args.vllm_mode = lengths
+    unwrap = SimpleNamespace(unwrap_model=lambda model: model)
+    assert context_of(SimpleNamespace(model=model, args=args, accelerator=unwrap)) == room

@@ -77,7 +77,9 @@ def measured(draft: nn.Module) -> dict[str, float]:
 
 
 def stimulus(begin: int, width: int, rows: int = 1) -> Tensor:
-    return torch.arange(begin, begin + rows * width, dtype=torch.float32).cos().view(rows, width)
+    # Rows of unlike frequencies: shifted ones are combinations of two, which a single output may all but miss.
+    places = torch.arange(begin, begin + width, dtype=torch.float32)
+    return (places * torch.arange(1, rows + 1)[:, None]).cos()
 
 
 def mean_response(weight: Tensor, begin: int = 0, rows: int = 1) -> float:

@@ -26,7 +26,8 @@ from spec_rollout.draft.checkpoint_reader import load_head
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.draft.inheritance import head_config
 from spec_rollout.draft.mtp import MtpHead
-from spec_rollout.draft.own_head import checkpoints_own
+from spec_rollout.draft.mtp_checkpoint import load_mtp
+from spec_rollout.draft.own_head import checkpoints_own, refuse_other_kind
 from spec_rollout.gamma import GammaController
 from spec_rollout.gamma.cost_model import CostModel
 
@@ -216,26 +217,33 @@ def draft_config(given: argparse.Namespace, folder: Path) -> dict:
         num_speculative_tokens=given.num_speculative_tokens,
     )
     if tensors := checkpoints_own(model, asked):
+        steady = steady_number(model, MtpHead.of(model, tensors, given.policy, check=True), asked)
         if given.tensor_parallel_size > 1:
             raise ValueError(
                 f"--tensor_parallel_size {given.tensor_parallel_size} was not tested with MTP heads: give 1, or "
-                "--draft_head eagle3."
+                f"{'--draft_head eagle3' if steady is None else '--num_speculative_tokens 0'}."
             )
-        steady = steady_number(model, MtpHead.of(model, tensors, given.policy, check=True), asked)
-        return own_speculative_config(given.num_speculative_tokens, given.max_slots, steady is not None)
+        draft = own_speculative_config(given.num_speculative_tokens, given.max_slots, steady is not None)
+        extra = {}
+        if given.draft:
+            refuse_other_kind(given.draft, True, asked)
+            extra = load_mtp(given.draft, model)[1]
+        return draft if steady else with_schedule(draft, extra, given)
+    if given.draft:
+        refuse_other_kind(given.draft, False, asked)
     config = head_config(model)
     head, ids, extra = load_head(given.draft, config) if given.draft else (EagleHead(config), None, {})
     steady_number(model, head, asked)
     save_start(folder, head, start_vocabulary(config.vocab_size, ids, head))
-    draft = speculative_config(folder, given.num_speculative_tokens, given.max_slots)
+    return with_schedule(speculative_config(folder, given.num_speculative_tokens, given.max_slots), extra, given)
+
+
+def with_schedule(draft: dict, extra: dict, given: argparse.Namespace) -> dict:
+    """`draft` with what a controller that ran with this head and vLLM in a trainer's process would choose, by batch
+    size; as it is if `extra`, which was saved with the head, tells of none."""
     measured = (extra.get("controller") or {}).get("vllm")
-    if measured and "cost" in measured:  # a run with a fixed number of guesses, or on a server, measures nothing
-        draft[SCHEDULE] = schedule(measured, given)
-    return draft
-
-
-def schedule(measured: dict, given: argparse.Namespace) -> list[list[int]]:
-    """What a controller that ran with this head and vLLM in a trainer's process would choose, by batch size."""
+    if not measured or "cost" not in measured:  # a fixed number of guesses, or a server: nothing was measured
+        return draft
     controller = GammaController(CostModel.from_json(measured["cost"]), given.num_speculative_tokens)
     controller.load_state_dict(measured)
-    return [list(part) for part in controller.schedule(given.max_slots, CONTEXT)]
+    return draft | {SCHEDULE: [list(part) for part in controller.schedule(given.max_slots, CONTEXT)]}

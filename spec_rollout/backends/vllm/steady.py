@@ -103,6 +103,18 @@ def refuse_unsteady(prompts: Sequence[Sequence[int]], bounds: Sequence[int], mos
             )
 
 
+def kept_free(model: nn.Module, config: SpecConfig, served: bool) -> int:
+    """Tokens at the end of the policy's context that no prompt or completion may reach, as `room` says; on a server
+    that may guess any number, for the largest."""
+    if not has_recurrent_layers(model, model.config.get_text_config(decoder=True)):
+        return 0
+    return config.widest if served else _number(config)
+
+
+def _number(config: SpecConfig) -> int:
+    return min(STEADY, config.widest) if config.num_speculative_tokens is None else config.num_speculative_tokens
+
+
 def steady_number(model: nn.Module, head: EagleHead | MtpHead, config: SpecConfig) -> int | None:
     """How many tokens each step guesses, where that must not change; None where it may.
 
@@ -119,7 +131,7 @@ def steady_number(model: nn.Module, head: EagleHead | MtpHead, config: SpecConfi
             "changes from step to step, so that it takes no EAGLE-3 head: set num_speculative_tokens=0, give a policy "
             "whose checkpoint has an MTP head that vLLM takes, or sample with rollout_backend='embedded'."
         )
-    number = min(STEADY, config.widest) if config.num_speculative_tokens is None else config.num_speculative_tokens
+    number = _number(config)
     logger.warning(
         "%s has recurrent layers: vLLM guesses with its MTP head as many tokens in each step, and caches no prefixes "
         "(in the trainer's process num_speculative_tokens=%d; a server as many as it was started with).",

@@ -1,11 +1,16 @@
 """MTP heads in vLLM, without one: how it is started, what is refused, and what the read-back tells apart."""
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from spec_rollout.backends.vllm import serve as vllm_serve
+from spec_rollout.backends.vllm.draft import PROBE_ERROR
 from spec_rollout.backends.vllm.engine import own_speculative_config, speculative_config
-from spec_rollout.backends.vllm.mtp_readback import probe_mtp
+from spec_rollout.backends.vllm.mtp_readback import ROWS, probe_mtp
+from spec_rollout.backends.vllm.readback import mean_response, response
 from spec_rollout.backends.vllm.served import refuse_other_draft
 from spec_rollout.backends.vllm.steady import refuse_crowded, refuse_precision, refuse_unsteady, room, step_tokens
 from spec_rollout.config import SpecConfig
@@ -14,6 +19,8 @@ from spec_rollout.draft.eagle import EagleHead, HeadConfig
 from spec_rollout.draft.mtp_checkpoint import add_to_policy, save_mtp
 from spec_rollout.draft.mtp_names import QWEN, appended
 from spec_rollout.draft.own_head import checkpoints_own, refuse_other_kind
+from spec_rollout.gamma import GammaController
+from spec_rollout.gamma.cost_model import CostModel, Measurement
 from tests.backends.vllm.test_parts import asked
 from tests.draft.test_mtp import random_head
 from tests.tiny import policy
@@ -22,7 +29,7 @@ from tests.tiny import policy
 def test_a_server_guesses_with_the_policys_own_head_and_caches_no_prefixes(tmp_path):
     given = asked(tmp_path, "qwen3_5_text")
     add_to_policy(given.policy, random_head(policy("qwen3_5_text"), QWEN).on_disk(torch.float32))
-    with pytest.raises(ValueError, match="tensor_parallel_size 2 was not tested with MTP heads"):
+    with pytest.raises(ValueError, match="2 was not tested with MTP heads: give 1, or --num_speculative_tokens 0"):
         vllm_serve.serve_command(given, tmp_path / "draft")
     given.tensor_parallel_size = 1
     command = vllm_serve.serve_command(given, tmp_path / "draft")
@@ -82,8 +89,39 @@ def test_which_mtp_heads_vllm_is_given(tmp_path):
         model.config._name_or_path = str(tmp_path / name)
         found = checkpoints_own(model, SpecConfig(rollout_backend="vllm"))
         assert bool(found) == (name == "qwen3_5_text")
-    with pytest.raises(ValueError, match="draft_head='mtp'.*not seen to guess rightly.*'deepseek_v3'"):
+    with pytest.raises(ValueError, match="not seen to guess rightly.*'deepseek_v3'.* draft_head='eagle3', or"):
         checkpoints_own(model, SpecConfig(rollout_backend="vllm", draft_head="mtp"))
+
+
+@pytest.mark.parametrize("kind", ["auto", "mtp"])
+@pytest.mark.parametrize("fault", ["another shape", "another model type", "quantised"])
+def test_where_an_eagle_head_cannot_stand_in_none_is_offered(tmp_path, kind, fault):
+    """The policy has recurrent layers: what is wrong with its own head is the last word, and nothing is made."""
+    model = policy("qwen3_5_text")
+    model.save_pretrained(tmp_path)
+    model.config._name_or_path = str(tmp_path)
+    tensors = random_head(model, QWEN).on_disk(torch.float32)
+    if fault == "another model type":
+        (tmp_path / "config.json").write_text('{"model_type": "qwen3_5"}')
+    else:
+        name = "mtp.layers.0.input_layernorm.weight"
+        tensors[name] = torch.zeros(3) if fault == "another shape" else tensors[name].to(torch.float8_e4m3fn)
+    add_to_policy(tmp_path, tensors)
+    said = {"another shape": "of another shape", "another model type": "holds a 'qwen3_5'", "quantised": "quantised"}
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=said[fault]) as told:
+        warnings.simplefilter("error")
+        checkpoints_own(model, SpecConfig(rollout_backend="vllm", draft_head=kind))
+    assert "set num_speculative_tokens=0, or rollout_backend='embedded'" in str(told.value)
+    assert "draft_head='eagle3'" not in str(told.value)
+
+
+def test_another_head_that_stands_in_is_told_of(tmp_path):
+    model = policy("deepseek_v3")
+    model.save_pretrained(tmp_path)
+    add_to_policy(tmp_path, random_head(model, appended(2)).on_disk(torch.float32))
+    model.config._name_or_path = str(tmp_path)
+    with pytest.warns(RuntimeWarning, match="not seen to guess rightly.*An EAGLE-3 head is made"):
+        assert not checkpoints_own(model, SpecConfig(rollout_backend="vllm"))
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -106,7 +144,7 @@ def test_a_head_of_the_other_kind_than_vllm_is_started_with_is_refused(tmp_path)
     config = SpecConfig(rollout_backend="vllm")
     refuse_other_kind(tmp_path / "mtp", True, config)
     refuse_other_kind(tmp_path / "eagle", False, config)
-    with pytest.raises(ValueError, match="holds no MTP head.*draft_head='eagle3'"):
+    with pytest.raises(ValueError, match="holds no MTP head.*without recurrent layers, set draft_head='eagle3'"):
         refuse_other_kind(tmp_path / "eagle", True, config)
     with pytest.raises(ValueError, match="holds an MTP head.*draft_head='mtp'"):
         refuse_other_kind(tmp_path / "mtp", False, config)
@@ -142,3 +180,32 @@ def test_a_damaged_file_is_named(tmp_path, kind):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"mtp.safetensors is no whole file of weights .*: copy it again"):
         checkpoints_own(model, SpecConfig(rollout_backend="vllm", draft_head=kind))
+
+
+def test_a_head_for_a_server_is_the_policys_own_and_brings_its_schedule(tmp_path):
+    given = asked(tmp_path, "glm4_moe")
+    add_to_policy(given.policy, random_head(policy("glm4_moe"), appended(2)).on_disk(torch.float32))
+    given.tensor_parallel_size, given.draft_head, given.draft = 1, "mtp", str(tmp_path / "head")
+    with pytest.raises(ValueError, match="head is not a readable draft head"):
+        vllm_serve.draft_config(given, tmp_path / "draft")
+    cells = [Measurement("verify", rows, tokens, 64, 1.0 + rows * tokens) for rows in (1, 4) for tokens in (1, 3)]
+    controller = GammaController(CostModel(cells), 2)
+    controller.draft_ready = True
+    saved = {"controller": {"vllm": controller.state_dict()}, "draft_ids": None}
+    save_mtp(given.draft, random_head(policy("glm4_moe"), appended(2)), saved)
+    found = vllm_serve.draft_config(given, tmp_path / "draft")["num_speculative_tokens_per_batch_size"]
+    assert found == [list(part) for part in controller.schedule(4, vllm_serve.CONTEXT)] and found[-1][-1] == 0
+    given.draft_head = "auto"
+    with pytest.raises(ValueError, match="holds an MTP head.*draft_head='mtp'"):
+        vllm_serve.draft_config(given, tmp_path / "draft")
+
+
+def test_rounding_of_a_single_output_is_no_lost_head():
+    """Such as the gate of a shared expert."""
+    generator, gate = torch.Generator().manual_seed(0), torch.nn.Linear(64, 1, bias=False).bfloat16()
+    gate.input_size = 64
+    gate.quant_method = SimpleNamespace(apply=lambda layer, given: layer(given))
+    for _ in range(200):
+        weight = torch.randn(1, 64, generator=generator)
+        gate.weight.data.copy_(weight)
+        assert response(gate, rows=ROWS) == pytest.approx(mean_response(weight, rows=ROWS), rel=PROBE_ERROR)

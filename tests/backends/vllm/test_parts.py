@@ -195,6 +195,7 @@ def test_a_number_out_of_range_is_named(monkeypatch, capsys, option, value, boun
 def test_a_number_of_devices_is_heard_however_it_is_written(monkeypatch, tmp_path, option):
     asked_for = []
     monkeypatch.setattr(vllm_serve, "serve_command", lambda given, folder: asked_for.append(given) or [])
+    monkeypatch.setattr(vllm_serve, "refuse_dtype", lambda policy, others: None)
     monkeypatch.setattr(vllm_serve, "_run", lambda command, environment: len(command))
     monkeypatch.setattr(vllm_serve, "require_vllm", lambda: None)
     assert vllm_serve.main(["--policy", str(tmp_path), "--weights", str(tmp_path / "w"), option, "2"]) == 0
