@@ -21,7 +21,7 @@ from spec_rollout.engine.state import state_of
 from spec_rollout.engine.support import cache_argument, has_recurrent_layers, refuse_unsupported, rope_switches
 
 REPAYS_S = 90.0
-"""Seconds of rollouts after which compiling is expected to pay: as much again is then expected to come."""
+"""Seconds of rollouts after which compiling is expected to pay."""
 
 
 class Target:
@@ -40,8 +40,7 @@ class Target:
     def __init__(self, model: nn.Module, compiled: str = "false", folder: str | None = None):
         self.model, self.compiles, self.folder = model, compiled, folder
         self._whole = Compiled(self._read, type(model).__name__) if compiled == "true" else None
-        self._seconds = 0.0
-        """Of the rollouts so far."""
+        self._seconds = 0.0  # of the rollouts so far
         self._compiled: Compiled | None = None
         """What decodes in this rollout, if it is the whole model compiled."""
         self._whole_proven: set[tuple] = set()
@@ -93,7 +92,7 @@ class Target:
     @property
     def reads_pairs(self) -> bool:
         """Whether a pass takes two tokens rather than one. On a CPU, sums of bfloat16 products come out otherwise for
-        a token alone than for one of two, which take no longer; as columns of a product two take less time than one."""
+        a token alone than for one of two, which take no longer; and two columns of a product take less time."""
         columns = self._lean is not None and self._lean.columns
         return columns or (self.precision == torch.bfloat16 and self.device.type == "cpu")
 
