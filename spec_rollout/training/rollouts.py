@@ -20,9 +20,10 @@ from spec_rollout.training.padding import close_gaps
 from spec_rollout.training.prompts import REFUSE, SKIP, fit_prompts, skip_overlong
 from spec_rollout.training.sampler import TrainerSampler
 from spec_rollout.training.sampling_params import log_inherited, trainer_params
+from spec_rollout.training.whole_weights import WholeWeights
 
 
-class SpeculativeRollouts:
+class SpeculativeRollouts(WholeWeights):
     """Stands before one of TRL's trainers in the bases of a class, which then overrides `_generate_single_turn`.
 
     Raises:

@@ -61,6 +61,20 @@ def test_a_resumed_run_goes_on_with_it(make_trainer, eager_head, tmp_path):
     assert isinstance(learner.head, MtpHead) and learner.version == first.sampler.backend.draft_version + 1
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "glm4_moe"])
+def test_a_resumed_run_takes_up_experts_which_a_checkpoint_holds_one_by_one(make_trainer, checkpoint, tmp_path):
+    options = {"num_speculative_tokens": 0, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole, saved = trained(make_trainer(**options)), tmp_path / "run" / "checkpoint-2"
+    resumed = trained(make_trainer(**options), resume_from_checkpoint=str(saved))
+    whole.reward_funcs[0].seen = whole.reward_funcs[0].seen[2:]
+    assert_same(whole, resumed)
+    resumed.state.best_model_checkpoint = str(saved)
+    resumed._load_best_model()
+    best = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).state_dict()
+    assert all(torch.equal(weight, best[name]) for name, weight in resumed.model.state_dict().items())
+    assert any(not torch.equal(weight, best[name]) for name, weight in whole.model.state_dict().items())
+
+
 def test_ppo_keeps_it_beside_the_policy_and_its_value_function(make_ppo, eager_head, checkpoint, tmp_path):
     add_to_policy(tmp_path / "policy", load_file(checkpoint / FILE))
     options = {"draft_ngrams": False, "save_strategy": "steps", "save_steps": 4}

@@ -24,11 +24,12 @@ from spec_rollout.training.async_grpo.worker import SpecRolloutWorker
 from spec_rollout.training.config import spec_config
 from spec_rollout.training.gathering import own_random_stream
 from spec_rollout.training.metrics import local_sums, metrics
+from spec_rollout.training.whole_weights import WholeWeights
 
 DRAFT_FOLDER = "draft"
 
 
-class SpecAsyncGRPOTrainer(AsyncGRPOTrainer):
+class SpecAsyncGRPOTrainer(WholeWeights, AsyncGRPOTrainer):
     """
     TRL's `AsyncGRPOTrainer` on a server that was started by `spec-rollout serve`: completions are drawn while it
     trains, each of their tokens names the versions of policy and draft that drew it, and the draft follows the policy.
