@@ -45,7 +45,7 @@ class LeanHead:
         config = self.config
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.head, self.table = head, self.like[:0]
-        reads = 2 * config.hidden_size, config.hidden_size, self.mlp.width
+        reads = (2 * config.hidden_size, *((config.hidden_size, self.mlp.width) if columns else ()))
         self.attentions = Attentions(self.heads, self.like, reads, columns)
 
     def reach(self, capacity: int) -> None:
@@ -76,7 +76,7 @@ class LeanHead:
         self.reach(cache.capacity)
         attention = self.attentions.of(rows, width)
         size = self.config.hidden_size
-        read, mlp_read, inner = attention.reads
+        read, mlp_read, inner = attention.reads if self.columns else (*attention.reads, None, None)
         x, embeds = hidden.reshape(rows * width, size), self.view.embed(ids.flatten()).to(hidden.dtype)
         if self.columns:
             x, embeds = x.t(), embeds.t()

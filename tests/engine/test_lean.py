@@ -207,7 +207,7 @@ def test_a_pass_dispatches_few_operations(columns):
         policy._lean = None
         with Counting() as own:
             policy.forward(cache, (0, 8), ids, place + 4, 32)
-    assert lean.calls <= (730 if columns else 700) and own.calls > 2.9 * lean.calls
+    assert lean.calls <= (730 if columns else 700) and own.calls > (2.9 if columns else 3) * lean.calls
 
 
 def test_the_faster_way_round_is_timed_once_for_float32_on_a_cpu(monkeypatch):

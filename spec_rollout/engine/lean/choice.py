@@ -14,6 +14,7 @@ from spec_rollout.engine.lean.agreement import Forward, disagreement
 from spec_rollout.engine.lean.compiled_pass import CompiledPass, halves_of_model
 from spec_rollout.engine.lean.graphs import GraphedPass, recorder
 from spec_rollout.engine.lean.lean_pass import LeanPass
+from spec_rollout.engine.lean.products import tokens_as_columns
 from spec_rollout.engine.lean.programs import PROGRAMS, CannotCompileError
 from spec_rollout.engine.lean.recognition import family_of
 from spec_rollout.engine.lean.weights import Family
@@ -35,7 +36,10 @@ class LeanChoice:
         """The lean pass on the weights of now; None where the policy's `own` pass has to run. `kind` is the dtype and
         device of keys and values."""
         family = self._family(kind)
-        return None if family is None else self._proven_pass((family, *kind), LeanPass, own, vocab_size)
+        if family is None:
+            return None
+        columns = tokens_as_columns(torch.empty(0, dtype=kind[0], device=kind[1]))
+        return self._proven_pass((family, *kind, columns), LeanPass, own, vocab_size)
 
     def make_compiled(
         self,

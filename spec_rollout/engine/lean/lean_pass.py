@@ -46,7 +46,7 @@ class LeanPass:
         self.logits_scale = getattr(self.config, "logits_scaling", 1.0)
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
         self.rope = RopeTables(decoder.rotary_emb, set(kinds), like, self.config.max_position_embeddings)
-        reads = self.config.hidden_size, self.layers[0].mlp.width
+        reads = (self.config.hidden_size, self.layers[0].mlp.width) if self.columns else ()
         self.attentions = Attentions(self.layers[0].heads, like, reads, self.columns)
 
     def __call__(self, cache: SlotCache, ids: Tensor, positions: Tensor, extent: int) -> tuple[Tensor, Streams]:
