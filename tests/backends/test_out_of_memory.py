@@ -15,7 +15,7 @@ from spec_rollout.records import RolloutMemoryError, SamplingParams
 from tests.engine.test_memory import Memory
 from tests.tiny import PROMPTS, assert_same, make_policy
 
-PARAMS = SamplingParams(max_new_tokens=90)
+PARAMS = SamplingParams(max_new_tokens=60)
 TRL = (
     "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
 )
@@ -59,21 +59,21 @@ def test_it_says_what_to_lower_and_goes_on_with_less(kind):
     weights = {name: p.clone() for name, p in model.named_parameters()}
     backend = backend_for(model)
     backend.generate([[1]], SamplingParams(max_new_tokens=2))  # proven and weighed
-    expected = backend.generate(PROMPTS * 16, PARAMS)
+    expected = backend.generate(PROMPTS * 8, PARAMS)
     before, own = torch.get_rng_state(), model.config._attn_implementation
-    with Bounded(model, 2**21, *KINDS[kind]) as memory:
+    with Bounded(model, 2**20, *KINDS[kind]) as memory:
         with pytest.raises(
             RolloutMemoryError, match=r"Lower max_cache_gib \(.* took the most, 0\.00\d+ GiB"
         ) as caught:
-            backend.generate(PROMPTS * 16, PARAMS)
+            backend.generate(PROMPTS * 8, PARAMS)
         assert isinstance(caught.value.__cause__, KINDS[kind][0])
         assert memory.now < 2**16  # it has been given back, even while the error is at hand
     assert backend.engine.cache.keys == []
     assert model.training and model.config._attn_implementation == own and torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(p, weights[name]) and p.requires_grad for name, p in model.named_parameters())
-    backend.config.max_cache_gib, backend.config.max_slots = 2**19 / 2**30, 8
-    with Bounded(model, 2**21, *KINDS[kind]):
-        drawn = backend.generate(PROMPTS * 16, PARAMS)
+    backend.config.max_cache_gib, backend.config.max_slots = 2**18 / 2**30, 8
+    with Bounded(model, 2**20, *KINDS[kind]):
+        drawn = backend.generate(PROMPTS * 8, PARAMS)
     assert_same(drawn, expected)
 
 
@@ -91,7 +91,7 @@ def test_a_single_row_can_only_be_shorter():
     backend = backend_for(model)
     backend.generate([[1]], SamplingParams(max_new_tokens=2))
     with Bounded(model, 2**17, *KINDS["cpu"]), pytest.raises(RolloutMemoryError, match="Lower max_completion_length"):
-        backend.generate([[1, 2]], PARAMS)
+        backend.generate([[1, 2]], SamplingParams(max_new_tokens=90))
 
 
 def test_features_are_counted():
