@@ -133,7 +133,8 @@ class MtpHead(nn.Module):
         weights are made.
 
         Raises:
-            ValueError: they are not those of a layer of the policy's, or are quantised; `source` is named.
+            ValueError: they are not those of a layer of the policy's, are quantised, or, but with `check`, are not
+                finite; `source` is named.
         """
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         names = names_in(tensors, layers) or QWEN
@@ -152,6 +153,11 @@ class MtpHead(nn.Module):
             )
         if not check:
             head.load_state_dict({name: tensor.float() for name, tensor in given.items()})
+            if not head.finite:
+                raise ValueError(
+                    f"The MTP tensors in {source} hold NaN or infinite numbers: copy them again, or let a head of its "
+                    "own learn (draft_head='eagle3')."
+                )
         return head
 
 

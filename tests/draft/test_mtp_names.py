@@ -60,6 +60,14 @@ def test_a_gap_among_the_experts_is_no_stack():
         MtpHead.of(policy("glm4_moe"), head, "here", check=True)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value):
+    given = random_head(policy("qwen3_5_text"), QWEN).on_disk(torch.bfloat16)
+    given["mtp.layers.0.mlp.down_proj.weight"][1, 1] = value
+    with pytest.raises(ValueError, match="in here hold NaN or infinite numbers: copy them again"):
+        MtpHead.of(policy("qwen3_5_text"), given, "here")
+
+
 def test_a_layer_of_a_longer_policy_is_no_head():
     """Loaded with fewer layers than it has, a policy's next layer has no `eh_proj`."""
     assert names_in(["model.layers.2.mlp.gate.weight", "lm_head.weight"], 2) is None
