@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from spec_rollout.config import cache_folder
+from spec_rollout.backends.kept_seconds import path_of, read, write
 from spec_rollout.draft.entries import Entries
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kv_cache import SlotCache
-from spec_rollout.engine.lean.recognition import family_of
+from spec_rollout.engine.out_of_memory import is_out_of_memory, what_to_lower
 from spec_rollout.engine.rollout import Rollout
 from spec_rollout.gamma.cost_model import CostModel, Measurement
-from spec_rollout.records import Request, RolloutStats, SamplingParams
+from spec_rollout.records import Request, RolloutMemoryError, RolloutStats, SamplingParams
 
 SHORT, LONG = 64, 1024
 """Tokens of context at which passes are timed; the difference is what attention costs per token."""
@@ -33,7 +28,8 @@ REPEATS = 3
 CELL_S = 0.05
 """A pass is timed once after its warm-up, and up to REPEATS times while it takes no longer than this in all."""
 BUDGET_S = 10.0
-"""Numbers of rows that would take measuring beyond this are left out; the cost model extends to them."""
+"""Numbers of rows that would take measuring beyond this, or more memory than there is, are left out; the cost model
+extends to them."""
 
 
 def measured_cost(engine: RolloutEngine, slots: int, widest: int, folder: str | None) -> CostModel:
@@ -54,26 +50,36 @@ def measured_cost(engine: RolloutEngine, slots: int, widest: int, folder: str | 
 def _measured(
     engine: RolloutEngine, slots: int, widest: int, folder: str | None, measure_rows: Callable, shape: dict | None
 ) -> list[Measurement]:
-    path = _cache_path(engine, widest, folder, shape)
-    covered, known = _read(path)
+    path = path_of(engine, widest, folder, shape)
+    covered, known = read(path)
     if covered < slots:
         rows = [n for n in powers_of_two(slots) if n not in {m.rows for m in known}]
-        known += measure(engine, rows, widest, measure_rows)
-        _write(path, slots, known)
+        try:
+            known += measure(engine, rows, widest, measure_rows)
+        except RolloutMemoryError:
+            if not known:
+                raise
+            _tell_lacking(rows)
+        write(path, slots, known)
     return known
 
 
 def measure(engine: RolloutEngine, rows: Iterable[int], widest: int, measure_rows: Callable) -> list[Measurement]:
-    """Time verbs of the decode loop, those of `measure_rows`, on batches of each of `rows` made-up rows."""
+    """Time verbs of the decode loop, those of `measure_rows`, on batches of each of `rows` made-up rows.
+
+    Raises:
+        RolloutMemoryError: there is no memory for any of them.
+    """
     apart = copy.copy(engine)  # the engine's cache keeps its size, and made-up rows do not count
     apart.stats = RolloutStats()
     drafter, ready = engine.drafter, engine.drafter is None or engine.drafter.ready
     if not ready:
         drafter.ready = True  # what its guesses will take is measured before they are any good
-    began, found = time.perf_counter(), []
+    began, found, lacking = time.perf_counter(), [], {}
     speed = 0.0  # seconds of measuring per row, so far
     try:
         with apart.target.rollout():
+            token, slot = apart.target.cache_bytes
             if engine.config.compile_passes == "true":
                 _compile(apart, widest, measure_rows)
             for count in _coarse_first(rows):
@@ -81,14 +87,33 @@ def measure(engine: RolloutEngine, rows: Iterable[int], widest: int, measure_row
                 if found and speed * count > left:
                     continue
                 start = time.perf_counter()
-                found += measure_rows(apart, count, widest)
+                try:
+                    found += measure_rows(copy.copy(apart), count, widest)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    lacking[count] = error.with_traceback(None)  # which would hold on to the memory
+                    continue
                 speed = (time.perf_counter() - start) / count
     finally:
         if drafter is not None:
             drafter.end()
         if not ready:
             drafter.ready = False
+    if lacking and not found:
+        raise what_to_lower(lacking[min(lacking)], {"max_slots": min(lacking) * (token * LONG + slot)})
+    if lacking:
+        _tell_lacking(lacking)
     return found
+
+
+def _tell_lacking(rows: Iterable[int]) -> None:
+    warnings.warn(
+        f"Memory ran out while passes of {', '.join(map(str, rows))} rows were timed: what they take is reckoned from "
+        "other batches. If rollouts run out of it too, lower max_slots or max_cache_gib.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _compile(engine: RolloutEngine, widest: int, measure_rows: Callable) -> None:
@@ -178,63 +203,3 @@ def _coarse_first(rows: Iterable[int]) -> list[int]:
     rows = sorted(rows)
     coarse = rows[::-2][::-1]
     return [*coarse, *(n for n in rows if n not in coarse)]
-
-
-def _read(path: Path) -> tuple[int, list[Measurement]]:
-    """The slots covered by, and the measurements in, a file of this version; (0, []) if there is none."""
-    try:
-        saved = json.loads(path.read_text())
-        return int(saved["slots"]), [Measurement(**m) for m in saved["measurements"]]
-    except (OSError, ValueError, TypeError, KeyError):
-        return 0, []
-
-
-def _write(path: Path, slots: int, measurements: list[Measurement]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_suffix(f".{os.getpid()}")
-        staging.write_text(json.dumps({"slots": slots, "measurements": [vars(m) for m in measurements]}))
-        staging.replace(path)
-    except OSError as error:
-        warnings.warn(
-            f"The measured pass times cannot be kept in {path.parent} and will be measured again in the next run: "
-            f"{error}. Name another folder with `calibration_cache`.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
-def _cache_path(engine: RolloutEngine, widest: int, folder: str | None, shape_of_draft: dict | None = None) -> Path:
-    device = engine.target.device
-    config = engine.target.config.to_dict()
-    shape = {k: v for k, v in config.items() if isinstance(v, int | float) and not k.endswith("token_id")}
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    key = [
-        type(engine.target.model).__name__,
-        shape,
-        config.get("layer_types"),
-        str(engine.target.dtype),
-        where,
-        _version(),
-        torch.__version__,
-        widest,
-        shape_of_draft,
-        engine.config.compile_passes,
-        family_of(engine.target.model) is not None,
-    ]
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return cache_folder(folder) / f"cost-{digest}.json"
-
-
-def _processor() -> list:
-    """The processor's name, its cores and the threads that torch uses."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    return [names[:1], os.cpu_count(), torch.get_num_threads()]
-
-
-def _version() -> str:
-    try:
-        return version("spec-rollout")
-    except PackageNotFoundError:
-        return "source"

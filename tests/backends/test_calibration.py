@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from spec_rollout.backends import calibration
+from spec_rollout.backends import calibration, kept_seconds
 from spec_rollout.backends.calibration import measured_cost
+from spec_rollout.backends.kept_seconds import path_of
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.gamma import Measurement
+from spec_rollout.records import RolloutMemoryError
 from tests.tiny import PROMPTS, make_policy
 
 WIDEST = 3
@@ -89,8 +91,8 @@ def test_the_long_context_takes_bounded_memory(engine, timed, tmp_path, monkeypa
 
 @pytest.mark.parametrize("change", ["dtype", "threads", "shape", "widest", "version"])
 def test_another_machine_or_model_has_a_file_of_its_own(engine, tmp_path, monkeypatch, change):
-    path = calibration._cache_path(engine, WIDEST, str(tmp_path))
-    assert path == calibration._cache_path(engine, WIDEST, str(tmp_path)) and path.parent == tmp_path
+    path = path_of(engine, WIDEST, str(tmp_path))
+    assert path == path_of(engine, WIDEST, str(tmp_path)) and path.parent == tmp_path
     other, widest = engine, WIDEST + (change == "widest")
     if change == "dtype":
         other = RolloutEngine(make_policy("llama", torch.bfloat16, max_position_embeddings=2048))
@@ -99,13 +101,13 @@ def test_another_machine_or_model_has_a_file_of_its_own(engine, tmp_path, monkey
     elif change == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     elif change == "version":
-        monkeypatch.setattr(calibration, "_version", lambda: "99")
-    assert calibration._cache_path(other, widest, str(tmp_path)) != path
+        monkeypatch.setattr(kept_seconds, "_version", lambda: "99")
+    assert path_of(other, widest, str(tmp_path)) != path
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"slots": 9}', '{"slots": 9, "measurements": [{"kind": "verify"}]}'])
 def test_a_file_that_cannot_be_read_is_measured_again(engine, timed, tmp_path, content):
-    path = calibration._cache_path(engine, WIDEST, str(tmp_path))
+    path = path_of(engine, WIDEST, str(tmp_path))
     path.write_text(content)
     measured_cost(engine, 1, WIDEST, str(tmp_path))
     assert timed == [1] and "seconds" in path.read_text()
@@ -119,7 +121,28 @@ def test_a_folder_that_cannot_be_written_is_said_and_costs_only_time(engine, tim
 
 def test_the_default_folder(engine, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert calibration._cache_path(engine, WIDEST, None).parent == tmp_path / "spec_rollout"
+    assert path_of(engine, WIDEST, None).parent == tmp_path / "spec_rollout"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert calibration._cache_path(engine, WIDEST, None).parent == tmp_path / ".cache" / "spec_rollout"
+    assert path_of(engine, WIDEST, None).parent == tmp_path / ".cache" / "spec_rollout"
+
+
+def test_batches_without_memory_are_left_out(engine, timed, tmp_path, monkeypatch):
+    """They are reckoned from the others; if there are no others, the message says what to lower."""
+    fits, honest = 8, calibration._verify
+
+    def verify(rollout, context, tokens):
+        if rollout.rows.count > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return honest(rollout, context, tokens)
+
+    monkeypatch.setattr(calibration, "_verify", verify)
+    with pytest.warns(RuntimeWarning, match="Memory ran out while passes of 32, 16 rows were timed"):
+        cost = measured_cost(engine, 32, WIDEST, str(tmp_path / "some"))
+    assert sorted(timed) == [1, 2, 4, 8]
+    truth = 1e-3 + 3e-6 * 32 + (1e-7 + 2e-8) * 32 * 300
+    assert cost.verify_seconds(32, [1], 300)[0] == pytest.approx(truth, rel=0.01)
+    fits = 0
+    with pytest.raises(RolloutMemoryError, match="Lower max_slots .*Tried to allocate 9 GiB"):
+        measured_cost(engine, 32, WIDEST, str(tmp_path / "none"))
+    engine.generate(PROMPTS)

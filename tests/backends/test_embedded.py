@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from spec_rollout.backends import calibration
+from spec_rollout.backends.kept_seconds import path_of
 from spec_rollout.draft.eagle import EagleHead
 from spec_rollout.gamma import FixedGamma, GammaController
 from tests.backends.learned import PARAMS, backend_for, learned, plain
@@ -43,7 +43,7 @@ def test_adaptive_changes_no_token_and_calibrates_once(tmp_path):
 def test_a_calibration_of_another_version_is_measured_again(tmp_path):
     backend = backend_for("llama", tmp_path, gamma=None)
     backend.generate(PROMPTS * 4, PARAMS)
-    path = calibration._cache_path(backend.engine, 7, str(tmp_path), backend.drafter.shape)
+    path = path_of(backend.engine, 7, str(tmp_path), backend.drafter.shape)
     path.write_text('[{"kind": "verify", "unknown": 1}]')
     backend.refresh()
     assert "unknown" not in path.read_text()
