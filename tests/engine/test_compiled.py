@@ -10,7 +10,7 @@ from spec_rollout.draft.references import OracleDrafter
 from spec_rollout.engine.compiled import NotCompilableError
 from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.records import SamplingParams
-from tests.tiny import PROMPTS, Scripted, assert_same, make_policy, policy, reference
+from tests.tiny import PROMPTS, Scripted, assert_same, make_policy, reference
 
 pytestmark = pytest.mark.any_device
 
@@ -18,7 +18,7 @@ PARAMS = SamplingParams(max_new_tokens=16)
 
 
 def test_tokens_are_those_of_plain_decoding():
-    model = policy("gpt2")  # which has no lean pass; that one is compiled by halves
+    model = make_policy("gpt2", num_hidden_layers=1)  # which has no lean pass; that one is compiled by halves
     expected = reference(model, PROMPTS, PARAMS)
     config = SpecConfig(max_num_speculative_tokens=3, compile_passes=True)
     engine = RolloutEngine(model, config, drafter=OracleDrafter(expected), controller=Scripted(3))
