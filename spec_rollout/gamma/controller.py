@@ -39,7 +39,8 @@ class GammaController:
     gain.
 
     A probe tries another γ for DWELL steps: while γ = 0 a small one, since the draft may have become better; while
-    γ > 0 a neighbour or 0, if it would win with a time two standard errors below the prediction. Probes are paid from
+    γ > 0 plain decoding if it was not measured near this batch size, lest it is the faster one; then a neighbour or 0,
+    if it would win with a time two standard errors below the prediction. Probes are paid from
     an allowance that starts with PURSE steps and earns PROBE_SHARE of the decoding time. One starts when the time that
     it is predicted to lose is covered, or half the purse if that is less, pays what it really loses, and ends when the
     allowance is spent: however wrong the predictions are, probes cost PURSE steps and PROBE_SHARE of the time, and at
@@ -203,6 +204,8 @@ class GammaController:
         """The γ that a probe should try, if any."""
         if self._gamma == 0:
             return 1 + int(goodput[1 : 1 + WIDEST_FIRST_PROBE].argmax())
+        if error[0] > UNMEASURED:
+            return 0
         others = [n for n in (0, self._gamma - 1, self._gamma + 1) if n <= self.max_gamma]
         hopes = [goodput[n] * math.exp(2 * error[n]) for n in others]
         return others[int(np.argmax(hopes))] if max(hopes) > goodput[self._gamma] else None

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from spec_rollout.gamma.correction import TOKENS, Correction
-from spec_rollout.gamma.grid import MonotoneGrid
+from spec_rollout.gamma.grid import MonotoneGrid, non_decreasing
 from spec_rollout.records import StepStats
 
 
@@ -92,9 +92,13 @@ class CostModel:
         """Corrected seconds of a step with γ = 0 … max_gamma, never falling with γ, and the relative standard error of
         each beside the others; [max_gamma + 1] both."""
         factor, error = self._correction.predict(rows)
-        seconds = self._calibrated(rows, max_gamma, context) * np.exp(_widen(factor, max_gamma))
-        seconds = (np.maximum.accumulate(seconds) + np.minimum.accumulate(seconds[::-1])[::-1]) / 2
-        return seconds, _widen(error, max_gamma)
+        seconds, error = (
+            self._calibrated(rows, max_gamma, context) * np.exp(_widen(factor, max_gamma)),
+            _widen(error, max_gamma),
+        )
+        if (np.diff(seconds) < 0).any():  # where two are in the wrong order, the one that is known better counts more
+            seconds = np.exp(non_decreasing(np.log(seconds), error**-2))
+        return seconds, error
 
     def observe(self, stats: StepStats) -> None:
         """Learn from a step; only the sum of its seconds, as on an asynchronous device the split means nothing."""

@@ -42,21 +42,25 @@ def monotone(table: np.ndarray) -> np.ndarray:
     Isotonic regression keeps order (x ≤ y elementwise gives fit(x) ≤ fit(y)), so the second axis leaves the first
     sorted; the running maxima only remove rounding.
     """
-    fitted = np.apply_along_axis(_pool_adjacent_violators, 1, table)
-    fitted = np.apply_along_axis(_pool_adjacent_violators, 0, fitted)
+    fitted = np.apply_along_axis(non_decreasing, 1, table)
+    fitted = np.apply_along_axis(non_decreasing, 0, fitted)
     return np.maximum.accumulate(np.maximum.accumulate(fitted, axis=0), axis=1)
 
 
-def _pool_adjacent_violators(values: np.ndarray) -> np.ndarray:
-    """Least-squares non-decreasing fit (Ayer et al., 1955): neighbours in the wrong order share their mean."""
-    blocks: list[tuple[float, int]] = []  # (mean, length)
-    for value in values:
-        mean, length = float(value), 1
+def non_decreasing(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Least-squares non-decreasing fit [N] of `values` [N] by `weights` [N], by default equal (Ayer et al., 1955):
+    neighbours in the wrong order share their mean."""
+    blocks: list[tuple[float, float, int]] = []  # (mean, weight, length)
+    for mean, weight in zip(
+        values.tolist(), (np.ones(len(values)) if weights is None else weights).tolist(), strict=True
+    ):
+        length = 1
         while blocks and blocks[-1][0] > mean:
-            before, count = blocks.pop()
-            mean, length = (mean * length + before * count) / (length + count), length + count
-        blocks.append((mean, length))
-    return np.repeat([mean for mean, _ in blocks], [length for _, length in blocks])
+            before, heavy, count = blocks.pop()
+            mean, weight = (mean * weight + before * heavy) / (weight + heavy), weight + heavy
+            length += count
+        blocks.append((mean, weight, length))
+    return np.repeat([mean for mean, _, _ in blocks], [length for _, _, length in blocks])
 
 
 def _complete(cells: Mapping[tuple[int, int], float], rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:

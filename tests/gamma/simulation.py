@@ -26,6 +26,8 @@ class Machine:
     host_s: float = 1e-3
     skew: Callable[[int, int], float] = lambda rows, tokens: 1.0
     """Factor on a pass that the calibration did not see."""
+    busy: Callable[[int, int], float] = lambda rows, tokens: 1.0
+    """Factor on a pass that only the calibration saw, for other jobs that ran."""
 
     def calibrated_verify(self, rows: int, tokens: int, context: int) -> float:
         work = rows * tokens
@@ -42,8 +44,8 @@ class Machine:
         def measured(kind, r, t, context, seconds):
             return Measurement(kind, r, t, context, float(seconds * np.exp(noise * rng.standard_normal())))
 
-        cells = [measured("verify", r, t, 128, self.calibrated_verify(r, t, 128)) for r in rows for t in tokens]
-        cells += [measured("verify", r, 4, 2048, self.calibrated_verify(r, 4, 2048)) for r in (1, 8)]
+        passes = [(r, t, 128) for r in rows for t in tokens] + [(r, 4, 2048) for r in (1, 8)]
+        cells = [measured("verify", *cell, self.calibrated_verify(*cell) * self.busy(*cell[:2])) for cell in passes]
         cells += [measured("draft", r, g, 128, self.draft(r, g)) for r in rows for g in (1, 3, 7)]
         return CostModel(cells, host_seconds=self.host_s)
 

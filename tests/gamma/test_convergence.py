@@ -53,6 +53,26 @@ def test_a_calibration_that_is_off_is_corrected(skew, rate):
     assert_near_best({rows: decoded(rows, rate, machine)[0] for rows in (1, 2, 4, 7, 12, 20, 31, 48, 64, 100, 128)})
 
 
+BUSY = {
+    "guesses 10 times": lambda rows, tokens: 10.0 if tokens > 1 else 1.0,
+    "guesses at few rows 100 times": lambda rows, tokens: 100.0 if tokens > 1 and rows < 8 else 1.0,
+    "all 30 times, guesses 300": lambda rows, tokens: 300.0 if tokens > 1 else 30.0,
+    "plain decoding 5 times": lambda rows, tokens: 5.0 if tokens == 1 else 1.0,
+}
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.9])
+@pytest.mark.parametrize("busy", BUSY)
+def test_a_calibration_on_a_busy_machine_costs_little(busy, rate):
+    """From the first step on: what it was wrong by shows within a few steps, and does not come back."""
+    machine = Machine(busy=BUSY[busy])
+    for rows in (1, 16, 48):
+        world, controller = decoded(rows, rate, machine, STEPS)
+        assert world.regret(rows, CONTEXT, MAX) < 0.06, f"batch size {rows}"
+        world.run(controller, rows, CONTEXT, 2 * STEPS)
+        assert world.regret(rows, CONTEXT, MAX, since=STEPS) < 0.05, f"batch size {rows}, later"
+
+
 @pytest.mark.parametrize(("rows", "rate"), [(40, 0.7), (28, 0.4), (49, 0.9), (12, 0.4), (20, 0.45)])
 def test_speculation_that_only_looked_good_is_left(rows, rate):
     """Guessing takes 1.6 times as long as calibrated, plain decoding as long as it should: γ = 0 is best after all."""
