@@ -6,7 +6,8 @@ import copy
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from spec_rollout.engine.engine import RolloutEngine
 from spec_rollout.engine.kv_cache import SlotCache
 from spec_rollout.engine.out_of_memory import is_out_of_memory, what_to_lower
 from spec_rollout.engine.rollout import Rollout
-from spec_rollout.gamma.cost_model import CostModel, Measurement
+from spec_rollout.gamma.cost_model import OFF, CostModel, Measurement, ratios
 from spec_rollout.records import Request, RolloutMemoryError, RolloutStats, SamplingParams
 
 SHORT, LONG = 64, 1024
@@ -30,13 +31,16 @@ CELL_S = 0.05
 BUDGET_S = 10.0
 """Numbers of rows that would take measuring beyond this, or more memory than there is, are left out; the cost model
 extends to them."""
+_trusted: set[Path] = set()
+"""Files that this process has written or looked into."""
 
 
 def measured_cost(engine: RolloutEngine, slots: int, widest: int, folder: str | None) -> CostModel:
     """The cost model for up to `slots` rows and `widest` guesses.
 
     What was measured before for this policy's shape, dtype, draft, device, threads and versions comes from disk, and
-    only the numbers of rows that are missing there are measured.
+    only the numbers of rows that are missing there are measured. A process that finds such a file measures a few rows
+    again; where that shows that the kept passes were timed on a busy machine, a warning says so, and all are.
 
     Args:
         folder: keeps the measurements; None is `spec_rollout` in $XDG_CACHE_HOME or ~/.cache.
@@ -52,20 +56,49 @@ def _measured(
 ) -> list[Measurement]:
     path = path_of(engine, widest, folder, shape)
     covered, known = read(path)
+    if known and path not in _trusted:
+        now = _again(engine, known, widest, measure_rows)
+        slower = max(ratios(known, now), default=1.0)
+        if slower > OFF:
+            warnings.warn(
+                f"A pass that {path} knows takes {slower:.0f} times less now: the kept times are those of a busy "
+                "machine and are measured again.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+            covered, known = 0, now
+    _trusted.add(path)
     if covered < slots:
         rows = [n for n in powers_of_two(slots) if n not in {m.rows for m in known}]
         try:
-            known += measure(engine, rows, widest, measure_rows)
+            found, lacking = measure(engine, rows, widest, measure_rows)
         except RolloutMemoryError:
             if not known:
                 raise
-            _tell_lacking(rows)
-        write(path, slots, known)
+            found, lacking = [], rows
+        if lacking:
+            _tell_lacking(lacking)
+        known += found
+        write(path, min([slots, *(n - 1 for n in lacking)]), known)  # the others are tried again by the next run
     return known
 
 
-def measure(engine: RolloutEngine, rows: Iterable[int], widest: int, measure_rows: Callable) -> list[Measurement]:
-    """Time verbs of the decode loop, those of `measure_rows`, on batches of each of `rows` made-up rows.
+def _again(
+    engine: RolloutEngine, known: Sequence[Measurement], widest: int, measure_rows: Callable
+) -> list[Measurement]:
+    """What the least rows that are known take now; two rather than one, since a compiled rollout needs those too."""
+    rows = min({m.rows for m in known}, key=lambda n: (n < 2, n))
+    try:
+        return measure(engine, [rows], widest, measure_rows)[0]
+    except RolloutMemoryError:
+        return []
+
+
+def measure(
+    engine: RolloutEngine, rows: Sequence[int], widest: int, measure_rows: Callable
+) -> tuple[list[Measurement], list[int]]:
+    """Time verbs of the decode loop, those of `measure_rows`, on batches of each of `rows` made-up rows; and the
+    numbers of rows for which memory ran out.
 
     Raises:
         RolloutMemoryError: there is no memory for any of them.
@@ -81,7 +114,7 @@ def measure(engine: RolloutEngine, rows: Iterable[int], widest: int, measure_row
         with apart.target.rollout():
             token, slot = apart.target.cache_bytes
             if engine.config.compile_passes == "true":
-                _compile(apart, widest, measure_rows)
+                _compile(apart, rows, widest, measure_rows)
             for count in _coarse_first(rows):
                 left = BUDGET_S - (time.perf_counter() - began)
                 if found and speed * count > left:
@@ -102,9 +135,7 @@ def measure(engine: RolloutEngine, rows: Iterable[int], widest: int, measure_row
             drafter.ready = False
     if lacking and not found:
         raise what_to_lower(lacking[min(lacking)], {"max_slots": min(lacking) * (token * LONG + slot)})
-    if lacking:
-        _tell_lacking(lacking)
-    return found
+    return found, list(lacking)
 
 
 def _tell_lacking(rows: Iterable[int]) -> None:
@@ -112,14 +143,14 @@ def _tell_lacking(rows: Iterable[int]) -> None:
         f"Memory ran out while passes of {', '.join(map(str, rows))} rows were timed: what they take is reckoned from "
         "other batches. If rollouts run out of it too, lower max_slots or max_cache_gib.",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
-def _compile(engine: RolloutEngine, widest: int, measure_rows: Callable) -> None:
+def _compile(engine: RolloutEngine, rows: Sequence[int], widest: int, measure_rows: Callable) -> None:
     """What the compiler takes belongs to no measurement: sizes of 1 and of more are compiled apart."""
-    for rows in (1, 2):
-        measure_rows(copy.copy(engine), rows, widest)
+    for count in sorted({min(n, 2) for n in rows}):
+        measure_rows(copy.copy(engine), count, widest)
 
 
 def _draft_rows(engine: RolloutEngine, rows: int, widest: int) -> list[Measurement]:

@@ -146,13 +146,14 @@ class GammaController:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict()`; a saved γ above max_gamma becomes max_gamma.
+        """Continue from `state_dict()`, with the costs that were measured here; a saved γ above max_gamma becomes
+        max_gamma.
 
         Raises:
             ValueError: the state is not one that this version saves.
         """
         try:
-            self.cost = CostModel.from_json(state["cost"])
+            self.cost = CostModel.from_json(state["cost"]).remeasured(self.cost)
             self.acceptance = AcceptanceModel.from_json(state["acceptance"])
             self.draft_ready = state["draft_ready"]
             self._gamma = None if state["gamma"] is None else min(state["gamma"], self.max_gamma)

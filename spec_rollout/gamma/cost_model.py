@@ -13,6 +13,9 @@ from spec_rollout.gamma.correction import TOKENS, Correction
 from spec_rollout.gamma.grid import MonotoneGrid, non_decreasing
 from spec_rollout.records import StepStats
 
+OFF = 3.0
+"""A pass that took so many times what it takes now was timed on another machine, or on a busy one."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -108,9 +111,11 @@ class CostModel:
         self._correction.observe(stats.rows, stats.gamma + 1, math.log(stats.seconds / calibrated))
 
     def remeasured(self, other: CostModel) -> CostModel:
-        """The measurements of `other`, with what this model has learned from real steps."""
+        """The measurements of `other`, with what this model has learned from real steps unless its own are of another
+        machine."""
         model = CostModel(other._measurements, other._host_seconds)
-        model._correction = self._correction
+        if all(1 / OFF < ratio < OFF for ratio in ratios(self._measurements, other._measurements)):
+            model._correction = self._correction
         return model
 
     @property
@@ -159,6 +164,13 @@ class CostModel:
             self._tables[key] = fixed, rows * (self._per_row + self._per_token * (gammas + 1))
         fixed, per_context = self._tables[key]
         return fixed + per_context * max(context, 0)
+
+
+def ratios(before: Iterable[Measurement], now: Iterable[Measurement]) -> list[float]:
+    """How many times as long each pass of `now` took `before`, where it was measured then."""
+    seconds = {(m.kind, m.rows, m.tokens, m.context): m.seconds for m in before}
+    shared = [(seconds.get((m.kind, m.rows, m.tokens, m.context)), m.seconds) for m in now]
+    return [then / since for then, since in shared if then]
 
 
 def _widen(per_tokens: np.ndarray, max_gamma: int) -> np.ndarray:

@@ -1,5 +1,8 @@
 """What calibration measures, keeps and leaves alone."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -65,6 +68,28 @@ def test_only_what_is_missing_is_measured(engine, timed, tmp_path):
     for slots in (12, 7, 1):
         assert measured_cost(engine, slots, WIDEST, str(tmp_path))._measurements == many._measurements
     assert timed == []
+
+
+@pytest.mark.parametrize("busy", [1.0, 2.5, 4.0, 0.1])
+def test_kept_times_of_a_busy_machine_are_measured_again(engine, timed, tmp_path, monkeypatch, busy):
+    """A later run times two rows; those that took much longer before are no longer believed."""
+    now, honest = busy, calibration._verify
+
+    def verify(rollout, context, tokens):
+        found = honest(rollout, context, tokens)
+        return replace(found, seconds=found.seconds * (now if tokens > 1 else 1.0))
+
+    monkeypatch.setattr(calibration, "_verify", verify)
+    kept = measured_cost(engine, 8, WIDEST, str(tmp_path))._measurements
+    for later in range(2):
+        del timed[:]
+        monkeypatch.setattr(calibration, "_trusted", set())
+        now = 1.0
+        wrong = busy > 3 and not later
+        with pytest.warns(RuntimeWarning, match="takes 4 times less now") if wrong else nullcontext():
+            found = measured_cost(engine, 8, WIDEST, str(tmp_path))._measurements
+        assert sorted(timed) == ([1, 2, 4, 8] if wrong else [2])
+        assert (found == kept) == (busy <= 3)
 
 
 def test_the_largest_batches_come_first_only_in_so_far_as_there_is_time(engine, timed, tmp_path, monkeypatch):
@@ -142,6 +167,12 @@ def test_batches_without_memory_are_left_out(engine, timed, tmp_path, monkeypatc
     assert sorted(timed) == [1, 2, 4, 8]
     truth = 1e-3 + 3e-6 * 32 + (1e-7 + 2e-8) * 32 * 300
     assert cost.verify_seconds(32, [1], 300)[0] == pytest.approx(truth, rel=0.01)
+    monkeypatch.setattr(calibration, "_trusted", set())
+    del timed[:]
+    fits = 16
+    with pytest.warns(RuntimeWarning, match="passes of 32 rows"):
+        measured_cost(engine, 32, WIDEST, str(tmp_path / "some"))
+    assert timed == [2, 16]  # what there was no memory for is tried again
     fits = 0
     with pytest.raises(RolloutMemoryError, match="Lower max_slots .*Tried to allocate 9 GiB"):
         measured_cost(engine, 32, WIDEST, str(tmp_path / "none"))

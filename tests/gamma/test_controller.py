@@ -179,6 +179,20 @@ def test_asking_for_the_schedule_changes_no_decision():
     assert worlds[0].gammas == worlds[1].gammas
 
 
+@pytest.mark.parametrize("weights_s", [60e-3, 10 * 60e-3])
+def test_the_costs_of_here_count_on_another_machine(weights_s):
+    """What was learned of the draft goes on; what real steps took does where passes take alike."""
+    saved, here = GammaController(exact_cost(), 7), Machine(weights_s=weights_s)
+    quiet_world(0.9, Machine(skew=lambda rows, tokens: 1.5)).run(saved, 4, 512, 50)
+    resumed = GammaController(here.calibrate(np.random.default_rng(0), noise=0.0), 7)
+    fresh = resumed.cost.step_seconds(4, 7, 512)[0]
+    resumed.load_state_dict(json.loads(json.dumps(saved.state_dict())))
+    learned = saved.cost.step_seconds(4, 7, 512)[0]
+    assert resumed.cost.step_seconds(4, 7, 512)[0] == pytest.approx(fresh if weights_s > 0.1 else learned)
+    assert learned[3] > 1.3 * exact_cost().step_seconds(4, 7, 512)[0][3]
+    assert resumed.acceptance.rates(7) == saved.acceptance.rates(7)
+
+
 def test_a_saved_gamma_above_the_bound_is_cut():
     wide = GammaController(exact_cost(), 7, trained(0.9))
     wide.choose(1, 512)

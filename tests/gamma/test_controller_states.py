@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from spec_rollout.gamma import CostModel, GammaController, Measurement
+from spec_rollout.gamma import GammaController
 from spec_rollout.records import StepStats
 from tests.gamma.simulation import Machine
 
@@ -23,10 +23,12 @@ class ControllerMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        noise = np.random.default_rng(0)
-        self.controller = GammaController(Machine().calibrate(noise, noise=0.3), 5)
+        self.controller = self.new()
         self.copy: GammaController | None = None
         self.gamma = 0
+
+    def new(self) -> GammaController:
+        return GammaController(Machine().calibrate(np.random.default_rng(0), noise=0.3), 5)
 
     def both(self):
         return [c for c in (self.controller, self.copy) if c is not None]
@@ -62,7 +64,7 @@ class ControllerMachine(RuleBasedStateMachine):
 
     @rule()
     def reload(self):
-        self.copy = GammaController(CostModel([Measurement("verify", 1, 1, 0, 1.0)]), 5)
+        self.copy = self.new()
         self.copy.load_state_dict(json.loads(json.dumps(self.controller.state_dict(), allow_nan=False)))
 
     @precondition(lambda self: self.copy is not None)
