@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from spec_rollout.engine.noise import gumbel, request_keys
@@ -100,22 +101,28 @@ def reference(
     seed: Sequence[int] = (0,),
     max_new_tokens: Sequence[int] | None = None,
 ) -> list[Completion]:
-    """The completions as the design defines them: one row, one token, one whole forward pass at a time.
+    """The completions as the design defines them: one token, one whole forward pass at a time.
 
     token = `gumbel_max` of processed logits and the noise of (request key, position); knows EOS and length, not stop
-    strings.
+    strings. Rows share passes, padded on the right, where no causal model looks.
     """
     limits = max_new_tokens or [params.max_new_tokens] * len(prompts)
-    completions = []
-    for prompt, limit, key in zip(prompts, limits, request_keys(seed, len(prompts)), strict=True):
-        tokens, logprobs = [], []
-        while len(tokens) < limit and not (tokens and tokens[-1] in params.eos_token_ids):
-            known = [*prompt, *tokens]
-            output = model(torch.tensor([known], device=DEVICE), use_cache=False)
-            z = processed(model, params, known, output.logits[0, -1])
-            tokens.append(int(z.argmax()) if params.greedy else gumbel_max(z, key, len(tokens))[0])
-            logprobs.append(float(z.log_softmax(-1)[tokens[-1]]))
-        completions.append(Completion(tokens, logprobs, "eos" if tokens[-1] in params.eos_token_ids else "length"))
+    keys = request_keys(seed, len(prompts))
+    completions = [Completion([], [], "length") for _ in prompts]
+    while left := [
+        i for i, c in enumerate(completions) if c.finish_reason == "length" and len(c.token_ids) < limits[i]
+    ]:
+        known = [[*prompts[i], *completions[i].token_ids] for i in left]
+        rows = [torch.tensor(row, device=DEVICE) for row in known]
+        logits = model(pad_sequence(rows, batch_first=True), use_cache=False).logits
+        for i, row, scores in zip(left, known, logits, strict=True):
+            done = completions[i]
+            z = processed(model, params, row, scores[len(row) - 1])
+            token = int(z.argmax()) if params.greedy else gumbel_max(z, keys[i], len(done.token_ids))[0]
+            done.token_ids.append(token)
+            done.logprobs.append(float(z.log_softmax(-1)[token]))
+            if token in params.eos_token_ids:
+                done.finish_reason = "eos"
     return completions
 
 
