@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from pathlib import Path
 
@@ -33,6 +34,12 @@ def pytest_collection_modifyitems(config, items):
         apart = [item for item in items if item.get_closest_marker("any_device") is None]
         config.hook.pytest_deselected(items=apart)
         items[:] = [item for item in items if item.get_closest_marker("any_device")]
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: no collection of garbage, as at the end of each training, need look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
