@@ -62,8 +62,8 @@ def test_token_ids(name, law):
     for drafter, gammas, slots in (
         (OracleDrafter(expected), GAMMAS, 64),
         (mixed(name, law), GAMMAS, 4),
-        (OracleDrafter(expected, shift=1), (4, 0, 2), 3),
-        (RandomDrafter(), (1, 6, 0), 2),
+        (OracleDrafter(expected, shift=1), (4, 0, 2), 4),
+        (RandomDrafter(), (1, 6, 0), 5),
         (eagle(model), GAMMAS, 3),
     ):
         engine = RolloutEngine(model, SpecConfig(max_slots=slots), drafter=drafter, controller=Scripted(*gammas))
