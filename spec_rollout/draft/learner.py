@@ -212,7 +212,7 @@ class DraftLearner:
         another machine. Weights, optimiser, version and vocabulary are taken up in any case.
 
         Raises:
-            ValueError: nothing there can be read, or it was made for another policy.
+            ValueError: nothing there can be read, it was made for another policy, or it is broken and of another run.
         """
         if is_language_model(folder):
             raise ValueError(
@@ -225,6 +225,11 @@ class DraftLearner:
             draft_ids = None if extra["draft_ids"] is None else torch.tensor(extra["draft_ids"])
         else:
             head, draft_ids, extra = load_head(folder, HeadConfig.for_target(self.view.config))
+        if not (resume or head.finite):  # one that broke in this run starts over
+            raise ValueError(
+                f"The draft head in {folder} holds NaN or infinite numbers: copy it again, give another "
+                "draft_model_path, or none to start cold."
+            )
         self._take(head)
         optimizer = load_optimizer(folder)
         if optimizer:

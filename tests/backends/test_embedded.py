@@ -100,6 +100,16 @@ def test_a_head_that_turns_to_nan_starts_afresh_and_no_token_is_wrong(tmp_path):
     assert backend.stats.mean_acceptance_length > 1
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_head_of_another_run_that_is_not_finite_is_refused(tmp_path, value):
+    backend = learned("llama", tmp_path / "costs")
+    with torch.no_grad():
+        backend.learner.head.fc.weight[0, 0] = value
+    backend.save(tmp_path / "head")
+    with pytest.raises(ValueError, match="head holds NaN or infinite"):
+        backend_for("llama", tmp_path / "costs", draft_model_path=str(tmp_path / "head"))
+
+
 @pytest.mark.filterwarnings("error:The drafter broke")
 @pytest.mark.parametrize("ngrams", [True, False])
 def test_rejection_sampling_calibrates_learns_and_guesses(tmp_path, ngrams):
