@@ -22,6 +22,8 @@ RECENT = 5
 """Steps whose median counts."""
 ROW_REACH, TOKEN_REACH = 4.0, 1.0
 """How far a measurement speaks for its neighbours, in row buckets and in octaves of tokens."""
+LEAST_PULL = 0.1
+"""How far a cell's log factor must follow its own deviation to be set by it."""
 UNSURE = 0.25
 """Standard error of a deviation taken from neighbours, as a share of it."""
 
@@ -99,12 +101,12 @@ class Correction:
         self._predictions.clear()
 
     def _place(self, cell: tuple[int, int], factor: float) -> None:
-        """Let the log factor of a cell be `factor`, whatever its neighbours say."""
-        self._deviation[cell] = 0.0
+        """Let the log factor of a cell be `factor`, whatever its neighbours say; as it is where it was hardly measured
+        or long ago."""
         self._predictions.clear()
-        others, _, pull = (float(part[cell[1]]) for part in self._parts(cell[0]))
-        if pull > 0:
-            self._deviation[cell] = (factor - others) / pull
+        now, _, pull = (float(part[cell[1]]) for part in self._parts(cell[0]))
+        if pull > LEAST_PULL:
+            self._deviation[cell] += (factor - now) / pull
 
     def _parts(self, bucket: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Log factors of a row bucket, their standard errors, and how far each moves with its own deviation."""
