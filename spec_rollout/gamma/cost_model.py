@@ -95,10 +95,8 @@ class CostModel:
         """Corrected seconds of a step with γ = 0 … max_gamma, never falling with γ, and the relative standard error of
         each beside the others; [max_gamma + 1] both."""
         factor, error = self._correction.predict(rows)
-        seconds, error = (
-            self._calibrated(rows, max_gamma, context) * np.exp(_widen(factor, max_gamma)),
-            _widen(error, max_gamma),
-        )
+        factor, error = _widen(factor, max_gamma), _widen(error, max_gamma)
+        seconds = self._calibrated(rows, max_gamma, context) * np.exp(factor)
         if (np.diff(seconds) < 0).any():  # where two are in the wrong order, the one that is known better counts more
             seconds = np.exp(non_decreasing(np.log(seconds), error**-2))
         return seconds, error
@@ -111,10 +109,11 @@ class CostModel:
         self._correction.observe(stats.rows, stats.gamma + 1, math.log(stats.seconds / calibrated))
 
     def remeasured(self, other: CostModel) -> CostModel:
-        """The measurements of `other`, with what this model has learned from real steps unless its own are of another
-        machine."""
+        """The measurements of `other`, perhaps with another draft; and what this model has learned from real steps,
+        unless its target passes were timed on another machine."""
         model = CostModel(other._measurements, other._host_seconds)
-        if all(1 / OFF < ratio < OFF for ratio in ratios(self._measurements, other._measurements)):
+        passes = [m for m in other._measurements if m.kind == "verify"]
+        if all(1 / OFF < ratio < OFF for ratio in ratios(self._measurements, passes)):
             model._correction = self._correction
         return model
 

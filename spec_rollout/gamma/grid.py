@@ -51,9 +51,8 @@ def non_decreasing(values: np.ndarray, weights: np.ndarray | None = None) -> np.
     """Least-squares non-decreasing fit [N] of `values` [N] by `weights` [N], by default equal (Ayer et al., 1955):
     neighbours in the wrong order share their mean."""
     blocks: list[tuple[float, float, int]] = []  # (mean, weight, length)
-    for mean, weight in zip(
-        values.tolist(), (np.ones(len(values)) if weights is None else weights).tolist(), strict=True
-    ):
+    weights = np.ones(len(values)) if weights is None else weights
+    for mean, weight in zip(values.tolist(), weights.tolist(), strict=True):
         length = 1
         while blocks and blocks[-1][0] > mean:
             before, heavy, count = blocks.pop()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from spec_rollout.gamma import CostModel
 from spec_rollout.records import StepStats
-from tests.gamma.simulation import exact_model
+from tests.gamma.simulation import Machine, exact_model
 
 
 def step(rows: int, gamma: int, seconds: float, context: int = 512) -> StepStats:
@@ -118,6 +118,18 @@ def test_steps_without_meaning_teach_nothing(rows, seconds):
     for _ in range(5):
         model.observe(step(rows, 2, seconds if rows else 1.0))
     assert corrections(model, 4) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("machine", "kept"),
+    [(Machine(draft_s=90e-3), True), (Machine(draft_s=3e-5), True), (Machine(weights_s=0.6), False)],
+)
+def test_what_passes_took_counts_with_another_draft_and_not_on_another_machine(machine, kept):
+    model = exact_model()
+    run(model, 8, 3, 1.5, 20)
+    again = model.remeasured(exact_model(machine))
+    assert again.learned == kept
+    assert corrections(again, 8)[3] == pytest.approx(1.5 if kept else 1.0, rel=0.05)
 
 
 def test_json_round_trip_keeps_every_prediction():
