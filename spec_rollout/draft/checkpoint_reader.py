@@ -20,13 +20,14 @@ from spec_rollout.draft.layouts import PICKLED, own_names, rope, weights_file
 SPECULATORS = "speculators_model_type"
 
 
-def load_head(folder: str | Path, wanted: HeadConfig) -> tuple[EagleHead, Tensor | None, dict]:
-    """Read a head made for a target of `wanted`'s hidden size and vocabulary.
+def load_head(folder: str | Path, wanted: HeadConfig, finite: bool = True) -> tuple[EagleHead, Tensor | None, dict]:
+    """Read a head made for a target of `wanted`'s hidden size and vocabulary, of `finite` numbers unless told not to.
 
     Returns the head (float32), the target ids of its vocabulary (None: all of it) and the `extra` of `save_head`.
 
     Raises:
-        ValueError: no draft head there, or one for another target; the message names both values and the remedy.
+        ValueError: no draft head there, one for another target, or of NaN; the message names both values and the
+            remedy.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -51,6 +52,12 @@ def load_head(folder: str | Path, wanted: HeadConfig) -> tuple[EagleHead, Tensor
             f"{folder / weights} does not hold the EAGLE-3 head that its {CONFIG} describes: "
             f"{', '.join(sorted(wrong)[:4])} is missing, foreign or of another shape. "
             "Export the head again, or start without draft_model_path."
+        )
+    broken = sorted(name for name, tensor in given.items() if not tensor.isfinite().all())
+    if finite and broken:
+        raise ValueError(
+            f"The draft head in {folder} holds NaN or infinite numbers ({', '.join(broken[:4])}): copy it again, give "
+            "another draft_model_path, or none to start cold."
         )
     head.load_state_dict({name: tensor.float() for name, tensor in given.items()})
     _unfold(head, extra.pop(FEATURE_SCALE, None), folder)

@@ -212,7 +212,7 @@ class DraftLearner:
         another machine. Weights, optimiser, version and vocabulary are taken up in any case.
 
         Raises:
-            ValueError: nothing there can be read, it was made for another policy, or it is broken and of another run.
+            ValueError: nothing there can be read, it was made for another policy, or is not finite and of another run.
         """
         if is_language_model(folder):
             raise ValueError(
@@ -224,12 +224,8 @@ class DraftLearner:
             head, extra = load_mtp(folder, self.view.model)
             draft_ids = None if extra["draft_ids"] is None else torch.tensor(extra["draft_ids"])
         else:
-            head, draft_ids, extra = load_head(folder, HeadConfig.for_target(self.view.config))
-        if not (resume or head.finite):  # one that broke in this run starts over
-            raise ValueError(
-                f"The draft head in {folder} holds NaN or infinite numbers: copy it again, give another "
-                "draft_model_path, or none to start cold."
-            )
+            # one that broke in this run starts over
+            head, draft_ids, extra = load_head(folder, HeadConfig.for_target(self.view.config), finite=not resume)
         self._take(head)
         optimizer = load_optimizer(folder)
         if optimizer:

@@ -40,11 +40,10 @@ class GammaController:
 
     A probe tries another γ for DWELL steps: while γ = 0 a small one, since the draft may have become better; while
     γ > 0 plain decoding if it was not measured near this batch size, lest it is the faster one; then a neighbour or 0,
-    if it would win with a time two standard errors below the prediction. Probes are paid from
-    an allowance that starts with PURSE steps and earns PROBE_SHARE of the decoding time. One starts when the time that
-    it is predicted to lose is covered, or half the purse if that is less, pays what it really loses, and ends when the
-    allowance is spent: however wrong the predictions are, probes cost PURSE steps and PROBE_SHARE of the time, and at
-    most one step more.
+    if it would win with a time two standard errors below the prediction. Probes are paid from an allowance that starts
+    with PURSE steps and earns PROBE_SHARE of the decoding time. One starts when the time that it is predicted to lose
+    is covered, or half the purse if that is less, pays what it really loses, and ends when the allowance is spent:
+    however wrong the predictions are, probes cost PURSE steps and PROBE_SHARE of the time, and at most one step more.
 
     Attributes:
         draft_ready: False while there is no trained draft: γ = 0 and no probes.

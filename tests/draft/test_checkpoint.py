@@ -165,6 +165,15 @@ def point_outside(folder):
     save_file(tensors, folder / WEIGHTS)
 
 
+def not_finite(name, value):
+    def spoil(folder):
+        tensors = load_file(folder / WEIGHTS)
+        tensors[name].view(-1)[0] = value
+        save_file(tensors, folder / WEIGHTS)
+
+    return spoil
+
+
 def rewrite(**changes):
     def spoil(folder):
         config = json.loads((folder / CONFIG).read_text())
@@ -181,6 +190,8 @@ def rewrite(**changes):
         (truncate, "not a readable draft head"),
         (drop_a_weight, r"midlayer\.mlp\.up_proj\.weight"),
         (point_outside, "another tokenizer"),
+        (not_finite("fc.weight", float("nan")), r"NaN or infinite numbers \(fc\.weight\)"),
+        (not_finite("midlayer.mlp.up_proj.weight", float("-inf")), "NaN or infinite numbers"),
         (rewrite(hidden_size=64), "hidden_size=64, this policy has 32"),
         (rewrite(vocab_size=1000), f"vocab_size=1000, this policy has {VOCAB}"),
         (rewrite(rope_scaling={"rope_type": "llama3"}), "rope_type=llama3 needs factor, low_freq_factor"),
